@@ -1,0 +1,71 @@
+"""What the rest of the library knows of a network: a handful of blocking collectives."""
+
+from __future__ import annotations
+
+import pickle
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Communicator(ABC):
+    """Collectives over ``size`` ranks, and a count of the bytes this rank sends.
+
+    Every rank calls the same methods in the same order. ``name`` tells concurrent operations
+    apart where the backend matches by name. Bytes are those of the bandwidth-optimal ring,
+    counted the same way for compressed and dense messages: ``2 (W-1)/W n`` for an allreduce of
+    n bytes, ``(W-1) n`` for an allgather of n bytes a rank, n for a broadcast by the root.
+    """
+
+    bytes_sent: int = 0
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """This process's number, 0 … size - 1."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Number of processes; may change between steps under elastic training."""
+
+    def allreduce(self, tensor: Tensor, name: str) -> None:
+        """Replace ``tensor`` (contiguous) by its sum over the ranks, bit-identical on all of them."""
+        self.bytes_sent += self.allreduce_bytes(tensor.nbytes)
+        self._allreduce(tensor, name)
+
+    def allgather(self, tensor: Tensor, name: str) -> Tensor:
+        """Stack every rank's ``tensor`` (1-D, same length on all ranks) to shape ``(size, n)``."""
+        self.bytes_sent += (self.size - 1) * tensor.nbytes
+        return self._allgather(tensor, name)
+
+    def broadcast(self, tensor: Tensor, root: int, name: str) -> None:
+        """Replace ``tensor`` (contiguous) by the root's."""
+        self.bytes_sent += tensor.nbytes if self.rank == root and self.size > 1 else 0
+        self._broadcast(tensor, root, name)
+
+    def allreduce_bytes(self, nbytes: int) -> int:
+        """Bytes one rank sends in a ring allreduce of ``nbytes``."""
+        return 2 * (self.size - 1) * nbytes // self.size
+
+    def allgather_object(self, value: Any, name: str) -> list[Any]:
+        """Every rank's picklable value, by rank; for small things and rare moments."""
+        payload = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(torch.int32)
+        lengths = self.allgather(torch.tensor([payload.numel()], dtype=torch.int64), f"{name}.length")
+        padded = torch.zeros(int(lengths.max()), dtype=torch.int32)
+        padded[: payload.numel()] = payload
+        rows = self.allgather(padded, f"{name}.payload").to(torch.uint8)
+        return [
+            pickle.loads(row[: int(length)].numpy().tobytes()) for row, length in zip(rows, lengths, strict=True)
+        ]
+
+    @abstractmethod
+    def _allreduce(self, tensor: Tensor, name: str) -> None: ...
+
+    @abstractmethod
+    def _allgather(self, tensor: Tensor, name: str) -> Tensor: ...
+
+    @abstractmethod
+    def _broadcast(self, tensor: Tensor, root: int, name: str) -> None: ...

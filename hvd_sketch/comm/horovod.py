@@ -1,0 +1,48 @@
+"""Collectives through Horovod, by name, on a process set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import horovod.torch as hvd
+from torch import Tensor
+
+from hvd_sketch.comm.base import Communicator
+
+
+class HorovodCommunicator(Communicator):
+    """Horovod's own collectives; rank and size follow elastic resets.
+
+    Only named operations are used: Horovod numbers unnamed ones per process, and one extra
+    call on one rank would pair all later ones wrongly. Sums and no averages, so that a rank
+    that has joined (``hvd.join``) does not change the divisor between two rounds.
+
+    Args:
+        process_set: the ranks that take part; all of them when not given.
+    """
+
+    def __init__(self, process_set: Any = None) -> None:
+        self.process_set = hvd.global_process_set if process_set is None else process_set
+
+    @property
+    def rank(self) -> int:
+        return int(self.process_set.rank())
+
+    @property
+    def size(self) -> int:
+        return int(self.process_set.size())
+
+    @property
+    def included(self) -> bool:
+        """Whether this process belongs to the process set."""
+        return bool(self.process_set.included())
+
+    def _allreduce(self, tensor: Tensor, name: str) -> None:
+        hvd.allreduce_(tensor, name=name, op=hvd.Sum, process_set=self.process_set)
+
+    def _allgather(self, tensor: Tensor, name: str) -> Tensor:
+        gathered: Tensor = hvd.allgather(tensor, name=name, process_set=self.process_set)
+        return gathered.view(self.size, -1)
+
+    def _broadcast(self, tensor: Tensor, root: int, name: str) -> None:
+        hvd.broadcast_(tensor, root_rank=root, name=name, process_set=self.process_set)

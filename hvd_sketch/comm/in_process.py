@@ -1,0 +1,84 @@
+"""Many ranks in one process, a thread each: for simulations and tests of arithmetic."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.comm.base import Communicator
+
+Result = TypeVar("Result")
+
+
+class _Meeting:
+    """Where the threads exchange their contributions; failures break it for all."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier = threading.Barrier(size)
+        self.slots: list[Any] = [None] * size
+
+    def gather(self, rank: int, value: Any) -> list[Any]:
+        self.slots[rank] = value
+        self.barrier.wait()
+        values = list(self.slots)
+        self.barrier.wait()
+        return values
+
+
+class InProcess(Communicator):
+    """One of several ranks that share a process; made by `run_in_process`."""
+
+    def __init__(self, rank: int, size: int, meeting: _Meeting) -> None:
+        self._rank, self._size, self._meeting = rank, size, meeting
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def _allreduce(self, tensor: Tensor, name: str) -> None:
+        contributions = self._meeting.gather(self._rank, tensor.clone())
+        tensor.copy_(contributions[0])
+        for contribution in contributions[1:]:
+            tensor.add_(contribution)
+
+    def _allgather(self, tensor: Tensor, name: str) -> Tensor:
+        return torch.stack(self._meeting.gather(self._rank, tensor.clone()))
+
+    def _broadcast(self, tensor: Tensor, root: int, name: str) -> None:
+        tensor.copy_(self._meeting.gather(self._rank, tensor.clone())[root])
+
+
+def run_in_process(size: int, body: Callable[[Communicator], Result]) -> list[Result]:
+    """Call ``body(communicator)`` on ``size`` threads and return the results by rank.
+
+    The first exception of any rank is raised here; the others are woken up and dropped.
+    """
+    meeting = _Meeting(size)
+    results: list[Any] = [None] * size
+    errors: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = body(InProcess(rank, size, meeting))
+        except threading.BrokenBarrierError:
+            return
+        except BaseException as error:
+            errors.append(error)
+            meeting.barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results

@@ -1,0 +1,58 @@
+"""Collectives through mpi4py, without Horovod."""
+
+from __future__ import annotations
+
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from hvd_sketch.comm.base import Communicator
+
+
+def _add_halves(incoming: MPI.buffer, accumulated: MPI.buffer, _datatype: MPI.Datatype) -> None:
+    total = torch.frombuffer(accumulated, dtype=torch.float16)
+    total.add_(torch.frombuffer(incoming, dtype=torch.float16))
+
+
+_HALF_SUM = MPI.Op.Create(_add_halves, commute=True)  # MPI itself has no half precision
+_HALF = MPI.BYTE.Create_contiguous(2).Commit()
+
+
+class MpiCommunicator(Communicator):
+    """An MPI communicator; tensors on a GPU travel through host memory.
+
+    Args:
+        comm: an intracommunicator, by default ``MPI.COMM_WORLD``. It is duplicated (a
+            collective call), so that messages of the caller's own never meet ours.
+    """
+
+    def __init__(self, comm: MPI.Intracomm | None = None) -> None:
+        self._comm = (MPI.COMM_WORLD if comm is None else comm).Dup()
+
+    @property
+    def rank(self) -> int:
+        return self._comm.Get_rank()
+
+    @property
+    def size(self) -> int:
+        return self._comm.Get_size()
+
+    def _allreduce(self, tensor: Tensor, name: str) -> None:
+        host = tensor.cpu()
+        if host.dtype == torch.float16:
+            self._comm.Allreduce(MPI.IN_PLACE, [host.view(torch.uint8).numpy(), host.numel(), _HALF], op=_HALF_SUM)
+        else:
+            self._comm.Allreduce(MPI.IN_PLACE, host.numpy(), op=MPI.SUM)
+        if host is not tensor:
+            tensor.copy_(host)
+
+    def _allgather(self, tensor: Tensor, name: str) -> Tensor:
+        gathered = torch.empty(self.size, tensor.numel(), dtype=tensor.dtype)
+        self._comm.Allgather(tensor.cpu().view(torch.uint8).numpy(), gathered.view(torch.uint8).numpy())
+        return gathered.to(tensor.device)
+
+    def _broadcast(self, tensor: Tensor, root: int, name: str) -> None:
+        host = tensor.cpu()
+        self._comm.Bcast(host.reshape(-1).view(torch.uint8).numpy(), root=root)
+        if host is not tensor:
+            tensor.copy_(host)

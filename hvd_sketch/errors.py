@@ -1,0 +1,9 @@
+"""Errors that name the parameter, the rank and the remedy."""
+
+
+class ConfigurationError(ValueError):
+    """A setting cannot work; raised at construction, before any communication."""
+
+
+class RankMismatchError(RuntimeError):
+    """Ranks disagree about settings, parameters or the selection; raised alike on all ranks."""

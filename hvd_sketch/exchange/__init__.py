@@ -1,0 +1,8 @@
+"""Exchanges: how one step's gradients become one update on all ranks."""
+
+from hvd_sketch.exchange.base import Exchange
+from hvd_sketch.exchange.dense import DenseExchange
+from hvd_sketch.exchange.sketched import SketchExchange
+from hvd_sketch.exchange.topk import TopKExchange
+
+__all__ = ["DenseExchange", "Exchange", "SketchExchange", "TopKExchange"]

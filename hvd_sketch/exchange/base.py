@@ -1,0 +1,235 @@
+"""One step: local gradients in, the same update out on every rank, nothing lost in between."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_sketch import wire
+from hvd_sketch.comm.base import Communicator
+from hvd_sketch.errors import ConfigurationError, RankMismatchError
+from hvd_sketch.layout import Layout
+from hvd_sketch.memory import Memory, Momentum
+from hvd_sketch.stats import Stats
+
+
+class Exchange(ABC):
+    """Collects a step's gradients, runs the collectives, and holds the resulting update.
+
+    `submit` each gradient as it becomes ready, in any order; then `run` once, on all ranks;
+    then read `update_of`. A parameter that was not submitted counts as gradient zero. The
+    update is the mean over the ranks (the sum with ``average=False``) of what was sent.
+
+    When any rank's gradient holds a NaN or an infinity, the update is NaN everywhere on all
+    ranks, and every memory is as it was before the step: a gradient scaler then skips the step.
+
+    Args:
+        layout: which coordinates belong to which parameter.
+        comm: the ranks to exchange with; its size may change between steps.
+        scope: prefix of the collectives' names, unique among exchanges in flight.
+        settings: text that must be equal on all ranks, checked in the first step.
+        average: mean over ranks, or sum.
+        clip_norm: multiply a gradient of larger local norm down to it, before the memory.
+        momentum: momentum correction, or none.
+        device: where gradients, memory and update live.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        comm: Communicator,
+        scope: str,
+        settings: str,
+        *,
+        average: bool,
+        clip_norm: float | None,
+        momentum: Momentum | None,
+        device: torch.device,
+    ) -> None:
+        self.layout, self.comm, self.average = layout, comm, average
+        self.stats = Stats()
+        self.step = 0
+        self.gradient = torch.zeros(layout.total, device=device)
+        self.update = torch.zeros(layout.total, device=device)
+        self.memory = Memory(layout.total, device, momentum)
+        self._scope, self._settings, self._clip_norm = scope, settings, clip_norm
+        self._submitted = [False] * len(layout.slots)
+        self._agreed_size = 0
+        self._flush_next = False
+        self._problem: str | None = None
+        self._everything: Tensor | None = None
+
+    def submit(self, position: int, gradient: Tensor, factor: float = 1.0) -> None:
+        """Hand in ``factor * gradient`` (dense, of the slot's shape) of slot ``position``."""
+        slot = self.layout.slots[position]
+        staged = self.gradient[slot.offset : slot.stop]
+        staged.view(slot.shape).copy_(gradient)
+        if factor != 1.0:
+            staged.mul_(factor)
+        self._submitted[position] = True
+        self._on_submit(slot.offset, slot.stop)
+
+    def run(self) -> None:
+        """Exchange the step's gradients; afterwards `update` is the same on all ranks.
+
+        Raises:
+                RankMismatchError: alike on all ranks, when they differ in settings, parameters or
+                selection; the memory is then as before the step.
+            ConfigurationError: alike on all ranks, when any of them called `fail_together`.
+        """
+        before = self.comm.bytes_sent
+        self._complete()
+        if self._agreed_size != self.comm.size:
+            self._agree()
+        norm = float(torch.linalg.vector_norm(self.gradient))
+        finite = math.isfinite(norm)
+        clip = min(1.0, self._clip_norm / norm) if self._clip_norm is not None and finite and norm > 0 else 1.0
+        self.stats.clip = clip
+        if self._flush_next or self._is_dense_step():
+            sent = self._send_everything(clip, finite)
+        else:
+            self._everything = None
+            sent = self._send_selected(clip, finite)
+        if sent:
+            self._flush_next = False
+        else:
+            self.update.fill_(math.nan)
+            self.stats.skipped += 1
+        self.step += 1
+        self.stats.steps += 1
+        self.stats.bytes_sent += self.comm.bytes_sent - before
+        self.stats.dense_bytes += self.comm.allreduce_bytes(4 * self.layout.total)
+
+    def fail_together(self, problem: str) -> None:
+        """Make the coming `run` raise `ConfigurationError` on all ranks, with every rank's problem."""
+        self._problem = self._problem or problem
+
+    def update_of(self, position: int) -> Tensor:
+        """The update of one slot in its shape: a view, valid until the next `run`."""
+        slot = self.layout.slots[position]
+        return self.update[slot.offset : slot.stop].view(slot.shape)
+
+    def flush(self) -> None:
+        """Send everything in the next step; a checkpoint after it fits any number of ranks."""
+        self._flush_next = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's memory and counters: tensors, numbers and strings only."""
+        return {
+            "rank": self.comm.rank,
+            "size": self.comm.size,
+            "step": self.step,
+            "layout": self._fingerprint(),
+            "memory": self.memory.state_dict(),
+            **self._extra_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore this rank's memory.
+
+        Raises:
+            ConfigurationError: when the state belongs to another rank, number of ranks, or
+                model. Call `flush` and do one more step before saving to change the number.
+        """
+        expected = {"rank": self.comm.rank, "size": self.comm.size, "layout": self._fingerprint()}
+        for key, value in expected.items():
+            if state[key] != value:
+                raise ConfigurationError(
+                    f"rank {self.comm.rank}: the saved memory has {key}={state[key]!r}, here it is {value!r}; "
+                    "load each rank's own file, or flush() one step before saving and load none"
+                )
+        self.step = state["step"]
+        self.memory.load_state_dict(state["memory"])
+        self._agreed_size = 0
+
+    def reset(self) -> None:
+        """Forget the memory, as a fresh start does."""
+        self.memory.reset()
+
+    @abstractmethod
+    def _send_selected(self, clip: float, finite: bool) -> bool:
+        """Fill `update` and advance the memory; False, and nothing changed, if some rank is not finite."""
+
+    def _is_dense_step(self) -> bool:
+        return False
+
+    def _on_submit(self, start: int, stop: int) -> None:
+        """Called when the gradient of coordinates start … stop has arrived."""
+
+    def _extra_state(self) -> dict[str, Any]:
+        return {}
+
+    def _send_everything(self, clip: float, finite: bool, dtype: torch.dtype = torch.float32) -> bool:
+        """The whole computed vector in one allreduce of ``total + 2`` values."""
+        if self._everything is None:
+            self._everything = torch.empty(
+                wire.HEADER + self.layout.total, dtype=dtype, device=self.gradient.device
+            )
+        message = self._everything
+        message[wire.HEADER :].copy_(self.memory.computed(self.gradient, clip, slice(None)))
+        if not self._sum(message, finite, "everything"):
+            return False
+        self.memory.absorb(self.gradient, clip)
+        self.memory.keep(slice(0, self.layout.compressed), 0.0, mask=True)
+        self.memory.keep(slice(self.layout.compressed, None), 0.0, mask=False)
+        self.update.copy_(message[wire.HEADER :]).mul_(1.0 / self._mean_divisor())
+        self.stats.captured_energy = 1.0
+        return True
+
+    def _sum(self, message: Tensor, finite: bool, name: str) -> bool:
+        """Allreduce the step's first message under its header; False if some rank is not finite."""
+        wire.write_header(message, finite, self._problem is not None)
+        with self.stats.phase("exchange"):
+            self.comm.allreduce(message, f"{self._scope}.{name}")
+        if wire.has_problem(message):
+            problems = self.comm.allgather_object(self._problem, f"{self._scope}.problems")
+            self._problem = None
+            lines = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
+            raise ConfigurationError("hvd_sketch: the step was not taken. " + "\n".join(lines))
+        return wire.is_finite(message)
+
+    def _mean_divisor(self) -> float:
+        return float(self.comm.size) if self.average else 1.0
+
+    def _complete(self) -> None:
+        for position, submitted in enumerate(self._submitted):
+            if not submitted:
+                slot = self.layout.slots[position]
+                self.gradient[slot.offset : slot.stop].zero_()
+                self._on_submit(slot.offset, slot.stop)
+            self._submitted[position] = False
+
+    def _fingerprint(self) -> int:
+        return zlib.crc32(repr([(slot.name, slot.shape) for slot in self.layout.slots]).encode())
+
+    def _agree(self) -> None:
+        """Compare settings and parameters; on a difference, tell every rank what differs."""
+        mine = {
+            "settings": self._settings,
+            "step": str(self.step),
+            "parameters": " ".join(f"{slot.name}{list(slot.shape)}" for slot in self.layout.slots),
+        }
+        lanes = torch.zeros(1 + wire.DIGEST_BITS)
+        lanes[0] = 1.0
+        wire.write_digest(lanes[1:], torch.frombuffer(bytearray(repr(mine).encode()), dtype=torch.uint8))
+        self.comm.allreduce(lanes, f"{self._scope}.agree")
+        if not wire.digests_agree(lanes[1:], lanes[0]):
+            raise RankMismatchError(_differences(self.comm.allgather_object(mine, f"{self._scope}.differences")))
+        self._agreed_size = self.comm.size
+
+
+def _differences(answers: list[dict[str, str]]) -> str:
+    lines = ["hvd_sketch: the ranks disagree, so their gradients cannot be combined:"]
+    for key in answers[0]:
+        for rank, answer in enumerate(answers):
+            if answer[key] != answers[0][key]:
+                ours = sorted(set(answers[0][key].split()) - set(answer[key].split()))
+                theirs = sorted(set(answer[key].split()) - set(answers[0][key].split()))
+                lines.append(f"  {key}: rank 0 has {' '.join(ours[:5])!r}, rank {rank} has {' '.join(theirs[:5])!r}")
+    lines.append("Give every rank the same model, compression settings and seed.")
+    return "\n".join(lines)

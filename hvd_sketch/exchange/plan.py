@@ -1,0 +1,73 @@
+"""From one number, the ratio, to the sizes of a step's messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hvd_sketch import wire
+from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.layout import Layout
+
+
+@dataclass(frozen=True)
+class SketchPlan:
+    """Sizes of a sketched step: a table of rows by cols, candidates fetched, k of them applied."""
+
+    rows: int
+    cols: int
+    k: int
+    candidates: int
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "cols", "k"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"sketch: {name} must be at least 1, got {getattr(self, name)}")
+
+
+def sketch_plan(
+    layout: Layout, ratio: float, *, rows: int, table_share: float, oversampling: float, lane_bytes: int
+) -> SketchPlan:
+    """Spend ``4 * total / ratio`` bytes: dense part first, then table and candidates by share.
+
+    An allreduce moves every byte of its message alike, so the ratio of messages is the ratio
+    of bytes sent. k is capped at the number of compressed coordinates.
+
+    Raises:
+        ConfigurationError: when the dense part alone, or a table of one tile, does not fit.
+    """
+    overhead = 2 * wire.HEADER + wire.DIGEST_BITS + layout.dense
+    lanes = int(4 * layout.total / ratio) // lane_bytes - overhead
+    cols = int(lanes * table_share) // rows
+    candidates = lanes - rows * cols
+    k = int(candidates / oversampling)
+    if cols < 1 or k < 1:
+        raise ConfigurationError(_unreachable(layout, ratio, overhead + 2 * rows, lane_bytes))
+    k = min(k, layout.compressed)
+    return SketchPlan(rows, cols, k, min(candidates, layout.compressed))
+
+
+def topk_plan(layout: Layout, ratio: float, ranks: int, *, pair_bytes: int, lane_bytes: int) -> int:
+    """How many (value, index) pairs each rank may send.
+
+    An allgather sends ``(W-1)`` times a rank's pairs where an allreduce sends ``2 (W-1)/W`` times
+    its message, so at equal bytes k falls with the number of ranks W::
+
+        k = 2 (4 total / ratio - dense bytes) / (W * pair bytes)
+
+    Raises:
+        ConfigurationError: when not one pair fits.
+    """
+    overhead = wire.HEADER + layout.dense
+    k = int(2 * (4 * layout.total / ratio - lane_bytes * overhead) / (ranks * pair_bytes))
+    if k < 1:
+        raise ConfigurationError(_unreachable(layout, ratio, overhead + ranks * pair_bytes, lane_bytes))
+    return min(k, layout.compressed)
+
+
+def _unreachable(layout: Layout, ratio: float, least_lanes: int, lane_bytes: int) -> str:
+    reachable = 4 * layout.total / (lane_bytes * least_lanes)
+    return (
+        f"ratio={ratio:g} cannot be reached: {layout.dense} of the {layout.total} parameters are 1-D, small or "
+        f"excluded and travel whole in every step; at most about {reachable:.1f} is possible. "
+        "Lower the ratio, or lower dense_below, or exclude fewer parameters"
+    )

@@ -1,0 +1,112 @@
+"""The whole gradient as one vector: which coordinates belong to which parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.errors import ConfigurationError
+
+DensePredicate = Callable[[str, Tensor], bool]
+"""Decides by name and parameter whether a tensor is sent whole in every step."""
+
+_FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def small_or_named(dense_below: int, exclude: Sequence[str] = ()) -> DensePredicate:
+    """The usual rule: 1-D tensors, tensors below ``dense_below`` elements, and names that match.
+
+    Args:
+        dense_below: smallest number of elements worth compressing.
+        exclude: shell-style patterns of parameter names, as in ``"*.embedding.weight"``.
+    """
+
+    def is_dense(name: str, parameter: Tensor) -> bool:
+        named = any(fnmatchcase(name, pattern) for pattern in exclude)
+        return named or parameter.dim() <= 1 or parameter.numel() < dense_below
+
+    return is_dense
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one parameter in the vector."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    numel: int
+
+    @property
+    def stop(self) -> int:
+        return self.offset + self.numel
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The vector of all parameters: compressed coordinates first, the dense ones behind them.
+
+    Within each part parameters are ordered by name, never by the order in which hooks fire, so
+    the layout is the same on every rank.
+    """
+
+    slots: tuple[Slot, ...]
+    compressed: int
+    total: int
+
+    @property
+    def dense(self) -> int:
+        """Coordinates sent whole in every step."""
+        return self.total - self.compressed
+
+    @classmethod
+    def of(cls, named_parameters: Iterable[tuple[str, Tensor]], is_dense: DensePredicate) -> Layout:
+        """Lay out the given parameters.
+
+        Raises:
+            ConfigurationError: for an empty list, a duplicate name, or a dtype that is complex
+                or integer.
+        """
+        named = sorted(named_parameters, key=lambda item: item[0])
+        _check(named)
+        dense_flags = {name: is_dense(name, parameter) for name, parameter in named}
+        slots: list[Slot] = []
+        compressed = offset = 0
+        for part in (False, True):
+            for name, parameter in named:
+                if dense_flags[name] is part:
+                    slots.append(Slot(name, tuple(parameter.shape), offset, parameter.numel()))
+                    offset += parameter.numel()
+            compressed = compressed if part else offset
+        return cls(tuple(slots), compressed, offset)
+
+    def index(self) -> dict[str, int]:
+        """The position of each name in ``slots``."""
+        return {slot.name: position for position, slot in enumerate(self.slots)}
+
+
+def _check(named: Sequence[tuple[str, Tensor]]) -> None:
+    if not named:
+        raise ConfigurationError("named_parameters is empty: there is nothing to train or to compress")
+    for (name, _), (following, _) in zip(named, named[1:], strict=False):
+        if name == following:
+            raise ConfigurationError(
+                f"parameter name {name!r} occurs more than once in named_parameters; "
+                "prefix the names of each model so that they differ"
+            )
+    for name, parameter in named:
+        if parameter.dtype not in _FLOATING:
+            raise ConfigurationError(
+                f"parameter {name!r} has dtype {parameter.dtype}; only real floating point can be compressed: "
+                "train it with an optimizer of its own"
+            )
+    devices = {parameter.device for _, parameter in named}
+    if len(devices) > 1:
+        raise ConfigurationError(
+            f"parameters live on several devices ({', '.join(sorted(map(str, devices)))}); "
+            "use one DistributedOptimizer for each device"
+        )

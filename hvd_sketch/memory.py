@@ -1,0 +1,99 @@
+"""What was not sent yet: error feedback, with momentum correction when asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.sketch import CountSketch
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """Momentum accumulated on each rank before the selection (momentum correction of DGC).
+
+    Use it with an inner optimizer that has no momentum of its own. ``masking`` clears the
+    momentum of a coordinate when it is sent (momentum factor masking); without it, sending
+    everything (k = d) equals ordinary momentum SGD.
+    """
+
+    factor: float
+    nesterov: bool = False
+    masking: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.factor < 1.0:
+            raise ConfigurationError(f"momentum factor must be between 0 and 1, got {self.factor}")
+
+
+class Memory:
+    """Residual v and momentum u of one rank, float32, over the whole vector.
+
+    With gradient g, clip factor c and momentum factor m (``m = 0``: plain error feedback)::
+
+        u <- m u + c g                    v <- v + u          (heavy ball)
+        u <- m (u + c g)                  v <- v + u + c g    (Nesterov)
+
+    then v loses what was sent: ``sent + residual = computed``, to the last bit. Sent
+    coordinates of the compressed part lose their u as well when masking is on; dense
+    coordinates are sent in every step and keep it.
+    Sources: Lin et al., "Deep Gradient Compression" (ICLR 2018); Ivkin et al., arXiv 1903.04488.
+    """
+
+    def __init__(self, total: int, device: torch.device, momentum: Momentum | None = None) -> None:
+        self._momentum = momentum
+        self._factor = momentum.factor if momentum else 0.0
+        self.gain = 1.0 + self._factor if momentum and momentum.nesterov else 1.0
+        self.residual = torch.zeros(total, device=device)
+        self.velocity = torch.zeros(total, device=device) if momentum else None
+
+    def sketch_carried(self, sketch: CountSketch, start: int, stop: int) -> None:
+        """Add what is carried into this step, ``v + m u``, to a sketch."""
+        sketch.add(self.residual[start:stop], start)
+        if self.velocity is not None:
+            sketch.add(self.velocity[start:stop], start, self._factor)
+
+    def computed(self, gradient: Tensor, clip: float, where: Tensor | slice) -> Tensor:
+        """The new v at ``where``, without changing the memory: what could be sent now."""
+        result = self.residual[where] + gradient[where] * (self.gain * clip)
+        if self.velocity is not None:
+            result += self.velocity[where] * self._factor
+        return result
+
+    def absorb(self, gradient: Tensor, clip: float) -> None:
+        """Take the gradient in: the step's new u and v, nothing sent yet."""
+        self.residual.add_(gradient, alpha=self.gain * clip)
+        if self.velocity is None:
+            return
+        self.residual.add_(self.velocity, alpha=self._factor)
+        nesterov = self._momentum is not None and self._momentum.nesterov
+        self.velocity.mul_(self._factor).add_(gradient, alpha=clip * (self._factor if nesterov else 1.0))
+
+    def keep(self, where: Tensor | slice, left: Tensor | float, *, mask: bool) -> None:
+        """Leave ``left`` behind of what was sent; ``mask`` marks coordinates open to masking."""
+        self.residual[where] = left
+        if mask and self._momentum is not None and self._momentum.masking and self.velocity is not None:
+            self.velocity[where] = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of the tensors of this rank."""
+        state = {"residual": self.residual.clone()}
+        if self.velocity is not None:
+            state["velocity"] = self.velocity.clone()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned on this rank."""
+        self.residual.copy_(state["residual"])
+        if self.velocity is not None:
+            self.velocity.copy_(state["velocity"])
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.residual.zero_()
+        if self.velocity is not None:
+            self.velocity.zero_()

@@ -1,0 +1,46 @@
+"""What a run cost and how well it chose: bytes, ratio, seconds, captured energy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Stats:
+    """Counters of one rank since the start of training.
+
+    Attributes:
+        steps: exchanges done.
+        skipped: of these, the steps that a non-finite gradient on some rank made void.
+        bytes_sent: bytes this rank sent, by the ring formulas of `hvd_sketch.comm.Communicator`.
+        dense_bytes: bytes plain float32 allreduce would have sent.
+        captured_energy: share of the squared norm of the summed memory that the last step sent,
+            0 to 1, by the sketch's own estimate of the norm; NaN when not known.
+        clip: factor the last gradient was multiplied by, 1 when it was within the norm.
+        seconds: wall time by phase.
+    """
+
+    steps: int = 0
+    skipped: int = 0
+    bytes_sent: int = 0
+    dense_bytes: int = 0
+    captured_energy: float = float("nan")
+    clip: float = 1.0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        """Dense bytes over bytes sent, over the whole run; NaN before anything was sent."""
+        return self.dense_bytes / self.bytes_sent if self.bytes_sent else float("nan")
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to ``seconds[name]``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

@@ -1,0 +1,190 @@
+"""The full exchange behind the two calls that *stock* Horovod makes for each gradient.
+
+Horovod calls ``compress(gradient)`` for every parameter as its gradient gets ready, and
+``decompress(reduced, ctx)`` for every parameter afterwards, each rank in an order of its own,
+and tells neither the parameter nor the step. A collective inside ``decompress`` would wait for
+a rank that waits for another one. So ``compress`` only notes the gradient and hands Horovod a
+token of one element; every ``compress`` of a step precedes every ``decompress`` on every rank,
+so the first ``decompress`` runs the whole exchange, in the order of names, and writes all
+updates into the gradients themselves; the others have nothing left to do.
+
+Which parameter a gradient belongs to is known by identity: what arrives is ``p.grad`` itself.
+The optimizer is the one that holds this compressor, found once among the live objects.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.exchange import Exchange
+from hvd_sketch.scope import unique_scope
+
+if TYPE_CHECKING:
+    from hvd_sketch.compression import Sparsifier
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A gradient on its way: handed to Horovod as context, given back by ``decompress``."""
+
+    gradient: Tensor
+    done: bool = False
+
+
+class _Client:
+    """One stock optimizer and its exchange."""
+
+    def __init__(self, compressor: Sparsifier, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = weakref.ref(optimizer)
+        names: dict[Tensor, str] = optimizer._parameter_names  # type: ignore[attr-defined]
+        _check(compressor, optimizer)
+        self.parameters = {name: parameter for parameter, name in names.items() if parameter.requires_grad}
+        layout = compressor.layout(self.parameters.items())
+        self.positions = layout.index()
+        self.exchange = _make_exchange(compressor, optimizer, layout)
+
+    def gradients(self) -> Iterator[tuple[int, int]]:
+        """(identity of the gradient, position in the layout) of every parameter that has one."""
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                yield id(parameter.grad), self.positions[name]
+
+
+class _Desk:
+    """The open tickets of one compressor, and the optimizers that use it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.clients: list[_Client] = []
+        self.tickets: list[Ticket] = []
+
+    def note(self, compressor: Sparsifier, gradient: Tensor) -> Ticket:
+        with self.lock:
+            if not self.clients:
+                self.find_clients(compressor)
+            ticket = Ticket(gradient)
+            self.tickets.append(ticket)
+            return ticket
+
+    def find_clients(self, compressor: Sparsifier) -> None:
+        known = {id(client.optimizer()) for client in self.clients}
+        for candidate in gc.get_objects():
+            if (
+                issubclass(type(candidate), torch.optim.Optimizer)
+                and vars(candidate).get("_compression") is compressor
+                and id(candidate) not in known
+            ):
+                self.clients.append(_Client(compressor, candidate))
+        if not self.clients:
+            raise ConfigurationError(
+                "a sparsifying compressor works only inside horovod.torch.DistributedOptimizer, where it can tell "
+                "which parameter a gradient belongs to; give hvd.allreduce Compression.none or fp16"
+            )
+
+    def settle(self, compressor: Sparsifier, ticket: Ticket) -> None:
+        """Run the exchange of the optimizer this ticket belongs to, for all its open tickets."""
+        with self.lock:
+            client = self._owner(ticket)
+            if client is None:
+                self.find_clients(compressor)
+                client = self._owner(ticket)
+            if client is None:
+                raise ConfigurationError(
+                    "a tensor that is no parameter's gradient was given to a sparsifying compressor; give hvd.allreduce "
+                    "and hvd.reducescatter Compression.none or fp16"
+                )
+            where = dict(client.gradients())
+            mine = [open_ticket for open_ticket in self.tickets if id(open_ticket.gradient) in where]
+            self.tickets = [open_ticket for open_ticket in self.tickets if id(open_ticket.gradient) not in where]
+        for open_ticket in mine:
+            client.exchange.submit(where[id(open_ticket.gradient)], open_ticket.gradient)
+        client.exchange.run()
+        updates = [client.exchange.update_of(where[id(open_ticket.gradient)]) for open_ticket in mine]
+        torch._foreach_copy_([open_ticket.gradient for open_ticket in mine], updates)
+        for open_ticket in mine:
+            open_ticket.done = True
+
+    def _owner(self, ticket: Ticket) -> _Client | None:
+        for client in self.clients:
+            if any(identity == id(ticket.gradient) for identity, _ in client.gradients()):
+                return client
+        return None
+
+
+_desks: weakref.WeakKeyDictionary[Sparsifier, _Desk] = weakref.WeakKeyDictionary()
+
+
+def compress(compressor: Sparsifier, tensor: Tensor) -> tuple[Tensor, Ticket]:
+    """Note a gradient; return a one-element token for Horovod to reduce, and the ticket.
+
+    Raises:
+        ConfigurationError: outside a DistributedOptimizer, or with settings that cannot work.
+    """
+    if isinstance(tensor, torch.nn.Parameter):
+        raise ConfigurationError("op=Adasum cannot be combined with a sparsifying compressor; use op=Average")
+    ticket = _desks.setdefault(compressor, _Desk()).note(compressor, tensor)
+    return torch.zeros(1, device=tensor.device), ticket
+
+
+def decompress(compressor: Sparsifier, tensor: Tensor, ticket: Ticket | None) -> Tensor:
+    """Return the gradient that `compress` was given, by now holding the update of all ranks.
+
+    A sparse gradient, which Horovod sums by itself and never compresses, comes without a
+    ticket and is returned as it is.
+    """
+    if ticket is None:
+        return tensor
+    if not ticket.done:
+        _desks[compressor].settle(compressor, ticket)
+    return ticket.gradient
+
+
+def exchange_of(compressor: Sparsifier) -> Exchange:
+    """The exchange behind a compressor in stock Horovod, for its `stats`, `flush` and state.
+
+    Raises:
+        ConfigurationError: before the first step, or when several optimizers share the compressor.
+    """
+    desk = _desks.get(compressor)
+    if desk is None or len(desk.clients) != 1:
+        raise ConfigurationError(
+            "the exchange exists from the first step on, and only for a compressor that one optimizer uses"
+        )
+    return desk.clients[0].exchange
+
+
+def _make_exchange(compressor: Sparsifier, optimizer: Any, layout: Any) -> Exchange:
+    import horovod.torch as hvd
+
+    from hvd_sketch.comm.horovod import HorovodCommunicator
+
+    return compressor.exchange(
+        layout,
+        HorovodCommunicator(optimizer.process_set),
+        unique_scope(layout),
+        average=optimizer.op == hvd.Average,
+        device=next(iter(optimizer._parameter_names)).device,
+    )
+
+
+def _check(compressor: Sparsifier, optimizer: Any) -> None:
+    import horovod.torch as hvd
+
+    from hvd_sketch.compatibility import check_momentum
+
+    if optimizer.op not in (hvd.Average, hvd.Sum):
+        raise ConfigurationError(f"op={optimizer.op} cannot be sketched: only Average and Sum are linear")
+    if optimizer.sparse_as_dense:
+        raise ConfigurationError(
+            "sparse_as_dense=True hides which parameter a gradient belongs to; use hvd_sketch.DistributedOptimizer"
+        )
+    check_momentum(compressor.momentum, optimizer)
