@@ -78,13 +78,15 @@ class Sparsifier(ABC):
 
     def __post_init__(self) -> None:
         if not self.ratio > 1.0:
-            raise ConfigurationError(f"ratio must be above 1, got {self.ratio}; for no compression use Compression.none")
+            raise ConfigurationError(
+                f"ratio must be above 1, got {self.ratio}; for no compression use Compression.none"
+            )
         if self.clip_norm is not None and not self.clip_norm > 0.0:
             raise ConfigurationError(f"clip_norm must be above 0 or None, got {self.clip_norm}")
         if self.warmup_steps < 0:
             raise ConfigurationError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
-        if isinstance(self.exclude, str):
-            raise ConfigurationError(f"exclude must be a tuple of patterns, got the string {self.exclude!r}")
+        if not isinstance(self.exclude, tuple):
+            raise ConfigurationError(f"exclude must be a tuple of patterns, got {self.exclude!r}")
 
     def layout(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Layout:
         """Which coordinates of these parameters are compressed and which are sent whole.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ class Layout:
 def _check(named: Sequence[tuple[str, Tensor]]) -> None:
     if not named:
         raise ConfigurationError("named_parameters is empty: there is nothing to train or to compress")
-    for (name, _), (following, _) in zip(named, named[1:], strict=False):
+    for (name, _), (following, _) in pairwise(named):
         if name == following:
             raise ConfigurationError(
                 f"parameter name {name!r} occurs more than once in named_parameters; "

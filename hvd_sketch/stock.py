@@ -99,8 +99,8 @@ class _Desk:
                 client = self._owner(ticket)
             if client is None:
                 raise ConfigurationError(
-                    "a tensor that is no parameter's gradient was given to a sparsifying compressor; give hvd.allreduce "
-                    "and hvd.reducescatter Compression.none or fp16"
+                    "a tensor that is no parameter's gradient was given to a sparsifying compressor; "
+                    "give hvd.allreduce and hvd.reducescatter Compression.none or fp16"
                 )
             where = dict(client.gradients())
             mine = [open_ticket for open_ticket in self.tickets if id(open_ticket.gradient) in where]

@@ -31,6 +31,11 @@ class Communicator(ABC):
     def size(self) -> int:
         """Number of processes; may change between steps under elastic training."""
 
+    @property
+    def included(self) -> bool:
+        """Whether this process takes part at all; outside a process set it does not."""
+        return True
+
     def allreduce(self, tensor: Tensor, name: str) -> None:
         """Replace ``tensor`` (contiguous) by its sum over the ranks, bit-identical on all of them."""
         self.bytes_sent += self.allreduce_bytes(tensor.nbytes)
@@ -57,9 +62,7 @@ class Communicator(ABC):
         padded = torch.zeros(int(lengths.max()), dtype=torch.int32)
         padded[: payload.numel()] = payload
         rows = self.allgather(padded, f"{name}.payload").to(torch.uint8)
-        return [
-            pickle.loads(row[: int(length)].numpy().tobytes()) for row, length in zip(rows, lengths, strict=True)
-        ]
+        return [pickle.loads(row[: int(length)].numpy().tobytes()) for row, length in zip(rows, lengths, strict=True)]
 
     @abstractmethod
     def _allreduce(self, tensor: Tensor, name: str) -> None: ...

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from mpi4py import MPI
+from mpi4py.typing import Buffer
 from torch import Tensor
 
 from hvd_sketch.comm.base import Communicator
 
 
-def _add_halves(incoming: MPI.buffer, accumulated: MPI.buffer, _datatype: MPI.Datatype) -> None:
+def _add_halves(incoming: Buffer, accumulated: Buffer, _datatype: MPI.Datatype) -> None:
     total = torch.frombuffer(accumulated, dtype=torch.float16)
     total.add_(torch.frombuffer(incoming, dtype=torch.float16))
 

@@ -64,13 +64,22 @@ class Exchange(ABC):
         self._problem: str | None = None
         self._everything: Tensor | None = None
 
-    def submit(self, position: int, gradient: Tensor, factor: float = 1.0) -> None:
-        """Hand in ``factor * gradient`` (dense, of the slot's shape) of slot ``position``."""
+    def submit(
+        self,
+        position: int,
+        gradient: Tensor,
+        factor: float = 1.0,
+        parameter: Tensor | None = None,
+        weight_decay: float = 0.0,
+    ) -> None:
+        """Hand in ``factor * gradient + weight_decay * parameter`` (dense) of slot ``position``."""
         slot = self.layout.slots[position]
         staged = self.gradient[slot.offset : slot.stop]
         staged.view(slot.shape).copy_(gradient)
         if factor != 1.0:
             staged.mul_(factor)
+        if parameter is not None:
+            staged.view(slot.shape).add_(parameter.detach(), alpha=weight_decay)
         self._submitted[position] = True
         self._on_submit(slot.offset, slot.stop)
 
@@ -160,6 +169,7 @@ class Exchange(ABC):
 
     def _on_submit(self, start: int, stop: int) -> None:
         """Called when the gradient of coordinates start … stop has arrived."""
+        return
 
     def _extra_state(self) -> dict[str, Any]:
         return {}
@@ -167,9 +177,7 @@ class Exchange(ABC):
     def _send_everything(self, clip: float, finite: bool, dtype: torch.dtype = torch.float32) -> bool:
         """The whole computed vector in one allreduce of ``total + 2`` values."""
         if self._everything is None:
-            self._everything = torch.empty(
-                wire.HEADER + self.layout.total, dtype=dtype, device=self.gradient.device
-            )
+            self._everything = torch.empty(wire.HEADER + self.layout.total, dtype=dtype, device=self.gradient.device)
         message = self._everything
         message[wire.HEADER :].copy_(self.memory.computed(self.gradient, clip, slice(None)))
         if not self._sum(message, finite, "everything"):

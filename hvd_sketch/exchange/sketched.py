@@ -137,7 +137,8 @@ class SketchExchange(Exchange):
         """
         ranks, cells = self.comm.size, self._carried.table.view(-1)
         message = self._message if self._cell_scale else self._message.to(torch.float32)
-        table_lanes, dense_lanes = message[wire.HEADER :].split([cells.numel(), self.layout.dense])
+        table_lanes = message[wire.HEADER : wire.HEADER + cells.numel()]
+        dense_lanes = message[wire.HEADER + cells.numel() :]
         cell_scale, dense_scale = self._cell_scale or 1.0, self._dense_scale or 1.0
         wire.pack(table_lanes, cells, cell_scale, ranks)
         wire.pack(dense_lanes, dense_values.clone(), dense_scale, ranks)

@@ -1,0 +1,47 @@
+"""Training over slow networks with a fraction of the bytes: sketched gradients for Horovod and MPI.
+
+``import hvd_sketch as hvd`` offers everything of ``horovod.torch``, with `Compression` and
+`DistributedOptimizer` replaced by ours. Without Horovod the same names that a training script
+needs (``init``, ``rank``, ``size``, ``broadcast_parameters`` …) work over mpi4py or in one process.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from hvd_sketch.comm import Communicator, SingleProcess, has_horovod
+from hvd_sketch.compression import Compression
+from hvd_sketch.distributed import Average, DistributedOptimizer, Sum
+from hvd_sketch.errors import ConfigurationError, RankMismatchError
+from hvd_sketch.memory import Momentum
+from hvd_sketch.sketch import CountSketch
+from hvd_sketch.stats import Stats
+from hvd_sketch.stock import exchange_of
+
+__all__ = [
+    "Average",
+    "Communicator",
+    "Compression",
+    "ConfigurationError",
+    "CountSketch",
+    "DistributedOptimizer",
+    "Momentum",
+    "RankMismatchError",
+    "SingleProcess",
+    "Stats",
+    "Sum",
+    "exchange_of",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Names of ``horovod.torch`` that are not ours; Horovod is imported when one is first used."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    source = importlib.import_module("horovod.torch" if has_horovod() else "hvd_sketch.world")
+    try:
+        return getattr(source, name)
+    except AttributeError:
+        raise AttributeError(f"hvd_sketch has no attribute {name!r}, nor has {source.__name__}") from None

@@ -1,0 +1,187 @@
+"""The public `DistributedOptimizer`: checks its arguments and picks the road."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.comm import Communicator, as_communicator, default_communicator, has_horovod
+from hvd_sketch.compatibility import check_momentum, correction_of
+from hvd_sketch.compression import Compression, HalfPrecision, NoCompression, Sparsifier
+from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.exchange import DenseExchange, Exchange
+from hvd_sketch.layout import Layout
+from hvd_sketch.memory import Momentum
+from hvd_sketch.optimizer import distribute
+from hvd_sketch.scope import unique_scope
+
+Average, Sum = 0, 1  # Horovod's own numbers
+
+
+def DistributedOptimizer(  # noqa: N802 - Horovod's name
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+    compression: Any = Compression.none,
+    backward_passes_per_step: int = 1,
+    op: int = Average,
+    gradient_predivide_factor: float = 1.0,
+    num_groups: int = 0,
+    groups: int | list[list[Tensor]] | None = None,
+    sparse_as_dense: bool = False,
+    process_set: Any = None,
+    *,
+    comm: Any = None,
+    grad_scaler: torch.amp.GradScaler | None = None,
+    momentum_correction: bool = False,
+    momentum_masking: bool = True,
+) -> torch.optim.Optimizer:
+    """Wrap an optimizer so that its steps use the gradients of all ranks.
+
+    Signature and behaviour are those of ``horovod.torch.DistributedOptimizer``; the result is
+    an instance of a subclass of the optimizer's own class. With one process, and no ``comm``
+    given, it trains as if it were not there.
+
+    With ``Compression.none`` and ``fp16`` under Horovod this *is* Horovod's own optimizer. With
+    a sparsifying compressor gradients are sketched while backward runs, and `synchronize` does
+    both rounds of the exchange in one fixed order, whatever the order of hooks.
+
+    Args:
+        optimizer: the optimizer to wrap, before or after loading its state.
+        named_parameters: ``model.named_parameters()``; names fix the order and must be unique.
+        compression: a member of `Compression`.
+        backward_passes_per_step: local passes whose gradients are added up before an exchange.
+        op: ``Average`` or ``Sum``.
+        gradient_predivide_factor: accepted for ``Average``; it has no effect on a sparse exchange.
+        num_groups: deprecated name of ``groups``.
+        groups: Horovod's fusion groups; a sparse exchange is one fused message anyway.
+        sparse_as_dense: turn sparse gradients into dense ones instead of refusing them.
+        process_set: a Horovod process set; ranks outside it take local steps.
+        comm: an mpi4py communicator or a `hvd_sketch.comm.Communicator` to use in place of Horovod.
+        grad_scaler: the scaler in use, so that the memory holds unscaled gradients.
+        momentum_correction: accumulate the momentum of a wrapped SGD, with its weight decay, on
+            each rank before the selection instead of after it (see `Momentum`).
+        momentum_masking: with the above, clear the momentum of what was sent.
+
+    Raises:
+        ConfigurationError: when a setting cannot work, before any communication.
+    """
+    if backward_passes_per_step <= 0:
+        raise ConfigurationError(f"backward_passes_per_step must be at least 1, got {backward_passes_per_step}")
+    if num_groups != 0:
+        warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=2)
+    if gradient_predivide_factor != 1.0 and op != Average:
+        raise ConfigurationError("gradient_predivide_factor is supported with op=Average only")
+    plain = compression in (NoCompression, HalfPrecision)
+    if not plain and not isinstance(compression, Sparsifier) and comm is None and has_horovod():
+        plain = True  # Horovod's own compressors, or somebody else's
+    if plain and comm is None and has_horovod():
+        return _stock_optimizer(
+            optimizer,
+            named_parameters,
+            compression,
+            backward_passes_per_step,
+            op,
+            gradient_predivide_factor,
+            groups=groups or num_groups or None,
+            sparse_as_dense=sparse_as_dense,
+            process_set=process_set,
+        )
+    if not plain and not isinstance(compression, Sparsifier):
+        raise ConfigurationError(
+            f"compression={compression!r} is no member of hvd_sketch.Compression: use none, fp16, sketch() or topk()"
+        )
+    if op not in (Average, Sum):
+        raise ConfigurationError(f"op={op} cannot be combined with compression: only Average and Sum are linear")
+    correction = correction_of(optimizer, masking=momentum_masking) if momentum_correction else None
+    if correction is None and isinstance(compression, Sparsifier):
+        check_momentum(compression.momentum, optimizer)
+    named = _named(optimizer, named_parameters)
+    communicator = _Lazy(comm, process_set)
+
+    def make_exchange(parameters: dict[str, Tensor], momentum: Momentum | None) -> Exchange:
+        return _exchange(compression, parameters, communicator.get(), op == Average, momentum)
+
+    if isinstance(compression, Sparsifier):
+        compression.layout(item for item in named if item[1].requires_grad)
+    return distribute(
+        optimizer,
+        named,
+        make_exchange,
+        communicator.is_active,
+        backward_passes_per_step=backward_passes_per_step,
+        sparse_as_dense=sparse_as_dense,
+        grad_scaler=grad_scaler,
+        correction=correction,
+        attributes={"op": op, "process_set": process_set, "_compression": compression, "_groups": groups},
+    )
+
+
+class _Lazy:
+    """The communicator, made on first use: Horovod may be initialised after the optimizer is wrapped."""
+
+    def __init__(self, comm: Any, process_set: Any) -> None:
+        self._explicit = comm is not None
+        self._process_set = process_set
+        self._comm: Communicator | None = as_communicator(comm) if comm is not None else None
+
+    def get(self) -> Communicator:
+        if self._comm is None:
+            self._comm = default_communicator(self._process_set)
+        return self._comm
+
+    def is_active(self) -> bool:
+        """Whether there is anybody to exchange with, or the caller insists."""
+        comm = self.get()
+        return comm.included and (self._explicit or comm.size > 1 or os.environ.get("HOROVOD_ELASTIC") == "1")
+
+
+def _exchange(
+    compression: Any, parameters: dict[str, Tensor], comm: Communicator, average: bool, momentum: Momentum | None
+) -> Exchange:
+    device = next(iter(parameters.values())).device
+    if isinstance(compression, Sparsifier):
+        layout = compression.layout(parameters.items())
+        scope = unique_scope(layout)
+        return compression.exchange(layout, comm, scope, average=average, device=device, momentum=momentum)
+    layout = Layout.of(parameters.items(), lambda name, parameter: False)
+    dtype = torch.float16 if compression is HalfPrecision else torch.float32
+    return DenseExchange(layout, comm, unique_scope(layout), average=average, device=device, dtype=dtype)
+
+
+def _named(
+    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, Tensor]] | None
+) -> list[tuple[str, Tensor]]:
+    groups = optimizer.param_groups
+    if named_parameters is None:
+        return [
+            (f"allreduce.noname.{i}.{j}", p) for i, group in enumerate(groups) for j, p in enumerate(group["params"])
+        ]
+    named = list(named_parameters)
+    if any(not isinstance(item, tuple) for item in named):
+        raise ConfigurationError(
+            "named_parameters should be a sequence of tuples (name, parameter), usually produced by "
+            "model.named_parameters()"
+        )
+    held = {id(p): (i, j) for i, group in enumerate(groups) for j, p in enumerate(group["params"])}
+    unnamed = [place for identity, place in held.items() if identity not in {id(p) for _, p in named}]
+    if unnamed:
+        raise ConfigurationError(
+            f"named_parameters lacks {len(unnamed)} parameters of the optimizer, the first one at (group, index) "
+            f"{unnamed[0]}; pass the named_parameters() of every model whose parameters it holds"
+        )
+    return [(name, parameter) for name, parameter in named if id(parameter) in held]
+
+
+def _stock_optimizer(optimizer: torch.optim.Optimizer, *args: Any, process_set: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    import horovod.torch as hvd
+
+    process_set = hvd.global_process_set if process_set is None else process_set
+    # the launcher of unmodified scripts may have put this function in place of Horovod's
+    stock = getattr(hvd.DistributedOptimizer, "stock", hvd.DistributedOptimizer)
+    distributed: torch.optim.Optimizer = stock(optimizer, *args, process_set=process_set, **kwargs)
+    return distributed
