@@ -107,7 +107,6 @@ class Sparsifier(ABC):
         self,
         layout: Layout,
         comm: Communicator,
-        scope: str,
         *,
         average: bool,
         device: torch.device,
@@ -182,7 +181,6 @@ class Sketch(Sparsifier):
         self,
         layout: Layout,
         comm: Communicator,
-        scope: str,
         *,
         average: bool,
         device: torch.device,
@@ -192,7 +190,6 @@ class Sketch(Sparsifier):
         return SketchExchange(
             layout,
             comm,
-            scope,
             repr(self),
             self._plan,
             average=average,
@@ -231,7 +228,6 @@ class TopK(Sparsifier):
         self,
         layout: Layout,
         comm: Communicator,
-        scope: str,
         *,
         average: bool,
         device: torch.device,
@@ -239,7 +235,7 @@ class TopK(Sparsifier):
     ) -> Exchange:
         """See `TopKExchange`."""
         return TopKExchange(
-            layout, comm, scope, repr(self), self._plan, average=average, device=device, **self._shared(momentum)
+            layout, comm, repr(self), self._plan, average=average, device=device, **self._shared(momentum)
         )
 
     def _plan(self, layout: Layout, step: int, ranks: int) -> int | None:

@@ -18,7 +18,6 @@ from hvd_sketch.exchange import DenseExchange, Exchange
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
 from hvd_sketch.optimizer import distribute
-from hvd_sketch.scope import unique_scope
 
 Average, Sum = 0, 1  # Horovod's own numbers
 
@@ -146,11 +145,10 @@ def _exchange(
     device = next(iter(parameters.values())).device
     if isinstance(compression, Sparsifier):
         layout = compression.layout(parameters.items())
-        scope = unique_scope(layout)
-        return compression.exchange(layout, comm, scope, average=average, device=device, momentum=momentum)
+        return compression.exchange(layout, comm, average=average, device=device, momentum=momentum)
     layout = Layout.of(parameters.items(), lambda name, parameter: False)
     dtype = torch.float16 if compression is HalfPrecision else torch.float32
-    return DenseExchange(layout, comm, unique_scope(layout), average=average, device=device, dtype=dtype)
+    return DenseExchange(layout, comm, average=average, device=device, dtype=dtype)
 
 
 def _named(
@@ -177,7 +175,9 @@ def _named(
     return [(name, parameter) for name, parameter in named if id(parameter) in held]
 
 
-def _stock_optimizer(optimizer: torch.optim.Optimizer, *args: Any, process_set: Any, **kwargs: Any) -> torch.optim.Optimizer:
+def _stock_optimizer(
+    optimizer: torch.optim.Optimizer, *args: Any, process_set: Any, **kwargs: Any
+) -> torch.optim.Optimizer:
     import horovod.torch as hvd
 
     process_set = hvd.global_process_set if process_set is None else process_set

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 
-from hvd_sketch.layout import Layout
-
-_made: Counter[int] = Counter()
+_given: Counter[str] = Counter()
 
 
-def unique_scope(layout: Layout) -> str:
-    """A prefix for one exchange's collectives, from its parameter names and a count.
+def next_scope(group: str) -> str:
+    """The prefix of one exchange's names, among the exchanges of one group of ranks.
 
-    Two models with equal parameter names get different scopes, as long as every rank makes
-    their optimizers in the same order.
+    Asked for when an exchange runs for the first time: runs come in the program's order, which all
+    ranks share, while hooks fire in any order. Nothing of the parameters is in the name, or ranks
+    that differ in them would wait for each other instead of being told.
     """
-    key = zlib.crc32(" ".join(slot.name for slot in layout.slots).encode())
-    _made[key] += 1
-    return f"hvd_sketch.{key:08x}.{_made[key]}"
+    _given[group] += 1
+    return f"hvd_sketch.{group}.{_given[group]}"

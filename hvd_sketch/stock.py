@@ -26,7 +26,6 @@ from torch import Tensor
 
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
-from hvd_sketch.scope import unique_scope
 
 if TYPE_CHECKING:
     from hvd_sketch.compression import Sparsifier
@@ -170,7 +169,6 @@ def _make_exchange(compressor: Sparsifier, optimizer: Any, layout: Any) -> Excha
     return compressor.exchange(
         layout,
         HorovodCommunicator(optimizer.process_set),
-        unique_scope(layout),
         average=optimizer.op == hvd.Average,
         device=next(iter(optimizer._parameter_names)).device,
     )

@@ -32,6 +32,11 @@ class Communicator(ABC):
         """Number of processes; may change between steps under elastic training."""
 
     @property
+    def group(self) -> str:
+        """A name for the ranks that take part, to tell process sets apart."""
+        return "all"
+
+    @property
     def included(self) -> bool:
         """Whether this process takes part at all; outside a process set it does not."""
         return True

@@ -33,6 +33,11 @@ class HorovodCommunicator(Communicator):
         return int(self.process_set.size())
 
     @property
+    def group(self) -> str:
+        """The number of the process set."""
+        return str(self.process_set.process_set_id)
+
+    @property
     def included(self) -> bool:
         """Whether this process belongs to the process set."""
         return bool(self.process_set.included())

@@ -15,6 +15,7 @@ from hvd_sketch.comm.base import Communicator
 from hvd_sketch.errors import ConfigurationError, RankMismatchError
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Memory, Momentum
+from hvd_sketch.scope import next_scope
 from hvd_sketch.stats import Stats
 
 
@@ -31,7 +32,6 @@ class Exchange(ABC):
     Args:
         layout: which coordinates belong to which parameter.
         comm: the ranks to exchange with; its size may change between steps.
-        scope: prefix of the collectives' names, unique among exchanges in flight.
         settings: text that must be equal on all ranks, checked in the first step.
         average: mean over ranks, or sum.
         clip_norm: multiply a gradient of larger local norm down to it, before the memory.
@@ -43,7 +43,6 @@ class Exchange(ABC):
         self,
         layout: Layout,
         comm: Communicator,
-        scope: str,
         settings: str,
         *,
         average: bool,
@@ -57,7 +56,8 @@ class Exchange(ABC):
         self.gradient = torch.zeros(layout.total, device=device)
         self.update = torch.zeros(layout.total, device=device)
         self.memory = Memory(layout.total, device, momentum)
-        self._scope, self._settings, self._clip_norm = scope, settings, clip_norm
+        self._settings, self._clip_norm = settings, clip_norm
+        self._scope: str | None = None
         self._submitted = [False] * len(layout.slots)
         self._agreed_size = 0
         self._flush_next = False
@@ -193,13 +193,19 @@ class Exchange(ABC):
         """Allreduce the step's first message under its header; False if some rank is not finite."""
         wire.write_header(message, finite, self._problem is not None)
         with self.stats.phase("exchange"):
-            self.comm.allreduce(message, f"{self._scope}.{name}")
+            self.comm.allreduce(message, self._name(name))
         if wire.has_problem(message):
-            problems = self.comm.allgather_object(self._problem, f"{self._scope}.problems")
+            problems = self.comm.allgather_object(self._problem, self._name("problems"))
             self._problem = None
             lines = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
             raise ConfigurationError("hvd_sketch: the step was not taken. " + "\n".join(lines))
         return wire.is_finite(message)
+
+    def _name(self, what: str) -> str:
+        """The name of one of this exchange's collectives, from the first run on."""
+        if self._scope is None:
+            self._scope = next_scope(self.comm.group)
+        return f"{self._scope}.{what}"
 
     def _mean_divisor(self) -> float:
         return float(self.comm.size) if self.average else 1.0
@@ -225,9 +231,9 @@ class Exchange(ABC):
         lanes = torch.zeros(1 + wire.DIGEST_BITS)
         lanes[0] = 1.0
         wire.write_digest(lanes[1:], torch.frombuffer(bytearray(repr(mine).encode()), dtype=torch.uint8))
-        self.comm.allreduce(lanes, f"{self._scope}.agree")
+        self.comm.allreduce(lanes, self._name("agree"))
         if not wire.digests_agree(lanes[1:], lanes[0]):
-            raise RankMismatchError(_differences(self.comm.allgather_object(mine, f"{self._scope}.differences")))
+            raise RankMismatchError(_differences(self.comm.allgather_object(mine, self._name("differences"))))
         self._agreed_size = self.comm.size
 
 

@@ -20,7 +20,6 @@ class DenseExchange(Exchange):
         self,
         layout: Layout,
         comm: Communicator,
-        scope: str,
         *,
         average: bool,
         device: torch.device,
@@ -29,7 +28,6 @@ class DenseExchange(Exchange):
         super().__init__(
             layout,
             comm,
-            scope,
             f"dense {dtype}",
             average=average,
             clip_norm=None,

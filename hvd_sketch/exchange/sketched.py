@@ -46,7 +46,6 @@ class SketchExchange(Exchange):
         self,
         layout: Layout,
         comm: Communicator,
-        scope: str,
         settings: str,
         planner: Planner,
         *,
@@ -60,7 +59,6 @@ class SketchExchange(Exchange):
         super().__init__(
             layout,
             comm,
-            scope,
             settings,
             average=average,
             clip_norm=clip_norm,
@@ -162,7 +160,7 @@ class SketchExchange(Exchange):
             wire.write_digest(digest, candidates)
             wire.pack(lanes, computed.clone(), scale, ranks)
             left = computed - wire.unpack(lanes, scale, torch.empty_like(computed))
-            self.comm.allreduce(message, f"{self._scope}.values")
+            self.comm.allreduce(message, self._name("values"))
         if not wire.digests_agree(digest, message[1]):
             raise RankMismatchError(
                 f"hvd_sketch: in step {self.step} the ranks selected different coordinates from the same sum, seen "

@@ -34,7 +34,6 @@ class TopKExchange(Exchange):
         self,
         layout: Layout,
         comm: Communicator,
-        scope: str,
         settings: str,
         planner: TopKPlanner,
         *,
@@ -44,7 +43,7 @@ class TopKExchange(Exchange):
         device: torch.device,
     ) -> None:
         super().__init__(
-            layout, comm, scope, settings, average=average, clip_norm=clip_norm, momentum=momentum, device=device
+            layout, comm, settings, average=average, clip_norm=clip_norm, momentum=momentum, device=device
         )
         if layout.compressed >= 2**31:
             raise ConfigurationError(
@@ -69,7 +68,7 @@ class TopKExchange(Exchange):
             chosen = residual.abs().topk(k, sorted=False).indices
             pairs = torch.cat([chosen.to(torch.int32), residual[chosen].view(torch.int32)])
         with self.stats.phase("exchange"):
-            gathered = self.comm.allgather(pairs, f"{self._scope}.pairs")
+            gathered = self.comm.allgather(pairs, self._name("pairs"))
         with self.stats.phase("memory"):
             self.memory.keep(dense, 0.0, mask=False)
             self.memory.keep(chosen, 0.0, mask=True)
