@@ -1,0 +1,32 @@
+# `make` lists the targets. Each of them creates the environment in .venv when it is missing.
+SHELL := /bin/bash
+DEMO ?= python examples/demo.py
+PYTEST ?= python -m pytest
+
+# Open MPI wants this said when root trains; nobody else is affected.
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+
+.PHONY: help env demo test check clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env: ## create the environment in .venv, or bring it up to date
+	@environment/create
+
+demo test check: export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+demo: env ## train a small transformer on 2 processes, dense and sketched, and compare
+	$(DEMO)
+
+test: env ## run all tests, on real ranks
+	$(PYTEST)
+
+check: env ## lint and type-check
+	ruff check
+	mypy
+
+clean: ## remove what was built, except for the environment
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis hvd_sketch/sketch/_kernel.so
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,80 @@
+"""Build and metadata: the package, and its native kernel as a plain shared library that ctypes loads."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path("hvd_sketch", "sketch")
+KERNEL = Extension(
+    "hvd_sketch.sketch._kernel",
+    [str(SOURCES / "kernel.cpp")],
+    depends=[str(header) for header in sorted(SOURCES.glob("kernel/*.hpp"))],
+)
+FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-fPIC", "-shared", "-Wno-psabi")
+
+EXTRAS = {
+    "horovod": ["horovod==0.28.1"],  # the collectives; builds as environment/create shows
+    "mpi": ["mpi4py>=4,<5"],  # the collectives where Horovod is not installed
+    "swarm": ["networkx>=3,<4"],  # graphs of peers
+    "examples": [
+        "tqdm>=4.66,<5",  # progress bar
+        "matplotlib>=3.8,<4",  # --plot
+        "scikit-learn>=1.4,<2",  # the digits
+        "rich>=13,<16",  # the final table
+    ],
+    "dev": [
+        "pytest>=8,<10",  # runs the tests
+        "pytest-timeout>=2.3,<3",  # a hang is a failure
+        "hypothesis>=6.100,<7",  # invariants on generated input
+        "psutil>=5.9,<8",  # ends all descendants of a launcher that hangs
+        "ruff>=0.17,<0.18",  # lint; its rules change between minor versions
+        "mypy>=2.4,<2.5",  # types; likewise
+        "pre-commit>=4,<5",  # both before each commit, for those who want it
+    ],
+}
+
+
+class BuildKernelFirst(build):
+    """The kernel before the Python files: a missing compiler is then told at once, not below a page of file names."""
+
+    sub_commands = sorted(build.sub_commands, key=lambda command: command[0] != "build_ext")
+
+
+class BuildKernel(build_ext):
+    """Compile the kernel with one command, the same everywhere: it is linked against neither Python nor PyTorch."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        compiler = os.environ.get("CXX") or "g++"
+        if shutil.which(compiler) is None:
+            raise SystemExit(
+                f"hvd_sketch: no C++ compiler: {compiler!r} is not on the PATH; install one (Debian or Ubuntu: "
+                "apt-get install g++) or name yours in CXX"
+            )
+        library = self.get_ext_fullpath(ext.name)
+        Path(library).parent.mkdir(parents=True, exist_ok=True)
+        if subprocess.run([compiler, *FLAGS, *ext.sources, "-o", library], check=False).returncode:
+            raise SystemExit(f"hvd_sketch: {compiler} could not compile {ext.sources[0]}; its messages are above")
+
+
+setup(
+    name="hvd_sketch",
+    version="0.1.0",
+    description="Training over slow networks: compressed gradients with error feedback for Horovod and MPI",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["hvd_sketch", "hvd_sketch.*"]),
+    package_data={"hvd_sketch": ["py.typed"]},
+    ext_modules=[KERNEL],
+    cmdclass={"build": BuildKernelFirst, "build_ext": BuildKernel},
+    install_requires=["torch>=2.2", "numpy>=1.26,<3"],
+    extras_require=EXTRAS,
+    zip_safe=False,
+)
