@@ -1,0 +1,76 @@
+"""``python -m benchmarks.cluster``: a cluster for a command, or the whole benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks.cluster.cluster import Cluster, take_down
+from benchmarks.cluster.launchers import LAUNCHERS
+from benchmarks.cluster.network import ClusterError
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Do what the command line asks for; returns the exit status."""
+    options = _parser().parse_args(arguments or ["bench"])
+    try:
+        status: int = options.action(options)
+    except ClusterError as error:
+        print(f"cluster: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def _up(options: argparse.Namespace) -> int:
+    cluster = Cluster(options.hosts, options.mbit, options.name)
+    try:
+        cluster.up()
+    except BaseException:
+        cluster.down()
+        raise
+    print(f"{options.hosts} hosts at {options.mbit:g} Mbit/s are up: {' '.join(cluster.hosts)}")
+    return 0
+
+
+def _down(options: argparse.Namespace) -> int:
+    take_down(options.name)
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    running = Cluster.running(options.name)
+    if running is not None:
+        return running.run([*LAUNCHERS[options.launcher](running.hosts), *options.command], timeout=options.timeout)
+    with Cluster(options.hosts, options.mbit, options.name) as cluster:
+        return cluster.run([*LAUNCHERS[options.launcher](cluster.hosts), *options.command], timeout=options.timeout)
+
+
+def _action(actions: Any, name: str, function: Callable[[argparse.Namespace], int], text: str) -> Any:
+    action = actions.add_parser(name, help=text, description=text)
+    action.set_defaults(action=function)
+    return action
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cluster", description=__doc__)
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    up = _action(actions, "up", _up, "bring a cluster up and leave it up")
+    run = _action(actions, "run", _run, "run a command on the cluster that is up, or on one made for it")
+    down = _action(actions, "down", _down, "take a cluster down, also what a killed process left of it")
+    for action in (up, run):
+        action.add_argument("--hosts", type=int, default=4, help="number of hosts (default: 4)")
+        action.add_argument("--mbit", type=float, default=100.0, help="Mbit/s of each link (default: 100)")
+    for action in (up, run, down):
+        action.add_argument("--name", default="main", help="which cluster, where several are up (default: main)")
+    run.add_argument("--launcher", choices=tuple(LAUNCHERS), default="mpirun", help="(default: mpirun)")
+    run.add_argument("--timeout", type=float, help="seconds until everything is ended (default: never)")
+    run.add_argument("command", nargs="+", help="behind --: the command and its arguments")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
