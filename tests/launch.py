@@ -1,8 +1,8 @@
 """Run a function of a test file on real ranks: ``ranks(2, body, argument)``.
 
 The ranks are processes started by mpirun or horovodrun, as a user starts them. Each runs ``python -m tests.launch
-FOLDER``, calls the function with the pickled arguments, and leaves its return value or its traceback in the folder. A run
-that does not end in time is killed, and fails with the place where every rank stood.
+FOLDER``, calls the function with the pickled arguments, and leaves its return value or its traceback in the folder. A
+run that does not end in time is killed, and fails with the place where every rank stood.
 """
 
 import faulthandler
