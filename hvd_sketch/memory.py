@@ -48,8 +48,8 @@ class Memory:
         self._momentum = momentum
         self._factor = momentum.factor if momentum else 0.0
         self.gain = 1.0 + self._factor if momentum and momentum.nesterov else 1.0
-        self.residual = torch.zeros(total, device=device)
-        self.velocity = torch.zeros(total, device=device) if momentum else None
+        self.residual = torch.zeros(total, dtype=torch.float32, device=device)
+        self.velocity = torch.zeros_like(self.residual) if momentum else None
 
     def sketch_carried(self, sketch: CountSketch, start: int, stop: int) -> None:
         """Add what is carried into this step, ``v + m u``, to a sketch."""
@@ -87,7 +87,17 @@ class Memory:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned on this rank."""
+        """Restore what `state_dict` returned on this rank.
+
+        Raises:
+            ConfigurationError: when one of the two has a momentum and the other has none.
+        """
+        if ("velocity" in state) != (self.velocity is not None):
+            ours, theirs = ("with", "without") if self.velocity is not None else ("without", "with")
+            raise ConfigurationError(
+                f"the saved memory is one {theirs} momentum correction, this optimizer was made {ours} it; "
+                "use the setting it was saved with"
+            )
         self.residual.copy_(state["residual"])
         if self.velocity is not None:
             self.velocity.copy_(state["velocity"])

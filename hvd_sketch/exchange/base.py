@@ -53,8 +53,8 @@ class Exchange(ABC):
         self.layout, self.comm, self.average = layout, comm, average
         self.stats = Stats()
         self.step = 0
-        self.gradient = torch.zeros(layout.total, device=device)
-        self.update = torch.zeros(layout.total, device=device)
+        self.gradient = torch.zeros(layout.total, dtype=torch.float32, device=device)
+        self.update = torch.zeros_like(self.gradient)
         self.memory = Memory(layout.total, device, momentum)
         self._settings, self._clip_norm = settings, clip_norm
         self._scope: str | None = None
@@ -152,8 +152,8 @@ class Exchange(ABC):
                     f"rank {self.comm.rank}: the saved memory has {key}={state[key]!r}, here it is {value!r}; "
                     "load each rank's own file, or flush() one step before saving and load none"
                 )
-        self.step = state["step"]
         self.memory.load_state_dict(state["memory"])
+        self.step = state["step"]
         self._agreed_size = 0
 
     def reset(self) -> None:
@@ -228,7 +228,7 @@ class Exchange(ABC):
             "step": str(self.step),
             "parameters": " ".join(f"{slot.name}{list(slot.shape)}" for slot in self.layout.slots),
         }
-        lanes = torch.zeros(1 + wire.DIGEST_BITS)
+        lanes = torch.zeros(1 + wire.DIGEST_BITS, dtype=torch.float32)
         lanes[0] = 1.0
         wire.write_digest(lanes[1:], torch.frombuffer(bytearray(repr(mine).encode()), dtype=torch.uint8))
         self.comm.allreduce(lanes, self._name("agree"))

@@ -58,7 +58,7 @@ class TopKExchange(Exchange):
         k = self._planner(self.layout, self.step, self.comm.size)
         assert k is not None
         dense = slice(self.layout.compressed, self.layout.total)
-        message = torch.empty(wire.HEADER + self.layout.dense, device=self.gradient.device)
+        message = self.gradient.new_empty(wire.HEADER + self.layout.dense)
         message[wire.HEADER :] = self.memory.computed(self.gradient, clip, dense)
         if not self._sum(message, finite, "dense"):
             return False
