@@ -1,0 +1,136 @@
+"""Building and installing: what a wheel holds, and what is said where something is missing."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from hvd_sketch import _check
+from tests.launch import ROOT
+
+WHEEL = (
+    sys.executable,
+    "-m",
+    "pip",
+    "wheel",
+    "--no-deps",
+    "--no-build-isolation",
+    "--no-index",
+    "--wheel-dir",
+    "built",
+)
+NO_COMPILER = (
+    "hvd_sketch: no C++ compiler: 'g++' is not on the PATH; install one (Debian or Ubuntu: apt-get install g++)"
+)
+BASIC_TOOLS = ("bash", "cat", "dirname", "sed", "sha256sum")
+
+
+def run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in ("CXX", "PYTHONPATH")}
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env={**environment, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a build reads, with nothing built in it."""
+    copy = tmp_path_factory.mktemp("sources")
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("hvd_sketch", "environment"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def installed(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the unpacked wheel of these sources."""
+    built = run(*WHEEL, ".", cwd=sources)
+    assert built.returncode == 0, built.stdout
+    (wheel,) = (sources / "built").glob("*.whl")
+    folder = tmp_path_factory.mktemp("installed")
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder
+
+
+def test_a_wheel_holds_every_module_and_the_kernel(sources: Path, installed: Path) -> None:
+    modules = {str(file.relative_to(sources)) for file in (sources / "hvd_sketch").rglob("*.py")}
+    files = {str(file.relative_to(installed)) for file in (installed / "hvd_sketch").rglob("*") if file.is_file()}
+    assert files == modules | {"hvd_sketch/py.typed", "hvd_sketch/sketch/_kernel.so"}
+
+
+def test_a_wheel_works_from_another_directory(installed: Path, tmp_path: Path) -> None:
+    program = "import hvd_sketch; from hvd_sketch.sketch import native; print(hvd_sketch.__file__, native.available())"
+    told = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(installed))
+    assert told.stdout == f"{installed / 'hvd_sketch' / '__init__.py'} True\n"
+
+
+def test_a_missing_compiler_is_told_in_one_line(sources: Path, tmp_path: Path) -> None:
+    built = run(*WHEEL, ".", cwd=sources, PATH=str(tmp_path))
+    assert built.returncode != 0
+    assert [line.strip() for line in built.stdout.splitlines() if "compiler" in line] == [
+        f"{NO_COMPILER} or name yours in CXX"
+    ]
+    assert "Traceback" not in built.stdout
+
+
+def test_a_compiler_named_in_cxx_is_used(sources: Path) -> None:
+    built = run(sys.executable, "setup.py", "--quiet", "build_ext", cwd=sources, CXX="no-such-compiler")
+    assert built.returncode != 0
+    assert "'no-such-compiler' is not on the PATH" in built.stdout
+
+
+@pytest.mark.parametrize(
+    ("python", "missing", "packages"),
+    [
+        (sys.executable, "a C++20 compiler (g++), cmake, make", "g++ cmake make"),
+        (
+            "no-such-python",
+            "Python 3.11 or newer, a C++20 compiler (g++), cmake, make",
+            "python3 python3-venv python3-dev g++ cmake make",
+        ),
+    ],
+)
+def test_set_up_tells_all_that_is_missing_before_it_downloads(
+    sources: Path, tmp_path: Path, python: str, missing: str, packages: str
+) -> None:
+    for tool in BASIC_TOOLS:
+        (tmp_path / tool).symlink_to(str(shutil.which(tool)))
+    created = run(sources / "environment" / "create", cwd=tmp_path, PATH=str(tmp_path), PYTHON=python)
+    assert created.returncode == 1
+    assert created.stdout == f"environment: missing: {missing}; on Debian or Ubuntu: apt-get install {packages}\n"
+    assert not (sources / ".venv").exists()
+
+
+def test_the_report_names_every_part_with_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    lines = _check.report()
+    assert [line.split(": ")[0] for line in lines] == ["torch", "native kernel", "Horovod", "mpi4py", "mpirun"]
+    assert not [line for line in lines if "MISSING" in line]
+
+
+def test_the_report_says_how_to_get_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("horovod", "mpi4py"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('libmpi.so.40 is not there')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    lines = {line.split(": ")[0]: line for line in _check.report()}
+    for name, remedy in (("Horovod", "make env"), ("mpi4py", "pip install mpi4py"), ("mpirun", "openmpi-bin")):
+        assert f"{name}: MISSING (" in lines[name]
+        assert "still" in lines[name]
+        assert remedy in lines[name].split("to get it: ")[1]
+        assert "\n" not in lines[name]
+    assert "libmpi.so.40 is not there" in lines["Horovod"]
+    assert "MISSING" not in lines["torch"]
