@@ -66,7 +66,7 @@ class SketchExchange(Exchange):
             device=device,
         )
         self._planner, self._seed, self._dtype = planner, seed, dtype
-        self._cell_scale: float | None = None  # until a sum was seen, messages are float32
+        self._cell_scale: float | None = None  # until a sum other than zero was seen, messages are float32
         self._dense_scale: float | None = None
         self._plan: SketchPlan | None = None
         self._chosen: Tensor | None = None
@@ -100,8 +100,10 @@ class SketchExchange(Exchange):
             self.memory.sketch_carried(self._carried, start, stop)
 
     def run(self) -> None:
-        super().run()
-        self._prepare()
+        try:
+            super().run()
+        finally:
+            self._prepare()
 
     def _send_selected(self, clip: float, finite: bool) -> bool:
         plan, memory = self._plan, self.memory
@@ -171,10 +173,11 @@ class SketchExchange(Exchange):
         return wire.unpack(lanes, scale, torch.empty_like(computed)), left
 
     def _rescale(self, largest_cell: float, largest_dense: float) -> None:
-        """Scales of the next step's half-precision messages, from means that all ranks know."""
+        """Scales of the next step's half-precision messages, from means that all ranks know; none from zeros."""
         ranks = self.comm.size
-        self._cell_scale = wire.shared_scale(largest_cell, ranks, self._dtype)
-        self._dense_scale = wire.shared_scale(largest_dense, ranks, self._dtype)
+        known = largest_cell > 0.0 and (largest_dense > 0.0 or not self.layout.dense)
+        self._cell_scale = wire.shared_scale(largest_cell, ranks, self._dtype) if known else None
+        self._dense_scale = wire.shared_scale(largest_dense, ranks, self._dtype) if known else None
 
     def _write_update(self, chosen: Tensor, sums: Tensor) -> None:
         if self._chosen is None:
