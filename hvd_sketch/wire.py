@@ -8,8 +8,8 @@ import zlib
 import torch
 from torch import Tensor
 
-HEADER = 3
-"""Lanes before the payload: non-finite marker, contributing ranks, ranks with a problem to report."""
+HEADER = 4
+"""Lanes before the payload: non-finite marker, contributing ranks, ranks with a problem, ranks that want to flush."""
 
 DIGEST_BITS = 32
 _HALF_LIMIT = 32768.0
@@ -44,11 +44,12 @@ def unpack(lanes: Tensor, scale: float, values: Tensor) -> Tensor:
     return values if scale == 1.0 else values.mul_(1.0 / scale)
 
 
-def write_header(message: Tensor, finite: bool, problem: bool = False) -> None:
-    """Mark this rank present, the sum as not a number if the gradient is not finite, and a problem."""
+def write_header(message: Tensor, finite: bool, problem: bool = False, flush: bool = False) -> None:
+    """Mark this rank present, the sum as not a number if the gradient is not finite, a problem, a wish to flush."""
     message[0] = 0.0 if finite else math.nan
     message[1] = 1.0
     message[2] = float(problem)
+    message[3] = float(flush)
 
 
 def is_finite(message: Tensor) -> bool:
@@ -59,6 +60,16 @@ def is_finite(message: Tensor) -> bool:
 def has_problem(message: Tensor) -> bool:
     """Whether any rank has something to report."""
     return float(message[2]) > 0.0
+
+
+def wants_flush(message: Tensor) -> bool:
+    """Whether any rank wants everything sent."""
+    return float(message[3]) > 0.0
+
+
+def contributors(message: Tensor) -> int:
+    """How many ranks took part: fewer than all once a rank has left by ``hvd.join``."""
+    return int(message[1])
 
 
 def write_digest(lanes: Tensor, indices: Tensor) -> None:

@@ -56,11 +56,12 @@ class Exchange(ABC):
         self.gradient = torch.zeros(layout.total, dtype=torch.float32, device=device)
         self.update = torch.zeros_like(self.gradient)
         self.memory = Memory(layout.total, device, momentum)
-        self._settings, self._clip_norm = settings, clip_norm
+        self._settings, self._clip_norm, self._momentum = settings, clip_norm, momentum
         self._scope: str | None = None
         self._submitted = [False] * len(layout.slots)
         self._agreed_size = 0
-        self._flush_next = False
+        self._flush_next = self._flush_now = False
+        self._all_present = True
         self._problem: str | None = None
         self._everything: Tensor | None = None
 
@@ -99,17 +100,10 @@ class Exchange(ABC):
         finite = math.isfinite(norm)
         clip = min(1.0, self._clip_norm / norm) if self._clip_norm is not None and finite and norm > 0 else 1.0
         self.stats.clip = clip
-        if self._flush_next or self._is_dense_step():
-            sent = self._send_everything(clip, finite)
-        else:
-            self._everything = None
-            sent = self._send_selected(clip, finite)
-        if sent:
-            self._flush_next = False
-        else:
+        if not self._send(clip, finite):
             self.update.fill_(math.nan)
             self.stats.skipped += 1
-        self.step += 1
+        self.step += self._all_present
         self.stats.steps += 1
         self.stats.bytes_sent += self.comm.bytes_sent - before
         self.stats.dense_bytes += self.comm.allreduce_bytes(4 * self.layout.total)
@@ -124,7 +118,10 @@ class Exchange(ABC):
         return self.update[slot.offset : slot.stop].view(slot.shape)
 
     def flush(self) -> None:
-        """Send everything in the next step; a checkpoint after it fits any number of ranks."""
+        """Send everything in the next step; a checkpoint after it fits any number of ranks.
+
+        All ranks flush when any of them asks for it.
+        """
         self._flush_next = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -157,12 +154,14 @@ class Exchange(ABC):
         self._agreed_size = 0
 
     def reset(self) -> None:
-        """Forget the memory, as a fresh start does."""
+        """Forget the memory, and the gradients handed in since the last `run`."""
         self.memory.reset()
+        self._submitted = [False] * len(self.layout.slots)
+        self._problem = None
 
     @abstractmethod
     def _send_selected(self, clip: float, finite: bool) -> bool:
-        """Fill `update` and advance the memory; False, and nothing changed, if some rank is not finite."""
+        """Fill `update` and advance the memory; False, and nothing changed, when `_sum` says so."""
 
     def _is_dense_step(self) -> bool:
         return False
@@ -174,14 +173,26 @@ class Exchange(ABC):
     def _extra_state(self) -> dict[str, Any]:
         return {}
 
+    def _send(self, clip: float, finite: bool) -> bool:
+        """What the step asks for; False if some rank is not finite."""
+        if not self._is_dense_step():
+            self._everything = None
+            if self._send_selected(clip, finite):
+                return True
+            if not self._flush_now:
+                return False
+        return self._send_everything(clip, finite)
+
     def _send_everything(self, clip: float, finite: bool, dtype: torch.dtype = torch.float32) -> bool:
-        """The whole computed vector in one allreduce of ``total + 2`` values."""
+        """The whole computed vector in one allreduce of ``total + 4`` values."""
         if self._everything is None:
             self._everything = torch.empty(wire.HEADER + self.layout.total, dtype=dtype, device=self.gradient.device)
         message = self._everything
         message[wire.HEADER :].copy_(self.memory.computed(self.gradient, clip, slice(None)))
-        if not self._sum(message, finite, "everything"):
+        self._reduce(message, finite, "everything")
+        if not wire.is_finite(message):
             return False
+        self._flush_next = False
         self.memory.absorb(self.gradient, clip)
         self.memory.keep(slice(0, self.layout.compressed), 0.0, mask=True)
         self.memory.keep(slice(self.layout.compressed, None), 0.0, mask=False)
@@ -190,8 +201,14 @@ class Exchange(ABC):
         return True
 
     def _sum(self, message: Tensor, finite: bool, name: str) -> bool:
-        """Allreduce the step's first message under its header; False if some rank is not finite."""
-        wire.write_header(message, finite, self._problem is not None)
+        """Allreduce the first message of a selected step; False if some rank is not finite or wants to flush."""
+        self._reduce(message, finite, name)
+        self._flush_now = wire.is_finite(message) and wire.wants_flush(message)
+        return wire.is_finite(message) and not self._flush_now
+
+    def _reduce(self, message: Tensor, finite: bool, name: str) -> None:
+        """Allreduce a step's first message under its header; raise when some rank has a problem."""
+        wire.write_header(message, finite, self._problem is not None, self._flush_next)
         with self.stats.phase("exchange"):
             self.comm.allreduce(message, self._name(name))
         if wire.has_problem(message):
@@ -199,7 +216,7 @@ class Exchange(ABC):
             self._problem = None
             lines = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
             raise ConfigurationError("hvd_sketch: the step was not taken. " + "\n".join(lines))
-        return wire.is_finite(message)
+        self._all_present = wire.contributors(message) == self.comm.size
 
     def _name(self, what: str) -> str:
         """The name of one of this exchange's collectives, from the first run on."""
@@ -224,9 +241,10 @@ class Exchange(ABC):
     def _agree(self) -> None:
         """Compare settings and parameters; on a difference, tell every rank what differs."""
         mine = {
-            "settings": self._settings,
+            "settings": f"{self._settings} average={self.average} momentum_correction={self._momentum}",
             "step": str(self.step),
-            "parameters": " ".join(f"{slot.name}{list(slot.shape)}" for slot in self.layout.slots),
+            "parameters": " ".join(f"{slot.name}[{'x'.join(map(str, slot.shape))}]" for slot in self.layout.slots),
+            "compressed": str(self.layout.compressed),
         }
         lanes = torch.zeros(1 + wire.DIGEST_BITS, dtype=torch.float32)
         lanes[0] = 1.0
@@ -234,7 +252,7 @@ class Exchange(ABC):
         self.comm.allreduce(lanes, self._name("agree"))
         if not wire.digests_agree(lanes[1:], lanes[0]):
             raise RankMismatchError(_differences(self.comm.allgather_object(mine, self._name("differences"))))
-        self._agreed_size = self.comm.size
+        self._agreed_size = self.comm.size if int(lanes[0]) == self.comm.size else 0
 
 
 def _differences(answers: list[dict[str, str]]) -> str:
@@ -245,5 +263,5 @@ def _differences(answers: list[dict[str, str]]) -> str:
                 ours = sorted(set(answers[0][key].split()) - set(answer[key].split()))
                 theirs = sorted(set(answer[key].split()) - set(answers[0][key].split()))
                 lines.append(f"  {key}: rank 0 has {' '.join(ours[:5])!r}, rank {rank} has {' '.join(theirs[:5])!r}")
-    lines.append("Give every rank the same model, compression settings and seed.")
+    lines.append("Give every rank the same model, compression settings and seed; load a saved memory on all or none.")
     return "\n".join(lines)

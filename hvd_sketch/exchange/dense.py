@@ -13,7 +13,7 @@ class DenseExchange(Exchange):
     """Plain averaging of the gradients, in float32 or float16 on the wire.
 
     Stands in for Horovod's own ``none`` and ``fp16`` where Horovod is not installed. Sends
-    ``total + 2`` values in one allreduce; there is no memory, half precision just rounds.
+    ``total + 4`` values in one allreduce; there is no memory, half precision just rounds.
     """
 
     def __init__(

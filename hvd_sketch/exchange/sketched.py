@@ -174,6 +174,8 @@ class SketchExchange(Exchange):
 
     def _rescale(self, largest_cell: float, largest_dense: float) -> None:
         """Scales of the next step's half-precision messages, from means that all ranks know; none from zeros."""
+        if not self._all_present:
+            return
         ranks = self.comm.size
         known = largest_cell > 0.0 and (largest_dense > 0.0 or not self.layout.dense)
         self._cell_scale = wire.shared_scale(largest_cell, ranks, self._dtype) if known else None
@@ -197,7 +199,6 @@ class SketchExchange(Exchange):
 
     def reset(self) -> None:
         super().reset()
-        self._cell_scale = self._dense_scale = None
         self._prepare()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ class TopKPlanner(Protocol):
 class TopKExchange(Exchange):
     """Each rank sends the k largest coordinates of its own memory, index and exact value.
 
-    Sends the dense part in an allreduce of ``dense + 2`` floats, and k pairs of (int32, float32)
+    Sends the dense part in an allreduce of ``dense + 4`` floats, and k pairs of (int32, float32)
     in an allgather, whose bytes grow with the number of ranks. Needs fewer than 2^31
     compressed coordinates. Source: Aji and Heafield, "Sparse Communication for Distributed
     Gradient Descent" (EMNLP 2017).
