@@ -13,8 +13,8 @@ from torch import Tensor
 from hvd_sketch import stock
 from hvd_sketch.comm.base import Communicator
 from hvd_sketch.errors import ConfigurationError
-from hvd_sketch.exchange import Exchange, SketchExchange, TopKExchange
-from hvd_sketch.exchange.plan import SketchPlan, sketch_plan, topk_plan
+from hvd_sketch.exchange import Exchange, ShardedExchange, SketchExchange, TopKExchange
+from hvd_sketch.exchange.plan import SketchPlan, sharded_plan, sketch_plan, topk_plan
 from hvd_sketch.layout import Layout, small_or_named
 from hvd_sketch.memory import Momentum
 from hvd_sketch.schedule import Schedule, warmup
@@ -243,10 +243,37 @@ class TopK(Sparsifier):
         return None if ratio <= 1.0 else topk_plan(layout, ratio, ranks, pair_bytes=8, lane_bytes=4)
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Sharded(Sparsifier):
+    """Two-way top-k over owners: compressed up and down, eight-bit values; see `ShardedExchange`.
+
+    Its bytes do not grow with the number of ranks, and every rank gets its own heavy coordinates
+    through to their owner, where they are summed before the second selection.
+    """
+
+    def exchange(
+        self,
+        layout: Layout,
+        comm: Communicator,
+        *,
+        average: bool,
+        device: torch.device,
+        momentum: Momentum | None = None,
+    ) -> Exchange:
+        """See `ShardedExchange`."""
+        return ShardedExchange(
+            layout, comm, repr(self), self._plan, average=average, device=device, **self._shared(momentum)
+        )
+
+    def _plan(self, layout: Layout, step: int, ranks: int) -> int | None:
+        ratio = self.ratio_at(step)
+        return None if ratio <= 1.0 else sharded_plan(layout, ratio, ranks)
+
+
 class Compression:
     """Optional gradient compression algorithms, by name.
 
-    ``none`` and ``fp16`` are Horovod's; ``sketch(ratio=…)`` and ``topk(ratio=…)`` make a
+    ``none`` and ``fp16`` are Horovod's; ``sketch(ratio=…)``, ``topk(ratio=…)`` and ``sharded(ratio=…)`` make a
     compressor for one optimizer.
     """
 
@@ -254,3 +281,4 @@ class Compression:
     fp16 = HalfPrecision
     sketch = Sketch
     topk = TopK
+    sharded = Sharded

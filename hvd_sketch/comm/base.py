@@ -16,7 +16,8 @@ class Communicator(ABC):
     Every rank calls the same methods in the same order. ``name`` tells concurrent operations
     apart where the backend matches by name. Bytes are those of the bandwidth-optimal ring,
     counted the same way for compressed and dense messages: ``2 (W-1)/W n`` for an allreduce of
-    n bytes, ``(W-1) n`` for an allgather of n bytes a rank, n for a broadcast by the root.
+    n bytes, ``(W-1) n`` for an allgather of n bytes a rank,
+    ``(W-1)/W n`` for an alltoall of n bytes, n for a broadcast by the root.
     """
 
     bytes_sent: int = 0
@@ -51,6 +52,11 @@ class Communicator(ABC):
         self.bytes_sent += (self.size - 1) * tensor.nbytes
         return self._allgather(tensor, name)
 
+    def alltoall(self, tensor: Tensor, name: str) -> Tensor:
+        """Send row j of ``tensor``, shape ``(size, n)``, to rank j; row i of the result is rank i's."""
+        self.bytes_sent += (self.size - 1) * tensor.nbytes // self.size
+        return self._alltoall(tensor, name)
+
     def broadcast(self, tensor: Tensor, root: int, name: str) -> None:
         """Replace ``tensor`` (contiguous) by the root's."""
         self.bytes_sent += tensor.nbytes if self.rank == root and self.size > 1 else 0
@@ -74,6 +80,9 @@ class Communicator(ABC):
 
     @abstractmethod
     def _allgather(self, tensor: Tensor, name: str) -> Tensor: ...
+
+    @abstractmethod
+    def _alltoall(self, tensor: Tensor, name: str) -> Tensor: ...
 
     @abstractmethod
     def _broadcast(self, tensor: Tensor, root: int, name: str) -> None: ...

@@ -49,5 +49,9 @@ class HorovodCommunicator(Communicator):
         gathered: Tensor = hvd.allgather(tensor, name=name, process_set=self.process_set)
         return gathered.view(self.size, -1)
 
+    def _alltoall(self, tensor: Tensor, name: str) -> Tensor:
+        received: Tensor = hvd.alltoall(tensor.contiguous(), name=name, process_set=self.process_set)
+        return received
+
     def _broadcast(self, tensor: Tensor, root: int, name: str) -> None:
         hvd.broadcast_(tensor, root_rank=root, name=name, process_set=self.process_set)

@@ -52,6 +52,9 @@ class InProcess(Communicator):
     def _allgather(self, tensor: Tensor, name: str) -> Tensor:
         return torch.stack(self._meeting.gather(self._rank, tensor.clone()))
 
+    def _alltoall(self, tensor: Tensor, name: str) -> Tensor:
+        return torch.stack([rows[self._rank] for rows in self._meeting.gather(self._rank, tensor.clone())])
+
     def _broadcast(self, tensor: Tensor, root: int, name: str) -> None:
         tensor.copy_(self._meeting.gather(self._rank, tensor.clone())[root])
 

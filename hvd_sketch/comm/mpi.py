@@ -52,6 +52,11 @@ class MpiCommunicator(Communicator):
         self._comm.Allgather(tensor.cpu().view(torch.uint8).numpy(), gathered.view(torch.uint8).numpy())
         return gathered.to(tensor.device)
 
+    def _alltoall(self, tensor: Tensor, name: str) -> Tensor:
+        received = torch.empty(tensor.shape, dtype=tensor.dtype)
+        self._comm.Alltoall(tensor.cpu().contiguous().view(torch.uint8).numpy(), received.view(torch.uint8).numpy())
+        return received.to(tensor.device)
+
     def _broadcast(self, tensor: Tensor, root: int, name: str) -> None:
         host = tensor.cpu()
         self._comm.Bcast(host.reshape(-1).view(torch.uint8).numpy(), root=root)

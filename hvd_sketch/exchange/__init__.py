@@ -2,7 +2,8 @@
 
 from hvd_sketch.exchange.base import Exchange
 from hvd_sketch.exchange.dense import DenseExchange
+from hvd_sketch.exchange.sharded import ShardedExchange
 from hvd_sketch.exchange.sketched import SketchExchange
 from hvd_sketch.exchange.topk import TopKExchange
 
-__all__ = ["DenseExchange", "Exchange", "SketchExchange", "TopKExchange"]
+__all__ = ["DenseExchange", "Exchange", "ShardedExchange", "SketchExchange", "TopKExchange"]

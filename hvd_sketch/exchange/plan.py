@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 from hvd_sketch import wire
+from hvd_sketch.codec import SparseCodec
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.layout import Layout
 
@@ -62,6 +64,26 @@ def topk_plan(layout: Layout, ratio: float, ranks: int, *, pair_bytes: int, lane
     if k < 1:
         raise ConfigurationError(_unreachable(layout, ratio, overhead + ranks * pair_bytes, lane_bytes))
     return min(k, layout.compressed)
+
+
+def sharded_plan(layout: Layout, ratio: float, ranks: int) -> int:
+    """How many pairs of a `SparseCodec` a rank sends to each owner, and an owner to everybody.
+
+    Up and down together send ``2 (W-1) codec.nbytes`` where a dense allreduce sends
+    ``2 (W-1)/W 4 total``, so one code may have ``(4 total / ratio - dense bytes) / W`` bytes.
+
+    Raises:
+        ConfigurationError: when not one pair fits.
+    """
+    universe = -(-layout.compressed // ranks)
+    dense_bytes = 4 * (wire.HEADER + layout.dense)
+    budget = int((4 * layout.total / ratio - dense_bytes) / ranks)
+    fitting = range(1, universe + 1)
+    count = bisect_right(fitting, budget, key=lambda pairs: SparseCodec(universe, pairs).nbytes)
+    if count < 1:
+        least = (dense_bytes + ranks * SparseCodec(universe, 1).nbytes) // 4
+        raise ConfigurationError(_unreachable(layout, ratio, least, 4))
+    return count
 
 
 def _unreachable(layout: Layout, ratio: float, least_lanes: int, lane_bytes: int) -> str:
