@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.comm import Communicator, as_communicator, default_communicator, has_horovod
-from hvd_sketch.compatibility import check_momentum, correction_of
+from hvd_sketch.compatibility import check_groups, check_momentum, correction_of
 from hvd_sketch.compression import Compression, HalfPrecision, NoCompression, Sparsifier
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import DenseExchange, Exchange
@@ -63,12 +63,17 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         comm: an mpi4py communicator or a `hvd_sketch.comm.Communicator` to use in place of Horovod.
         grad_scaler: the scaler in use, so that the memory holds unscaled gradients.
         momentum_correction: accumulate the momentum of a wrapped SGD, with its weight decay, on
-            each rank before the selection instead of after it (see `Momentum`).
+            each rank before the selection instead of after it (see `Momentum`); without a
+            sparsifying compressor both are the same, and this changes nothing.
         momentum_masking: with the above, clear the momentum of what was sent.
 
     Raises:
         ConfigurationError: when a setting cannot work, before any communication.
     """
+    if type(optimizer).__module__ == "horovod.torch.optimizer":
+        raise ConfigurationError("the optimizer is already a DistributedOptimizer; wrap the plain one")
+    if process_set is not None and comm is not None:
+        raise ConfigurationError("give process_set (of Horovod) or comm (in place of Horovod), not both")
     if backward_passes_per_step <= 0:
         raise ConfigurationError(f"backward_passes_per_step must be at least 1, got {backward_passes_per_step}")
     if num_groups != 0:
@@ -86,7 +91,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
             backward_passes_per_step,
             op,
             gradient_predivide_factor,
-            groups=groups or num_groups or None,
+            groups=groups if groups is not None else num_groups or None,
             sparse_as_dense=sparse_as_dense,
             process_set=process_set,
         )
@@ -96,8 +101,10 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         )
     if op not in (Average, Sum):
         raise ConfigurationError(f"op={op} cannot be combined with compression: only Average and Sum are linear")
-    correction = correction_of(optimizer, masking=momentum_masking) if momentum_correction else None
-    if correction is None and isinstance(compression, Sparsifier):
+    check_groups(groups)
+    correction = None
+    if isinstance(compression, Sparsifier):
+        correction = correction_of(optimizer, masking=momentum_masking) if momentum_correction else None
         check_momentum(compression.momentum, optimizer)
     named = _named(optimizer, named_parameters)
     communicator = _Lazy(comm, process_set)
@@ -105,8 +112,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     def make_exchange(parameters: dict[str, Tensor], momentum: Momentum | None) -> Exchange:
         return _exchange(compression, parameters, communicator.get(), op == Average, momentum)
 
-    if isinstance(compression, Sparsifier):
-        compression.layout(item for item in named if item[1].requires_grad)
+    _layout(compression, [item for item in named if item[1].requires_grad])
     return distribute(
         optimizer,
         named,
@@ -121,12 +127,17 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
 
 
 class _Lazy:
-    """The communicator, made on first use: Horovod may be initialised after the optimizer is wrapped."""
+    """The communicator. Horovod's is made on first use: it may be initialised after the optimizer is wrapped.
+
+    Any other is made now, because to make one is a collective call, and hooks fire in any order.
+    """
 
     def __init__(self, comm: Any, process_set: Any) -> None:
         self._explicit = comm is not None
         self._process_set = process_set
         self._comm: Communicator | None = as_communicator(comm) if comm is not None else None
+        if not has_horovod():
+            self.get()
 
     def get(self) -> Communicator:
         if self._comm is None:
@@ -143,12 +154,17 @@ def _exchange(
     compression: Any, parameters: dict[str, Tensor], comm: Communicator, average: bool, momentum: Momentum | None
 ) -> Exchange:
     device = next(iter(parameters.values())).device
+    layout = _layout(compression, parameters.items())
     if isinstance(compression, Sparsifier):
-        layout = compression.layout(parameters.items())
         return compression.exchange(layout, comm, average=average, device=device, momentum=momentum)
-    layout = Layout.of(parameters.items(), lambda name, parameter: False)
     dtype = torch.float16 if compression is HalfPrecision else torch.float32
     return DenseExchange(layout, comm, average=average, device=device, dtype=dtype)
+
+
+def _layout(compression: Any, named_parameters: Iterable[tuple[str, Tensor]]) -> Layout:
+    if isinstance(compression, Sparsifier):
+        return compression.layout(named_parameters)
+    return Layout.of(named_parameters, lambda name, parameter: False)
 
 
 def _named(

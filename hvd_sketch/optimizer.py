@@ -46,6 +46,7 @@ class DistributedMethods(torch.optim.Optimizer):
     _is_active: Callable[[], bool]
     _parameter_names: dict[Tensor, str]
     _requires_update: set[Tensor]
+    _frozen: set[Tensor]
     _allreduce_delay: dict[Tensor, int]
     _handles: dict[Tensor, bool]
     _exchange: Exchange | None
@@ -82,13 +83,13 @@ class DistributedMethods(torch.optim.Optimizer):
         if self._synchronized or not self._is_active():
             self._synchronized = True
             return
+        _check_frozen(self)
         for parameter in self._requires_update:
-            if not parameter.requires_grad:
-                self.exchange.fail_together(
-                    f"parameter {self._parameter_names[parameter]!r} was frozen after it was given to "
-                    "DistributedOptimizer; freeze on all ranks first, then wrap the optimizer"
-                )
-            if not self._handles.get(parameter, False) and parameter.grad is not None:
+            if self._handles.get(parameter, False):
+                continue
+            if parameter.grad is None and self._correction is not None:
+                parameter.grad = torch.zeros_like(parameter)  # weight decay goes on
+            if parameter.grad is not None:
                 _submit(self, parameter)
         try:
             self.exchange.run()
@@ -121,7 +122,7 @@ class DistributedMethods(torch.optim.Optimizer):
                 warnings.warn(_SYNCHRONIZED_TWICE, stacklevel=2)
             self.synchronize()
         self._synchronized = False
-        with without_momentum(self, self._correction):
+        with without_momentum(self, self._correction if self._is_active() else None):
             stepped = self._base.step(self)
         return loss if closure is not None else stepped
 
@@ -150,6 +151,7 @@ class DistributedMethods(torch.optim.Optimizer):
         self._should_synchronize = True
         self.set_backward_passes_per_step(self.backward_passes_per_step)
         self._base.load_state_dict(self, state_dict)
+        self._group_of = _group_of(self)
         if self._exchange is not None:
             self._exchange.reset()
 
@@ -203,13 +205,14 @@ def distribute(
         _is_active=is_active,
         _parameter_names={parameter: name for name, parameter in sorted(named_parameters, key=lambda item: item[0])},
         _requires_update={p for group in optimizer.param_groups for p in group["params"] if p.requires_grad},
+        _frozen={p for group in optimizer.param_groups for p in group["params"] if not p.requires_grad},
         _allreduce_delay={parameter: backward_passes_per_step for _, parameter in named_parameters},
         _handles={},
         _exchange=None,
         _positions={},
         _grad_scaler=grad_scaler,
         _correction=correction,
-        _group_of={p: group for group in optimizer.param_groups for p in group["params"]},
+        _group_of=_group_of(optimizer),
         _synchronized=False,
         _should_synchronize=True,
         backward_passes_per_step=backward_passes_per_step,
@@ -219,6 +222,21 @@ def distribute(
         parameter.register_post_accumulate_grad_hook(_gradient_hook(weakref.ref(wrapped)))
     distributed: torch.optim.Optimizer = wrapped
     return distributed
+
+
+def _group_of(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Any]]:
+    return {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _check_frozen(optimizer: Any) -> None:
+    """Parameters that train on are those that trained when the optimizer was wrapped."""
+    changed = {parameter for parameter in optimizer._requires_update if not parameter.requires_grad}
+    changed |= {parameter for parameter in optimizer._frozen if parameter.requires_grad}
+    for parameter in changed:
+        optimizer.exchange.fail_together(
+            f"parameter {optimizer._parameter_names[parameter]!r} was {'un' * parameter.requires_grad}frozen after it "
+            "was given to DistributedOptimizer; do so on all ranks first, then wrap the plain optimizer again"
+        )
 
 
 def _gradient_hook(reference: weakref.ref[Any]) -> Callable[[Tensor], None]:
@@ -252,6 +270,7 @@ def _submit(optimizer: Any, parameter: Tensor) -> None:
     scale = optimizer._grad_scaler.get_scale() if optimizer._grad_scaler is not None else 1.0
     position = optimizer._positions[parameter]
     decay = optimizer._group_of[parameter]["weight_decay"] if optimizer._correction is not None else 0.0
+    decay /= 1 if exchange.average else exchange.comm.size
     exchange.submit(position, gradient, 1.0 / scale, parameter if decay else None, decay)
 
 
@@ -266,8 +285,9 @@ def _write_gradients(optimizer: Any) -> None:
         if parameter.grad is None:
             parameter.grad = torch.empty_like(parameter)
         elif parameter.grad.is_sparse:
-            parameter.grad = update.to_sparse().to(parameter.dtype)
+            parameter.grad = update.to_sparse(parameter.grad.sparse_dim()).to(parameter.dtype)
             continue
         gradients.append(parameter.grad)
         updates.append(update)
-    torch._foreach_copy_(gradients, updates)
+    if gradients:
+        torch._foreach_copy_(gradients, updates)
