@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from hvd_sketch.exchange import Exchange, ShardedExchange, SketchExchange, TopKE
 from hvd_sketch.exchange.plan import SketchPlan, sharded_plan, sketch_plan, topk_plan
 from hvd_sketch.layout import Layout, small_or_named
 from hvd_sketch.memory import Momentum
-from hvd_sketch.schedule import Schedule, warmup
+from hvd_sketch.schedule import AdaptiveSchedule, Schedule, warmup
 
 
 class NoCompression:
@@ -102,7 +101,6 @@ class Sparsifier(ABC):
             )
         return layout
 
-    @abstractmethod
     def exchange(
         self,
         layout: Layout,
@@ -112,7 +110,19 @@ class Sparsifier(ABC):
         device: torch.device,
         momentum: Momentum | None = None,
     ) -> Exchange:
-        """The exchange of one optimizer; ``momentum`` takes the place of the compressor's own."""
+        """The exchange of one optimizer; ``momentum`` takes the place of the compressor's own.
+
+        A schedule that learns from the steps, see `hvd_sketch.schedule.AdaptiveSchedule`, is told of each of them.
+        """
+        exchange = self._exchange(layout, comm, average=average, device=device, momentum=momentum or self.momentum)
+        if isinstance(self.schedule, AdaptiveSchedule):
+            self.schedule.attach(exchange)
+        return exchange
+
+    @abstractmethod
+    def _exchange(
+        self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device, momentum: Momentum | None
+    ) -> Exchange: ...
 
     def compress(self, tensor: Tensor) -> tuple[Tensor, stock.Ticket]:
         """Stock Horovod's first call: note the gradient, hand out a one-element token to reduce."""
@@ -129,9 +139,6 @@ class Sparsifier(ABC):
         if not ratio >= 1.0:
             raise ConfigurationError(f"schedule gave ratio {ratio} in step {step}; it must be at least 1")
         return ratio
-
-    def _shared(self, momentum: Momentum | None) -> dict[str, Any]:
-        return {"clip_norm": self.clip_norm, "momentum": momentum or self.momentum}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -177,16 +184,9 @@ class Sketch(Sparsifier):
             self._sized(layout, self.ratio if self.schedule is None else self.ratio_at(0))
         return layout
 
-    def exchange(
-        self,
-        layout: Layout,
-        comm: Communicator,
-        *,
-        average: bool,
-        device: torch.device,
-        momentum: Momentum | None = None,
+    def _exchange(
+        self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device, momentum: Momentum | None
     ) -> Exchange:
-        """See `SketchExchange`."""
         return SketchExchange(
             layout,
             comm,
@@ -196,7 +196,8 @@ class Sketch(Sparsifier):
             seed=self.seed,
             dtype=torch.float16 if self.half else torch.float32,
             device=device,
-            **self._shared(momentum),
+            clip_norm=self.clip_norm,
+            momentum=momentum,
         )
 
     def _plan(self, layout: Layout, step: int) -> SketchPlan | None:
@@ -224,18 +225,18 @@ class TopK(Sparsifier):
     Its bytes grow with the number of ranks W, so at a given ratio k falls as 1/W.
     """
 
-    def exchange(
-        self,
-        layout: Layout,
-        comm: Communicator,
-        *,
-        average: bool,
-        device: torch.device,
-        momentum: Momentum | None = None,
+    def _exchange(
+        self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device, momentum: Momentum | None
     ) -> Exchange:
-        """See `TopKExchange`."""
         return TopKExchange(
-            layout, comm, repr(self), self._plan, average=average, device=device, **self._shared(momentum)
+            layout,
+            comm,
+            repr(self),
+            self._plan,
+            average=average,
+            clip_norm=self.clip_norm,
+            momentum=momentum,
+            device=device,
         )
 
     def _plan(self, layout: Layout, step: int, ranks: int) -> int | None:
@@ -251,18 +252,18 @@ class Sharded(Sparsifier):
     through to their owner, where they are summed before the second selection.
     """
 
-    def exchange(
-        self,
-        layout: Layout,
-        comm: Communicator,
-        *,
-        average: bool,
-        device: torch.device,
-        momentum: Momentum | None = None,
+    def _exchange(
+        self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device, momentum: Momentum | None
     ) -> Exchange:
-        """See `ShardedExchange`."""
         return ShardedExchange(
-            layout, comm, repr(self), self._plan, average=average, device=device, **self._shared(momentum)
+            layout,
+            comm,
+            repr(self),
+            self._plan,
+            average=average,
+            clip_norm=self.clip_norm,
+            momentum=momentum,
+            device=device,
         )
 
     def _plan(self, layout: Layout, step: int, ranks: int) -> int | None:

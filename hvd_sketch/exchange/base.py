@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,16 @@ from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Memory, Momentum
 from hvd_sketch.scope import next_scope
 from hvd_sketch.stats import Stats
+
+
+class Observer(Protocol):
+    """Learns from every step of an exchange, on all ranks in the same order; may communicate."""
+
+    def observe(self, exchange: Exchange) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Exchange(ABC):
@@ -53,6 +63,7 @@ class Exchange(ABC):
         self.layout, self.comm, self.average = layout, comm, average
         self.stats = Stats()
         self.step = 0
+        self.observers: list[Observer] = []
         self.gradient = torch.zeros(layout.total, dtype=torch.float32, device=device)
         self.update = torch.zeros_like(self.gradient)
         self.memory = Memory(layout.total, device, momentum)
@@ -84,6 +95,12 @@ class Exchange(ABC):
         self._submitted[position] = True
         self._on_submit(slot.offset, slot.stop)
 
+    def submit_all(self, vector: Tensor) -> None:
+        """Hand in the whole vector, in the layout's order, in place of one `submit` a slot."""
+        self.gradient.copy_(vector)
+        self._submitted = [True] * len(self._submitted)
+        self._on_submit(0, self.layout.compressed)
+
     def run(self) -> None:
         """Exchange the step's gradients; afterwards `update` is the same on all ranks.
 
@@ -107,6 +124,8 @@ class Exchange(ABC):
         self.stats.steps += 1
         self.stats.bytes_sent += self.comm.bytes_sent - before
         self.stats.dense_bytes += self.comm.allreduce_bytes(4 * self.layout.total)
+        for observer in self.observers:
+            observer.observe(self)
 
     def fail_together(self, problem: str) -> None:
         """Make the coming `run` raise `ConfigurationError` on all ranks, with every rank's problem."""
@@ -116,6 +135,11 @@ class Exchange(ABC):
         """The update of one slot in its shape: a view, valid until the next `run`."""
         slot = self.layout.slots[position]
         return self.update[slot.offset : slot.stop].view(slot.shape)
+
+    @property
+    def owned(self) -> slice:
+        """Coordinates whose memory here is the sum of what all ranks left out, not this rank's part of it."""
+        return slice(0)
 
     def flush(self) -> None:
         """Send everything in the next step; a checkpoint after it fits any number of ranks.
@@ -132,6 +156,7 @@ class Exchange(ABC):
             "step": self.step,
             "layout": self._fingerprint(),
             "memory": self.memory.state_dict(),
+            "observers": [observer.state_dict() for observer in self.observers],
             **self._extra_state(),
         }
 
@@ -149,7 +174,14 @@ class Exchange(ABC):
                     f"rank {self.comm.rank}: the saved memory has {key}={state[key]!r}, here it is {value!r}; "
                     "load each rank's own file, or flush() one step before saving and load none"
                 )
+        if len(state["observers"]) != len(self.observers):
+            raise ConfigurationError(
+                f"the saved memory has {len(state['observers'])} adaptive schedules, this compressor has "
+                f"{len(self.observers)}; use the schedule it was saved with"
+            )
         self.memory.load_state_dict(state["memory"])
+        for observer, saved in zip(self.observers, state["observers"], strict=True):
+            observer.load_state_dict(saved)
         self.step = state["step"]
         self._agreed_size = 0
 

@@ -57,6 +57,11 @@ class ShardedExchange(Exchange):
         )
         self._planner = planner
 
+    @property
+    def owned(self) -> slice:
+        """This rank's shard."""
+        return slice(self.comm.rank, self.layout.compressed, self.comm.size)
+
     def _is_dense_step(self) -> bool:
         return self._planner(self.layout, self.step, self.comm.size) is None
 
