@@ -122,7 +122,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         sparse_as_dense=sparse_as_dense,
         grad_scaler=grad_scaler,
         correction=correction,
-        attributes={"op": op, "process_set": process_set, "_compression": compression, "_groups": groups},
+        attributes={"op": op, "process_set": process_set, "_groups": groups},
     )
 
 

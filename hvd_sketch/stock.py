@@ -46,6 +46,7 @@ class _Client:
         self.optimizer = weakref.ref(optimizer)
         names: dict[Tensor, str] = optimizer._parameter_names  # type: ignore[attr-defined]
         _check(compressor, optimizer)
+        self.names = names
         self.parameters = {name: parameter for parameter, name in names.items() if parameter.requires_grad}
         layout = compressor.layout(self.parameters.items())
         self.positions = layout.index()
@@ -56,6 +57,37 @@ class _Client:
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
                 yield id(parameter.grad), self.positions[name]
+
+    def check_parameters(self) -> None:
+        """Those that train must be those that trained in the first step: Horovod hooks no others."""
+        optimizer = self.optimizer()
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]] if optimizer else []
+        for parameter in held:
+            name = self.names.get(parameter, "of a group added later")
+            if parameter.requires_grad != (name in self.parameters):
+                self.exchange.fail_together(
+                    f"parameter {name!r} was added, frozen or unfrozen after the optimizer was wrapped; do so on all "
+                    "ranks first, then wrap the plain optimizer again"
+                )
+
+    def run(self, tickets: list[Ticket], where: dict[int, int]) -> None:
+        """Exchange the gradients of these tickets and write the updates into them."""
+        gradients = [ticket.gradient for ticket in tickets]
+        positions = [where[id(gradient)] for gradient in gradients]
+        if not self._settled(gradients, positions):
+            self.check_parameters()
+            for position, gradient in zip(positions, gradients, strict=True):
+                self.exchange.submit(position, gradient)
+            self.exchange.run()
+            torch._foreach_copy_(gradients, [self.exchange.update_of(position) for position in positions])
+        for ticket in tickets:
+            ticket.done = True
+
+    def _settled(self, gradients: list[Tensor], positions: list[int]) -> bool:
+        """Whether these are the last step's updates, which ``step`` after ``synchronize`` brings again."""
+        synchronized = getattr(self.optimizer(), "_synchronized", False)
+        pairs = zip(gradients, positions, strict=True)
+        return synchronized and all(torch.equal(g, self.exchange.update_of(p).to(g.dtype)) for g, p in pairs)
 
 
 class _Desk:
@@ -92,11 +124,13 @@ class _Desk:
     def settle(self, compressor: Sparsifier, ticket: Ticket) -> None:
         """Run the exchange of the optimizer this ticket belongs to, for all its open tickets."""
         with self.lock:
+            self.clients = [client for client in self.clients if client.optimizer() is not None]
             client = self._owner(ticket)
             if client is None:
                 self.find_clients(compressor)
                 client = self._owner(ticket)
             if client is None:
+                self.tickets.remove(ticket)
                 raise ConfigurationError(
                     "a tensor that is no parameter's gradient was given to a sparsifying compressor; "
                     "give hvd.allreduce and hvd.reducescatter Compression.none or fp16"
@@ -104,13 +138,7 @@ class _Desk:
             where = dict(client.gradients())
             mine = [open_ticket for open_ticket in self.tickets if id(open_ticket.gradient) in where]
             self.tickets = [open_ticket for open_ticket in self.tickets if id(open_ticket.gradient) not in where]
-        for open_ticket in mine:
-            client.exchange.submit(where[id(open_ticket.gradient)], open_ticket.gradient)
-        client.exchange.run()
-        updates = [client.exchange.update_of(where[id(open_ticket.gradient)]) for open_ticket in mine]
-        torch._foreach_copy_([open_ticket.gradient for open_ticket in mine], updates)
-        for open_ticket in mine:
-            open_ticket.done = True
+        client.run(mine, where)
 
     def _owner(self, ticket: Ticket) -> _Client | None:
         for client in self.clients:
@@ -129,9 +157,12 @@ def compress(compressor: Sparsifier, tensor: Tensor) -> tuple[Tensor, Ticket]:
         ConfigurationError: outside a DistributedOptimizer, or with settings that cannot work.
     """
     if isinstance(tensor, torch.nn.Parameter):
-        raise ConfigurationError("op=Adasum cannot be combined with a sparsifying compressor; use op=Average")
+        raise ConfigurationError(
+            "a parameter itself was given to a sparsifying compressor, as op=Adasum does; use op=Average or Sum, and "
+            "give hvd.allreduce Compression.none or fp16"
+        )
     ticket = _desks.setdefault(compressor, _Desk()).note(compressor, tensor)
-    return torch.zeros(1, device=tensor.device), ticket
+    return torch.zeros(1, dtype=torch.float32, device=tensor.device), ticket
 
 
 def decompress(compressor: Sparsifier, tensor: Tensor, ticket: Ticket | None) -> Tensor:
