@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hvd_sketch import stock
 from hvd_sketch.comm.base import Communicator
+from hvd_sketch.compressor import Compressor, Sparsifier
 from hvd_sketch.errors import ConfigurationError
-from hvd_sketch.exchange import Exchange, ShardedExchange, SketchExchange, TopKExchange
+from hvd_sketch.exchange import Exchange, PowerSGDExchange, ShardedExchange, SketchExchange, TopKExchange
 from hvd_sketch.exchange.plan import SketchPlan, sharded_plan, sketch_plan, topk_plan
-from hvd_sketch.layout import Layout, small_or_named
+from hvd_sketch.exchange.powersgd import matrix_shape
+from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
-from hvd_sketch.schedule import AdaptiveSchedule, Schedule, warmup
 
 
 class NoCompression:
@@ -45,100 +44,6 @@ class HalfPrecision:
     def decompress(tensor: Tensor, ctx: torch.dtype) -> Tensor:
         """Cast back to the dtype that came in."""
         return tensor.to(ctx) if ctx.is_floating_point else tensor
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Sparsifier(ABC):
-    """What all sparsifying compressors share; also a compressor for *stock* Horovod.
-
-    Under ``horovod.torch.DistributedOptimizer`` the whole exchange runs when the first gradient
-    of a step is decompressed, see `hvd_sketch.stock`; under `hvd_sketch.DistributedOptimizer`
-    it is built directly.
-
-    Attributes:
-        ratio: bytes a dense float32 exchange sends over the bytes this one sends, above 1.
-        clip_norm: each rank's gradient is scaled down to this L2 norm before it enters the
-            memory; None to leave it. An unclipped spike stays in the memory for many steps.
-        warmup_steps: the ratio grows from 1 to ``ratio`` in four stages over so many steps.
-        schedule: the ratio of each step, in place of ``ratio`` and ``warmup_steps``; must give
-            the same numbers on all ranks.
-        momentum: momentum correction, for an inner optimizer that has none.
-        dense_below: tensors of fewer elements, and all 1-D ones, are sent whole.
-        exclude: shell-style patterns of parameter names that are sent whole as well.
-    """
-
-    ratio: float = 40.0
-    clip_norm: float | None = 1.0
-    warmup_steps: int = 100
-    schedule: Schedule | None = field(default=None, repr=False)
-    momentum: Momentum | None = None
-    dense_below: int = 1024
-    exclude: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.ratio > 1.0:
-            raise ConfigurationError(
-                f"ratio must be above 1, got {self.ratio}; for no compression use Compression.none"
-            )
-        if self.clip_norm is not None and not self.clip_norm > 0.0:
-            raise ConfigurationError(f"clip_norm must be above 0 or None, got {self.clip_norm}")
-        if self.warmup_steps < 0:
-            raise ConfigurationError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
-        if not isinstance(self.exclude, tuple):
-            raise ConfigurationError(f"exclude must be a tuple of patterns, got {self.exclude!r}")
-
-    def layout(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Layout:
-        """Which coordinates of these parameters are compressed and which are sent whole.
-
-        Raises:
-            ConfigurationError: when the parameters are unfit, or none is left to compress.
-        """
-        layout = Layout.of(named_parameters, small_or_named(self.dense_below, self.exclude))
-        if layout.compressed == 0:
-            raise ConfigurationError(
-                f"nothing to compress: all {layout.total} parameters are 1-D, smaller than "
-                f"dense_below={self.dense_below} or excluded; lower dense_below or use Compression.none"
-            )
-        return layout
-
-    def exchange(
-        self,
-        layout: Layout,
-        comm: Communicator,
-        *,
-        average: bool,
-        device: torch.device,
-        momentum: Momentum | None = None,
-    ) -> Exchange:
-        """The exchange of one optimizer; ``momentum`` takes the place of the compressor's own.
-
-        A schedule that learns from the steps, see `hvd_sketch.schedule.AdaptiveSchedule`, is told of each of them.
-        """
-        exchange = self._exchange(layout, comm, average=average, device=device, momentum=momentum or self.momentum)
-        if isinstance(self.schedule, AdaptiveSchedule):
-            self.schedule.attach(exchange)
-        return exchange
-
-    @abstractmethod
-    def _exchange(
-        self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device, momentum: Momentum | None
-    ) -> Exchange: ...
-
-    def compress(self, tensor: Tensor) -> tuple[Tensor, stock.Ticket]:
-        """Stock Horovod's first call: note the gradient, hand out a one-element token to reduce."""
-        return stock.compress(self, tensor)
-
-    def decompress(self, tensor: Tensor, ctx: stock.Ticket | None) -> Tensor:
-        """Stock Horovod's second call: the first one of a step runs the exchange."""
-        return stock.decompress(self, tensor, ctx)
-
-    def ratio_at(self, step: int) -> float:
-        """The compression ratio of a step; 1 means that everything is sent."""
-        schedule = self.schedule or warmup(self.ratio, self.warmup_steps)
-        ratio = schedule(step)
-        if not ratio >= 1.0:
-            raise ConfigurationError(f"schedule gave ratio {ratio} in step {step}; it must be at least 1")
-        return ratio
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -271,11 +176,58 @@ class Sharded(Sparsifier):
         return None if ratio <= 1.0 else sharded_plan(layout, ratio, ranks)
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PowerSGD(Compressor):
+    """Low-rank averaging, the strongest rival of sparse updates for matrices; see `PowerSGDExchange`.
+
+    Matrices that a rank-r product would not shrink are sent whole.
+
+    Attributes:
+        rank: of the product that stands for each matrix; the compression ratio follows from it.
+        start_step: steps before this one are dense.
+        seed: of the first right factors; equal on all ranks.
+    """
+
+    rank: int = 2
+    start_step: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise ConfigurationError(f"rank must be at least 1, got {self.rank}")
+        if self.start_step < 0:
+            raise ConfigurationError(f"start_step must be at least 0, got {self.start_step}")
+
+    def is_dense(self, name: str, parameter: Tensor) -> bool:
+        """Also true of a matrix that the product of two factors would not shrink."""
+        if super().is_dense(name, parameter):
+            return True
+        n, m = matrix_shape(tuple(parameter.shape))
+        return self.rank * (n + m) >= n * m
+
+    def _exchange(
+        self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device, momentum: Momentum | None
+    ) -> Exchange:
+        return PowerSGDExchange(
+            layout,
+            comm,
+            repr(self),
+            rank=self.rank,
+            start_step=self.start_step,
+            seed=self.seed,
+            average=average,
+            clip_norm=self.clip_norm,
+            momentum=momentum,
+            device=device,
+        )
+
+
 class Compression:
     """Optional gradient compression algorithms, by name.
 
-    ``none`` and ``fp16`` are Horovod's; ``sketch(ratio=…)``, ``topk(ratio=…)`` and ``sharded(ratio=…)`` make a
-    compressor for one optimizer.
+    ``none`` and ``fp16`` are Horovod's; ``sketch(ratio=…)``, ``topk(ratio=…)``, ``sharded(ratio=…)`` and
+    ``powersgd(rank=…)`` make a compressor for one optimizer.
     """
 
     none = NoCompression
@@ -283,3 +235,4 @@ class Compression:
     sketch = Sketch
     topk = TopK
     sharded = Sharded
+    powersgd = PowerSGD

@@ -28,7 +28,7 @@ from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
 
 if TYPE_CHECKING:
-    from hvd_sketch.compression import Sparsifier
+    from hvd_sketch.compressor import Compressor
 
 
 @dataclass(eq=False)
@@ -42,7 +42,7 @@ class Ticket:
 class _Client:
     """One stock optimizer and its exchange."""
 
-    def __init__(self, compressor: Sparsifier, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, compressor: Compressor, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = weakref.ref(optimizer)
         names: dict[Tensor, str] = optimizer._parameter_names  # type: ignore[attr-defined]
         _check(compressor, optimizer)
@@ -98,7 +98,7 @@ class _Desk:
         self.clients: list[_Client] = []
         self.tickets: list[Ticket] = []
 
-    def note(self, compressor: Sparsifier, gradient: Tensor) -> Ticket:
+    def note(self, compressor: Compressor, gradient: Tensor) -> Ticket:
         with self.lock:
             if not self.clients:
                 self.find_clients(compressor)
@@ -106,7 +106,7 @@ class _Desk:
             self.tickets.append(ticket)
             return ticket
 
-    def find_clients(self, compressor: Sparsifier) -> None:
+    def find_clients(self, compressor: Compressor) -> None:
         known = {id(client.optimizer()) for client in self.clients}
         for candidate in gc.get_objects():
             if (
@@ -121,7 +121,7 @@ class _Desk:
                 "which parameter a gradient belongs to; give hvd.allreduce Compression.none or fp16"
             )
 
-    def settle(self, compressor: Sparsifier, ticket: Ticket) -> None:
+    def settle(self, compressor: Compressor, ticket: Ticket) -> None:
         """Run the exchange of the optimizer this ticket belongs to, for all its open tickets."""
         with self.lock:
             self.clients = [client for client in self.clients if client.optimizer() is not None]
@@ -147,10 +147,10 @@ class _Desk:
         return None
 
 
-_desks: weakref.WeakKeyDictionary[Sparsifier, _Desk] = weakref.WeakKeyDictionary()
+_desks: weakref.WeakKeyDictionary[Compressor, _Desk] = weakref.WeakKeyDictionary()
 
 
-def compress(compressor: Sparsifier, tensor: Tensor) -> tuple[Tensor, Ticket]:
+def compress(compressor: Compressor, tensor: Tensor) -> tuple[Tensor, Ticket]:
     """Note a gradient; return a one-element token for Horovod to reduce, and the ticket.
 
     Raises:
@@ -165,7 +165,7 @@ def compress(compressor: Sparsifier, tensor: Tensor) -> tuple[Tensor, Ticket]:
     return torch.zeros(1, dtype=torch.float32, device=tensor.device), ticket
 
 
-def decompress(compressor: Sparsifier, tensor: Tensor, ticket: Ticket | None) -> Tensor:
+def decompress(compressor: Compressor, tensor: Tensor, ticket: Ticket | None) -> Tensor:
     """Return the gradient that `compress` was given, by now holding the update of all ranks.
 
     A sparse gradient, which Horovod sums by itself and never compresses, comes without a
@@ -178,7 +178,7 @@ def decompress(compressor: Sparsifier, tensor: Tensor, ticket: Ticket | None) ->
     return ticket.gradient
 
 
-def exchange_of(compressor: Sparsifier) -> Exchange:
+def exchange_of(compressor: Compressor) -> Exchange:
     """The exchange behind a compressor in stock Horovod, for its `stats`, `flush` and state.
 
     Raises:
@@ -192,7 +192,7 @@ def exchange_of(compressor: Sparsifier) -> Exchange:
     return desk.clients[0].exchange
 
 
-def _make_exchange(compressor: Sparsifier, optimizer: Any, layout: Any) -> Exchange:
+def _make_exchange(compressor: Compressor, optimizer: Any, layout: Any) -> Exchange:
     import horovod.torch as hvd
 
     from hvd_sketch.comm.horovod import HorovodCommunicator
@@ -205,7 +205,7 @@ def _make_exchange(compressor: Sparsifier, optimizer: Any, layout: Any) -> Excha
     )
 
 
-def _check(compressor: Sparsifier, optimizer: Any) -> None:
+def _check(compressor: Compressor, optimizer: Any) -> None:
     import horovod.torch as hvd
 
     from hvd_sketch.compatibility import check_momentum

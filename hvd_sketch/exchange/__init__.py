@@ -2,8 +2,9 @@
 
 from hvd_sketch.exchange.base import Exchange
 from hvd_sketch.exchange.dense import DenseExchange
+from hvd_sketch.exchange.powersgd import PowerSGDExchange
 from hvd_sketch.exchange.sharded import ShardedExchange
 from hvd_sketch.exchange.sketched import SketchExchange
 from hvd_sketch.exchange.topk import TopKExchange
 
-__all__ = ["DenseExchange", "Exchange", "ShardedExchange", "SketchExchange", "TopKExchange"]
+__all__ = ["DenseExchange", "Exchange", "PowerSGDExchange", "ShardedExchange", "SketchExchange", "TopKExchange"]

@@ -1,0 +1,140 @@
+"""What every compressor of ours is: settings that build an exchange."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hvd_sketch import stock
+from hvd_sketch.comm.base import Communicator
+from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.exchange import Exchange
+from hvd_sketch.layout import Layout, small_or_named
+from hvd_sketch.memory import Momentum
+from hvd_sketch.schedule import AdaptiveSchedule, Schedule, warmup
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Compressor(ABC):
+    """Settings that build an `Exchange`; also a compressor for *stock* Horovod.
+
+    Under ``horovod.torch.DistributedOptimizer`` the whole exchange runs when the first gradient
+    of a step is decompressed, see `hvd_sketch.stock`; under `hvd_sketch.DistributedOptimizer`
+    it is built directly.
+
+    Attributes:
+        clip_norm: each rank's gradient is scaled down to this L2 norm before it enters the
+            memory; None to leave it. An unclipped spike stays in the memory for many steps.
+        momentum: momentum correction, for an inner optimizer that has none.
+        dense_below: tensors of fewer elements, and all 1-D ones, are sent whole.
+        exclude: shell-style patterns of parameter names that are sent whole as well.
+    """
+
+    clip_norm: float | None = 1.0
+    momentum: Momentum | None = None
+    dense_below: int = 1024
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.clip_norm is not None and not self.clip_norm > 0.0:
+            raise ConfigurationError(f"clip_norm must be above 0 or None, got {self.clip_norm}")
+        if not isinstance(self.exclude, tuple):
+            raise ConfigurationError(f"exclude must be a tuple of patterns, got {self.exclude!r}")
+
+    def is_dense(self, name: str, parameter: Tensor) -> bool:
+        """Whether a parameter is sent whole in every step."""
+        return small_or_named(self.dense_below, self.exclude)(name, parameter)
+
+    def layout(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Layout:
+        """Which coordinates of these parameters are compressed and which are sent whole.
+
+        Raises:
+            ConfigurationError: when the parameters are unfit, or none is left to compress.
+        """
+        layout = Layout.of(named_parameters, self.is_dense)
+        if layout.compressed == 0:
+            raise ConfigurationError(
+                f"nothing to compress: all {layout.total} parameters are 1-D, smaller than "
+                f"dense_below={self.dense_below} or excluded; lower dense_below or use Compression.none"
+            )
+        return layout
+
+    def exchange(
+        self,
+        layout: Layout,
+        comm: Communicator,
+        *,
+        average: bool,
+        device: torch.device,
+        momentum: Momentum | None = None,
+    ) -> Exchange:
+        """The exchange of one optimizer; ``momentum`` takes the place of the compressor's own."""
+        return self._exchange(layout, comm, average=average, device=device, momentum=momentum or self.momentum)
+
+    @abstractmethod
+    def _exchange(
+        self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device, momentum: Momentum | None
+    ) -> Exchange: ...
+
+    def compress(self, tensor: Tensor) -> tuple[Tensor, stock.Ticket]:
+        """Stock Horovod's first call: note the gradient, hand out a one-element token to reduce."""
+        return stock.compress(self, tensor)
+
+    def decompress(self, tensor: Tensor, ctx: stock.Ticket | None) -> Tensor:
+        """Stock Horovod's second call: the first one of a step runs the exchange."""
+        return stock.decompress(self, tensor, ctx)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Sparsifier(Compressor):
+    """What compressors share that send some coordinates now and the others later.
+
+    Attributes:
+        ratio: bytes a dense float32 exchange sends over the bytes this one sends, above 1.
+        warmup_steps: the ratio grows from 1 to ``ratio`` in four stages over so many steps.
+        schedule: the ratio of each step, in place of ``ratio`` and ``warmup_steps``; must give
+            the same numbers on all ranks.
+    """
+
+    ratio: float = 40.0
+    warmup_steps: int = 100
+    schedule: Schedule | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.ratio > 1.0:
+            raise ConfigurationError(
+                f"ratio must be above 1, got {self.ratio}; for no compression use Compression.none"
+            )
+        if self.warmup_steps < 0:
+            raise ConfigurationError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
+
+    def exchange(
+        self,
+        layout: Layout,
+        comm: Communicator,
+        *,
+        average: bool,
+        device: torch.device,
+        momentum: Momentum | None = None,
+    ) -> Exchange:
+        """As for every `Compressor`.
+
+        A schedule that learns from the steps, see `hvd_sketch.schedule.AdaptiveSchedule`, is told of each of them.
+        """
+        exchange = super().exchange(layout, comm, average=average, device=device, momentum=momentum)
+        if isinstance(self.schedule, AdaptiveSchedule):
+            self.schedule.attach(exchange)
+        return exchange
+
+    def ratio_at(self, step: int) -> float:
+        """The compression ratio of a step; 1 means that everything is sent."""
+        schedule = self.schedule or warmup(self.ratio, self.warmup_steps)
+        ratio = schedule(step)
+        if not ratio >= 1.0:
+            raise ConfigurationError(f"schedule gave ratio {ratio} in step {step}; it must be at least 1")
+        return ratio
