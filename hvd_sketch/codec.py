@@ -34,7 +34,7 @@ class SparseCodec:
 
     - Values: sign, and magnitude as ``largest * 2^(-code/8)``, code 0 … 126, or zero. The relative
       error is at most ``2^(1/16) - 1 = 4.4 %`` down to ``largest / 2^15.75``; what lies below
-      ``2^-15.8`` of the largest becomes zero. `encode` returns what the receiver will see, so
+      ``2^-15.82`` of the largest becomes zero. `encode` returns what the receiver will see, so
       that the sender can keep the rest.
     - Indices: Elias-Fano (Elias 1974; Fano 1971): the lower ``l = floor(log2(universe / count))``
       bits as they are, the upper ones in unary.
@@ -74,7 +74,7 @@ class SparseCodec:
 
     def decode(self, code: Tensor) -> tuple[Tensor, Tensor]:
         """The ``(m, count)`` indices and values behind a code of shape ``(m, nbytes)``."""
-        largest = code[:, :4].contiguous().view(torch.float32)
+        largest = code[:, :4].flatten().clone().view(torch.float32).unsqueeze(1)
         values = self._values(code[:, 4 : 4 + self.count], largest)
         return self._unpack(code[:, 4 + self.count :]), values
 
