@@ -393,12 +393,14 @@ def refusals() -> dict[str, str]:
     }.items():
         fresh = net()
         optimizer = stock(torch.optim.SGD(fresh.parameters(), 0.1, momentum=0.9), fresh, **keywords)
-        expect(name, partial(torch.autograd.backward, loss(fresh, hvd.rank(), 0)))
-    for name, change in {
-        "frozen": lambda m, o: m[0].weight.requires_grad_(hvd.rank() == 0),
-        "unfrozen": lambda m, o: m[2].bias.requires_grad_(hvd.rank() == 0),
-        "added": lambda m, o: o.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]}) if hvd.rank() else None,
-    }.items():
+        expect(name, partial(torch.autograd.backward, [loss(fresh, hvd.rank(), 0)]))
+    group = {"params": [nn.Parameter(torch.ones(2, 2))]}
+    changes: dict[str, Callable[[Any, Any], object]] = {
+        "frozen": lambda model, _: model[0].weight.requires_grad_(hvd.rank() == 0),
+        "unfrozen": lambda model, _: model[2].bias.requires_grad_(hvd.rank() == 0),
+        "added": lambda _, optimizer: optimizer.add_param_group(group) if hvd.rank() else None,
+    }
+    for name, change in changes.items():
         fresh = net()
         fresh[2].bias.requires_grad_(False)
         compressor = Compression.sketch(**SKETCH)
