@@ -1,0 +1,1 @@
+"""Published methods that need more than an exchange of gradients: local steps, gossip."""

@@ -1,0 +1,128 @@
+"""What optimizers without an allreduce have in common: a model of their own on every rank, and averages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.comm import Communicator
+from hvd_sketch.errors import RankMismatchError
+from hvd_sketch.methods.flat import FlatModel, LayoutRule, whole
+from hvd_sketch.methods.wrapper import WrappedOptimizer
+from hvd_sketch.stats import Stats
+
+
+class Decentralized(WrappedOptimizer):
+    """A local optimizer and the part of a decentralised method that all of them share.
+
+    The local optimizer's state (momentum) stays on its rank and is never averaged.
+
+    Args:
+        optimizer: steps this rank's model; its parameters must be the model's.
+        model: what it trains. Buffers (BatchNorm's running statistics) are never sent: each
+            rank has its own, except inside `average_model`.
+        comm: collectives over the ranks.
+        settings: what must be equal on all ranks, by name.
+        same_start: begin with rank 0's parameters and buffers on every rank.
+        layout: how the parameters become one vector.
+
+    Raises:
+        ConfigurationError: for an optimizer of other parameters, or one that needs a closure.
+        RankMismatchError: alike on all ranks, when models or settings differ.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: torch.nn.Module,
+        comm: Communicator,
+        settings: dict[str, str],
+        *,
+        same_start: bool,
+        layout: LayoutRule = whole,
+    ) -> None:
+        super().__init__(optimizer)
+        self.model = model
+        self.stats = Stats()
+        self._collectives = comm
+        self._flat = FlatModel(optimizer, model, layout)
+        self._live = self._flat.new()
+        self._averaged = False
+        self._buffers = [buffer for _, buffer in sorted(model.named_buffers()) if buffer.is_floating_point()]
+        tensors = sorted([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[0])
+        shapes = " ".join(f"{name}{list(tensor.shape)}" for name, tensor in tensors)
+        _agree(comm, {"method": type(self).__name__, "parameters": shapes, **settings})
+        for _, tensor in tensors if same_start else ():
+            value = tensor.detach().contiguous()
+            comm.broadcast(value, 0, "hvd_sketch.start")
+            tensor.detach().copy_(value)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One local step and what the method adds to it; a closure is evaluated once, before."""
+        if self._averaged:
+            raise RuntimeError("step() inside average_model(): it would be lost when the block ends")
+        self.stats.steps += 1
+        self.stats.dense_bytes += self._collectives.allreduce_bytes(4 * self._flat.layout.total)
+        return super().step(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's; it belongs to this rank. Save the model inside `average_model`."""
+        return super().state_dict()
+
+    @contextmanager
+    def average_model(self) -> Iterator[torch.nn.Module]:
+        """Collective: inside, the model holds the mean over the ranks, for evaluation and checkpoints.
+
+        Floating-point buffers hold their mean as well; integer ones stay. Afterwards this rank's
+        own model and buffers are back, to the bit.
+        """
+        tensors = [parameter.detach() for parameter in self._flat.parameters] + self._buffers
+        own = [tensor.clone() for tensor in tensors]
+        model, *buffers = self._mean(self._contribution(), *self._buffers)
+        self._live.vector.copy_(model)
+        torch._foreach_copy_(tensors, [*self._live.views, *buffers])
+        self._averaged = True
+        try:
+            yield self.model
+        finally:
+            self._averaged = False
+            torch._foreach_copy_(tensors, own)
+
+    def consensus_distance(self) -> float:
+        """Collective: the root mean square over the ranks of a model's distance to the mean model."""
+        model = self._contribution().clone()
+        (mean,) = self._mean(model)
+        squared = torch.linalg.vector_norm(model - mean).square().reshape(1)
+        return float(self._mean(squared)[0].sqrt())
+
+    def _contribution(self) -> Tensor:
+        """What this rank adds to the mean model: its parameters."""
+        self._flat.read(self._live)
+        return self._live.vector
+
+    def _mean(self, *tensors: Tensor) -> list[Tensor]:
+        """Collective: the mean over the ranks of each tensor, in host memory."""
+        message = torch.cat([tensor.detach().reshape(-1).to("cpu", self._flat.dtype) for tensor in tensors])
+        self._average(message)
+        parts = torch.split_with_sizes(message, [tensor.numel() for tensor in tensors])
+        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+    def _average(self, vector: Tensor) -> None:
+        """Collective: replace ``vector`` by its mean over the ranks."""
+        self._collectives.allreduce(vector, "hvd_sketch.mean")
+        vector.div_(self._collectives.size)
+
+
+def _agree(comm: Communicator, mine: dict[str, str]) -> None:
+    answers = comm.allgather_object(mine, "hvd_sketch.agree")
+    for rank, answer in enumerate(answers):
+        for key, value in answers[0].items():
+            if answer.get(key) != value:
+                raise RankMismatchError(
+                    f"{key}: rank 0 has {value[:200]!r}, rank {rank} has {str(answer.get(key))[:200]!r}; "
+                    "build the same model with the same settings on every rank"
+                )
