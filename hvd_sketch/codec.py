@@ -22,7 +22,9 @@ _EIGHTHS = (
     0.5946035575013605,
     0.5452538663326288,
 )
-_MAGNITUDES = torch.tensor([_EIGHTHS[code % _STEPS] * 2.0 ** -(code // _STEPS) for code in range(_ZERO)] + [0.0])
+_MAGNITUDES = torch.tensor(
+    [_EIGHTHS[code % _STEPS] * 2.0 ** -(code // _STEPS) for code in range(_ZERO)] + [0.0], dtype=torch.float32
+)
 
 
 @dataclass(frozen=True)

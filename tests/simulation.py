@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hvd_sketch.comm import Communicator
 from hvd_sketch.comm.in_process import run_in_process
-from hvd_sketch.compressor import Sparsifier
+from hvd_sketch.compressor import Compressor
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.memory import Momentum
 
@@ -42,7 +42,7 @@ def heavy_tailed(*shape: int, seed: int = 0) -> Tensor:
 
 
 def make(
-    compressor: Sparsifier,
+    compressor: Compressor,
     comm: Communicator,
     shapes: Mapping[str, tuple[int, ...]] = SHAPES,
     *,
@@ -68,7 +68,7 @@ def step(exchange: Exchange, gradient: Tensor) -> Tensor:
 
 def drive(
     comm: Communicator,
-    compressor: Sparsifier,
+    compressor: Compressor,
     gradients: Tensor,
     shapes: Mapping[str, tuple[int, ...]] = SHAPES,
     *,
@@ -85,7 +85,7 @@ def drive(
     return Run(torch.stack(updates), exchange)
 
 
-def simulate(compressor: Sparsifier, gradients: Tensor, *args: Any, **keywords: Any) -> list[Run]:
+def simulate(compressor: Compressor, gradients: Tensor, *args: Any, **keywords: Any) -> list[Run]:
     """Exchange gradients of shape (ranks, steps, total); every rank's run. Further arguments are those of `drive`."""
     return run_in_process(
         len(gradients), lambda comm: drive(comm, compressor, gradients[comm.rank], *args, **keywords)

@@ -127,6 +127,18 @@ class Exchange(ABC):
         for observer in self.observers:
             observer.observe(self)
 
+    def agree_on(self, settings: str) -> None:
+        """Add to what must be equal on all ranks, before the first step."""
+        self._settings += f" {settings}"
+
+    def average_memory(self) -> None:
+        """Replace every rank's residual by the mean over the ranks: what is kept in total stays the same."""
+        before = self.comm.bytes_sent
+        with self.stats.phase("exchange"):
+            self.comm.allreduce(self.memory.residual, self._name("memory"))
+            self.memory.residual.div_(self.comm.size)
+        self.stats.bytes_sent += self.comm.bytes_sent - before
+
     def fail_together(self, problem: str) -> None:
         """Make the coming `run` raise `ConfigurationError` on all ranks, with every rank's problem."""
         self._problem = self._problem or problem

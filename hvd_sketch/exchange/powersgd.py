@@ -73,7 +73,7 @@ class PowerSGDExchange(Exchange):
 
     def _draw_right(self) -> None:
         generator = torch.Generator().manual_seed(self._seed)
-        self._right.copy_(torch.randn(self._right.numel(), generator=generator))
+        self._right.copy_(torch.randn(self._right.numel(), generator=generator, dtype=torch.float32))
 
     def _is_dense_step(self) -> bool:
         return self.step < self._start_step

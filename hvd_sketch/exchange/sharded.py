@@ -70,7 +70,7 @@ class ShardedExchange(Exchange):
         count = self._planner(self.layout, self.step, ranks)
         assert count is not None
         dense = slice(self.layout.compressed, self.layout.total)
-        message = torch.empty(wire.HEADER + self.layout.dense, device=self.gradient.device)
+        message = torch.empty(wire.HEADER + self.layout.dense, dtype=torch.float32, device=self.gradient.device)
         message[wire.HEADER :] = self.memory.computed(self.gradient, clip, dense)
         if not self._sum(message, finite, "dense"):
             return False
@@ -86,7 +86,7 @@ class ShardedExchange(Exchange):
 
     def _by_owner(self, universe: int) -> Tensor:
         """The memory as ``(universe, ranks)``, column j the shard of rank j; zeros at the end."""
-        padded = torch.zeros(universe * self.comm.size, device=self.gradient.device)
+        padded = torch.zeros(universe * self.comm.size, dtype=torch.float32, device=self.gradient.device)
         padded[: self.layout.compressed] = self.memory.residual[: self.layout.compressed]
         return padded.view(universe, self.comm.size)
 
