@@ -7,6 +7,7 @@ run that does not end in time is killed, and fails with the place where every ra
 
 import faulthandler
 import importlib
+import io
 import os
 import pickle
 import subprocess
@@ -35,7 +36,7 @@ ENVIRONMENT = {
     "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "20",
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PYTHONUNBUFFERED": "1",
+    "PYTHONUNBUFFERED": "",  # unbuffered, the words of two ranks mix within a line
 }
 RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
 OTHERS_MAY_FAIL_TOO = 1.0  # seconds a failed rank waits before its exit makes the launcher kill the rest
@@ -152,6 +153,8 @@ def end(process: subprocess.Popen[Any]) -> None:
 
 def rank_main(folder: Path) -> None:
     """What each rank runs: load the call, make it, leave the result."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # the words of a rank that is killed are not lost
     rank = next(os.environ[name] for name in RANK_VARIABLES if name in os.environ)
     module, name, patience, args = pickle.loads((folder / "call").read_bytes())
     with (folder / f"stack.{rank}").open("w") as stack:
