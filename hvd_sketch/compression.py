@@ -76,6 +76,8 @@ class Sketch(Sparsifier):
             raise ConfigurationError("give both cols and k, or neither and a ratio")
         if self.rows < 1:
             raise ConfigurationError(f"rows must be at least 1, got {self.rows}")
+        if self.cols is not None and self.k is not None:
+            SketchPlan(self.rows, self.cols, self.k, self.k)
         if not 0.0 < self.table_share < 1.0:
             raise ConfigurationError(f"table_share must be between 0 and 1, got {self.table_share}")
         if not self.oversampling >= 1.0:
@@ -133,6 +135,8 @@ class TopK(Sparsifier):
     def _exchange(
         self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device, momentum: Momentum | None
     ) -> Exchange:
+        if self.schedule is None:  # fail now, not at the end of the warm-up
+            self._plan(layout, self.warmup_steps, comm.size)
         return TopKExchange(
             layout,
             comm,
@@ -160,6 +164,8 @@ class Sharded(Sparsifier):
     def _exchange(
         self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device, momentum: Momentum | None
     ) -> Exchange:
+        if self.schedule is None:  # fail now, not at the end of the warm-up
+            self._plan(layout, self.warmup_steps, comm.size)
         return ShardedExchange(
             layout,
             comm,

@@ -78,8 +78,9 @@ class SketchExchange(Exchange):
         seed = (self._seed << 32) + self.step
         if plan is not None and plan != self._plan:
             device = self.gradient.device
-            self._carried = CountSketch(self.layout.compressed, plan.rows, plan.cols, seed, device=device)
-            self._fresh = CountSketch(self.layout.compressed, plan.rows, plan.cols, seed, device=device)
+            self._carried, self._fresh = (
+                CountSketch(self.layout.compressed, plan.rows, plan.cols, seed, device=device) for _ in range(2)
+            )
             cells = plan.rows * plan.cols
             self._message = torch.zeros(wire.HEADER + cells + self.layout.dense, dtype=self._dtype, device=device)
             lanes = wire.HEADER + wire.DIGEST_BITS + plan.candidates
