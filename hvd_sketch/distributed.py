@@ -12,11 +12,13 @@ from torch import Tensor
 
 from hvd_sketch.comm import Communicator, as_communicator, default_communicator, has_horovod
 from hvd_sketch.compatibility import check_groups, check_momentum, correction_of
-from hvd_sketch.compression import Compression, HalfPrecision, NoCompression, Sparsifier
+from hvd_sketch.compression import Compression, HalfPrecision, NoCompression
+from hvd_sketch.compressor import Compressor
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import DenseExchange, Exchange
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
+from hvd_sketch.methods.step_ahead import StepAhead, StepAheadOptimizer, check_step_ahead
 from hvd_sketch.optimizer import distribute
 
 Average, Sum = 0, 1  # Horovod's own numbers
@@ -38,6 +40,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     grad_scaler: torch.amp.GradScaler | None = None,
     momentum_correction: bool = False,
     momentum_masking: bool = True,
+    error_feedback: StepAhead | None = None,
 ) -> torch.optim.Optimizer:
     """Wrap an optimizer so that its steps use the gradients of all ranks.
 
@@ -66,6 +69,8 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
             each rank before the selection instead of after it (see `Momentum`); without a
             sparsifying compressor both are the same, and this changes nothing.
         momentum_masking: with the above, clear the momentum of what was sent.
+        error_feedback: `StepAhead` takes gradients where the unsent errors are already applied;
+            the result is then a `StepAheadOptimizer`, to be used as it says.
 
     Raises:
         ConfigurationError: when a setting cannot work, before any communication.
@@ -76,12 +81,14 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         raise ConfigurationError("give process_set (of Horovod) or comm (in place of Horovod), not both")
     if backward_passes_per_step <= 0:
         raise ConfigurationError(f"backward_passes_per_step must be at least 1, got {backward_passes_per_step}")
+    if error_feedback is not None:
+        check_step_ahead(compression, momentum_correction, grad_scaler, averages=op == Average)
     if num_groups != 0:
         warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=2)
     if gradient_predivide_factor != 1.0 and op != Average:
         raise ConfigurationError("gradient_predivide_factor is supported with op=Average only")
     plain = compression in (NoCompression, HalfPrecision)
-    if not plain and not isinstance(compression, Sparsifier) and comm is None and has_horovod():
+    if not plain and not isinstance(compression, Compressor) and comm is None and has_horovod():
         plain = True  # Horovod's own compressors, or somebody else's
     if plain and comm is None and has_horovod():
         return _stock_optimizer(
@@ -95,7 +102,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
             sparse_as_dense=sparse_as_dense,
             process_set=process_set,
         )
-    if not plain and not isinstance(compression, Sparsifier):
+    if not plain and not isinstance(compression, Compressor):
         raise ConfigurationError(
             f"compression={compression!r} is no member of hvd_sketch.Compression: use none, fp16, sketch() or topk()"
         )
@@ -103,11 +110,15 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         raise ConfigurationError(f"op={op} cannot be combined with compression: only Average and Sum are linear")
     check_groups(groups)
     correction = None
-    if isinstance(compression, Sparsifier):
+    if isinstance(compression, Compressor):
         correction = correction_of(optimizer, masking=momentum_masking) if momentum_correction else None
         check_momentum(compression.momentum, optimizer)
     named = _named(optimizer, named_parameters)
     communicator = _Lazy(comm, process_set)
+    if error_feedback is not None and isinstance(compression, Compressor):
+        return StepAheadOptimizer(
+            optimizer, named, compression, communicator.get, communicator.is_active, error_feedback
+        )
 
     def make_exchange(parameters: dict[str, Tensor], momentum: Momentum | None) -> Exchange:
         return _exchange(compression, parameters, communicator.get(), op == Average, momentum)
@@ -155,14 +166,14 @@ def _exchange(
 ) -> Exchange:
     device = next(iter(parameters.values())).device
     layout = _layout(compression, parameters.items())
-    if isinstance(compression, Sparsifier):
+    if isinstance(compression, Compressor):
         return compression.exchange(layout, comm, average=average, device=device, momentum=momentum)
     dtype = torch.float16 if compression is HalfPrecision else torch.float32
     return DenseExchange(layout, comm, average=average, device=device, dtype=dtype)
 
 
 def _layout(compression: Any, named_parameters: Iterable[tuple[str, Tensor]]) -> Layout:
-    if isinstance(compression, Sparsifier):
+    if isinstance(compression, Compressor):
         return compression.layout(named_parameters)
     return Layout.of(named_parameters, lambda name, parameter: False)
 
@@ -182,7 +193,8 @@ def _named(
             "model.named_parameters()"
         )
     held = {id(p): (i, j) for i, group in enumerate(groups) for j, p in enumerate(group["params"])}
-    unnamed = [place for identity, place in held.items() if identity not in {id(p) for _, p in named}]
+    known = {id(parameter) for _, parameter in named}
+    unnamed = [place for identity, place in held.items() if identity not in known]
     if unnamed:
         raise ConfigurationError(
             f"named_parameters lacks {len(unnamed)} parameters of the optimizer, the first one at (group, index) "
