@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from benchmarks.cluster import bench
 from benchmarks.cluster.cluster import Cluster, take_down
 from benchmarks.cluster.launchers import LAUNCHERS
+from benchmarks.cluster.methods import METHODS
+from benchmarks.cluster.models import MODELS
 from benchmarks.cluster.network import ClusterError
 
 
@@ -55,6 +59,14 @@ def _action(actions: Any, name: str, function: Callable[[argparse.Namespace], in
     return action
 
 
+def _bench(options: argparse.Namespace) -> int:
+    cells = (
+        bench.quick() if options.quick else bench.grid(options.hosts, options.mbit, options.models, options.methods)
+    )
+    bench.measure(cells, options.results, seconds=options.seconds, again=options.again, name=options.name)
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cluster", description=__doc__)
     actions = parser.add_subparsers(metavar="ACTION", required=True)
@@ -64,11 +76,20 @@ def _parser() -> argparse.ArgumentParser:
     for action in (up, run):
         action.add_argument("--hosts", type=int, default=4, help="number of hosts (default: 4)")
         action.add_argument("--mbit", type=float, default=100.0, help="Mbit/s of each link (default: 100)")
-    for action in (up, run, down):
+    table = _action(actions, "bench", _bench, "measure the table, or what is missing of it (default)")
+    for action in (up, run, down, table):
         action.add_argument("--name", default="main", help="which cluster, where several are up (default: main)")
     run.add_argument("--launcher", choices=tuple(LAUNCHERS), default="mpirun", help="(default: mpirun)")
     run.add_argument("--timeout", type=float, help="seconds until everything is ended (default: never)")
     run.add_argument("command", nargs="+", help="behind --: the command and its arguments")
+    table.add_argument("--quick", action="store_true", help="a part of the table that takes about ten minutes")
+    table.add_argument("--hosts", type=int, nargs="+", default=bench.HOSTS)
+    table.add_argument("--mbit", type=float, nargs="+", default=bench.RATES)
+    table.add_argument("--models", choices=tuple(MODELS), nargs="+", default=tuple(MODELS))
+    table.add_argument("--methods", choices=tuple(METHODS), nargs="+", default=tuple(METHODS))
+    table.add_argument("--seconds", type=float, default=10.0, help="timed steps of a row, about (default: 10)")
+    table.add_argument("--again", action="store_true", help="measure rows that are there once more")
+    table.add_argument("--results", type=Path, default=bench.RESULTS, help="the file of rows")
     return parser
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from benchmarks.cluster.requirements import program
 
 _BRIDGE = "switch"
-_BURST = "128kb"
+_BURST = 1e-3  # seconds of sending that an idle link saves up, and may then do at once
+_LEAST_BURST = 6000  # bytes: four full packets
 _QUEUE = "100ms"  # of sending time; what does not fit is dropped, and TCP slows down
 _GRACE = 3.0  # seconds between a polite end and a forced one
 
@@ -62,7 +63,8 @@ def make_host(namespace: str, switch: str, port: str, address: str, mbit: float)
     for place, device in ((namespace, "lo"), (namespace, "eth0"), (switch, port)):
         tool("ip", "-n", place, "link", "set", device, "up")
     for place, device in ((namespace, "eth0"), (switch, port)):
-        rate = ("rate", f"{mbit}mbit", "burst", _BURST, "latency", _QUEUE)
+        burst = max(_LEAST_BURST, int(mbit * 1e6 / 8 * _BURST))
+        rate = ("rate", f"{mbit}mbit", "burst", f"{burst}b", "latency", _QUEUE)
         tool("tc", "-n", place, "qdisc", "add", "dev", device, "root", "tbf", *rate)
 
 
