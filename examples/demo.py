@@ -1,0 +1,36 @@
+"""Train the character transformer on 2 processes, without compression and sketched, and compare: ``make demo``.
+
+Further options go to the example: ``python examples/demo.py --ratio 40 --steps 1000``.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+RUNS = Path("runs/demo")
+OPTIONS = "--compression sketch --ratio 20 --steps 500"
+
+
+def main() -> int:
+    """Run mpirun and pass its exit status on."""
+    mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if mpirun is None:
+        raise SystemExit("demo: there is no mpirun on the PATH; `make demo` installs one")
+    launcher = [mpirun, "-np", "2", "--oversubscribe", "--bind-to", "none"]
+    if hasattr(os, "getuid") and os.getuid() == 0:
+        launcher.append("--allow-run-as-root")
+    output = ["--results", f"{RUNS}/results.json", "--plot", f"{RUNS}/curves.png"]
+    script = [sys.executable, str(HERE / "char_transformer.py"), *shlex.split(OPTIONS), *output]
+    command = [*launcher, *script, *sys.argv[1:]]
+    print(shlex.join(command), flush=True)
+    return subprocess.call(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
