@@ -30,7 +30,7 @@ class _Meeting:
 
 
 class InProcess(Communicator):
-    """One of several ranks that share a process; made by `run_in_process`."""
+    """One of several ranks that share a process; made by `InProcessGroup`."""
 
     def __init__(self, rank: int, size: int, meeting: _Meeting) -> None:
         self._rank, self._size, self._meeting = rank, size, meeting
@@ -59,29 +59,41 @@ class InProcess(Communicator):
         tensor.copy_(self._meeting.gather(self._rank, tensor.clone())[root])
 
 
+class InProcessGroup:
+    """The ranks of one process; their communicators last from one `run` to the next."""
+
+    def __init__(self, size: int) -> None:
+        meeting = _Meeting(size)
+        self._meeting = meeting
+        self.communicators = [InProcess(rank, size, meeting) for rank in range(size)]
+
+    def run(self, body: Callable[[Communicator], Result]) -> list[Result]:
+        """Call ``body(communicator)`` on a thread for each rank and return the results by rank.
+
+        The first exception of any rank is raised here; the others are woken up and dropped.
+        """
+        results: list[Any] = [None] * len(self.communicators)
+        errors: list[BaseException] = []
+
+        def call(communicator: InProcess) -> None:
+            try:
+                results[communicator.rank] = body(communicator)
+            except threading.BrokenBarrierError:
+                return
+            except BaseException as error:
+                errors.append(error)
+                self._meeting.barrier.abort()
+
+        threads = [threading.Thread(target=call, args=(communicator,)) for communicator in self.communicators]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return results
+
+
 def run_in_process(size: int, body: Callable[[Communicator], Result]) -> list[Result]:
-    """Call ``body(communicator)`` on ``size`` threads and return the results by rank.
-
-    The first exception of any rank is raised here; the others are woken up and dropped.
-    """
-    meeting = _Meeting(size)
-    results: list[Any] = [None] * size
-    errors: list[BaseException] = []
-
-    def run(rank: int) -> None:
-        try:
-            results[rank] = body(InProcess(rank, size, meeting))
-        except threading.BrokenBarrierError:
-            return
-        except BaseException as error:
-            errors.append(error)
-            meeting.barrier.abort()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return results
+    """Call ``body(communicator)`` on ``size`` threads that stand for ranks; the results by rank."""
+    return InProcessGroup(size).run(body)

@@ -1,0 +1,1 @@
+"""Does compressed training converge where dense training does, at equal bytes?"""

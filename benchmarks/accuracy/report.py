@@ -1,0 +1,77 @@
+"""The page and the plots, from the rows alone."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+Row = dict[str, Any]
+
+INTRODUCTION = """# Accuracy at equal bytes
+
+Validation loss at the end of training, at the hyper-parameters of the dense run, with {ranks} simulated ranks, each
+with a batch of its own, through the real exchange in one process (`make accuracy`; rows in
+`benchmarks/results/accuracy.json`). *Setting* is the ratio asked for, or PowerSGD's rank; *ratio* is dense bytes over
+bytes sent over the whole run, the dense warm-up steps included. *Gap* is the loss above the dense run of the same seed
+and length, in percent; negative is better than dense. Mean over seeds, and the spread between the best and the worst.
+"""
+
+
+def write_page(rows: list[Row], folder: Path) -> None:
+    """Write ``accuracy.md`` and one picture a task into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = ", ".join(str(number) for number in sorted({row["ranks"] for row in rows}))
+    parts = [INTRODUCTION.format(ranks=ranks)]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        for steps in sorted({row["steps"] for row in rows if row["task"] == task}):
+            mine = [row for row in rows if row["task"] == task and row["steps"] == steps]
+            picture = f"accuracy-{task}-{steps}.png"
+            _plot(mine, folder / picture)
+            parts.append(f"## {task}, {steps} steps\n\n{_table(mine)}\n\n![loss over steps and bytes]({picture})\n")
+    (folder / "accuracy.md").write_text("\n".join(parts))
+
+
+def _table(rows: list[Row]) -> str:
+    lines = ["| method | setting | ratio | loss | gap % | spread | seeds |", "|---|---|---|---|---|---|---|"]
+    for method, setting in dict.fromkeys((row["method"], row["setting"]) for row in rows):
+        group = [row for row in rows if (row["method"], row["setting"]) == (method, setting)]
+        if "refused" in group[0]:
+            lines.append(f"| {method} | {setting:g} | refused: the dense part alone is more | | | | |")
+            continue
+        if any(row["diverged"] for row in group):
+            lines.append(f"| {method} | {setting:g} | {group[0]['ratio']:.1f} | diverged | | | {len(group)} |")
+            continue
+        losses = [row["final_loss"] for row in group]
+        gaps = [100 * (row["final_loss"] / row["dense_loss"] - 1) for row in group]
+        lines.append(
+            f"| {method} | {setting:g} | {group[0]['ratio']:.1f} | {statistics.mean(losses):.3f} | "
+            f"{statistics.mean(gaps):+.1f} | {max(losses) - min(losses):.3f} | {len(group)} |"
+        )
+    return "\n".join(lines)
+
+
+def _plot(rows: list[Row], file: Path) -> None:
+    figure, (by_steps, by_bytes) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    first = min(row["seed"] for row in rows)
+    for row in rows:
+        if row["seed"] != first or "refused" in row:
+            continue
+        steps, sent, losses = zip(*row["losses"], strict=True)
+        label = row["method"] if row["method"] == "dense" else f"{row['method']} {row['setting']:g}"
+        style = {"color": "black", "linewidth": 2.0} if row["method"] == "dense" else {"linewidth": 1.0}
+        by_steps.plot(steps, losses, label=label, **style)
+        by_bytes.plot([count / 1e6 for count in sent], losses, **style)
+    finite = [loss for row in rows if not row.get("refused") for *_, loss in row["losses"] if loss < 10]
+    by_steps.set(
+        xlabel="steps", ylabel="validation loss", ylim=(min(finite) * 0.97, sorted(finite)[-len(finite) // 8])
+    )
+    by_bytes.set(xlabel="MB sent per rank", xscale="log")
+    by_steps.legend(fontsize=7, ncols=2)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
