@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 
 @dataclass
 class Stats:
@@ -17,8 +20,9 @@ class Stats:
         skipped: of these, the steps that a non-finite gradient on some rank made void.
         bytes_sent: bytes this rank sent, by the ring formulas of `hvd_sketch.comm.Communicator`.
         dense_bytes: bytes plain float32 allreduce would have sent.
-        captured_energy: share of the squared norm of the summed memory that the last step sent,
-            0 to 1, by the sketch's own estimate of the norm; NaN when not known.
+        captured_energy: share of the squared norm of the memory that the last step sent, 0 to 1:
+            of the memory summed over the ranks by the sketch's own estimate, or of this rank's
+            where it selects by itself; NaN when not known.
         clip: factor the last gradient was multiplied by, 1 when it was within the norm.
         seconds: wall time by phase.
     """
@@ -35,6 +39,11 @@ class Stats:
     def ratio(self) -> float:
         """Dense bytes over bytes sent, over the whole run; NaN before anything was sent."""
         return self.dense_bytes / self.bytes_sent if self.bytes_sent else float("nan")
+
+    def note_captured(self, sent: Tensor, memory: Tensor) -> None:
+        """Take the captured energy of a step from what was sent of which memory."""
+        whole = float(torch.linalg.vector_norm(memory))
+        self.captured_energy = (float(torch.linalg.vector_norm(sent)) / whole) ** 2 if whole > 0 else 1.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -133,10 +133,14 @@ class Exchange(ABC):
 
     def average_memory(self) -> None:
         """Replace every rank's residual by the mean over the ranks: what is kept in total stays the same."""
+        self.sum_over_ranks(self.memory.residual, "memory")
+        self.memory.residual.div_(self.comm.size)
+
+    def sum_over_ranks(self, values: Tensor, what: str) -> None:
+        """Collective: replace ``values`` by their sum over the ranks, between two steps."""
         before = self.comm.bytes_sent
         with self.stats.phase("exchange"):
-            self.comm.allreduce(self.memory.residual, self._name("memory"))
-            self.memory.residual.div_(self.comm.size)
+            self.comm.allreduce(values, self._name(what))
         self.stats.bytes_sent += self.comm.bytes_sent - before
 
     def fail_together(self, problem: str) -> None:

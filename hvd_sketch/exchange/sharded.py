@@ -93,6 +93,7 @@ class ShardedExchange(Exchange):
     def _send_up(self, shards: Tensor, codec: SparseCodec) -> Tensor:
         with self.stats.phase("select"):
             rows, values = _heaviest(shards.t(), codec.count)
+            self.stats.note_captured(values, shards)
             code, decoded = codec.encode(rows, values)
             others = torch.arange(self.comm.size, device=rows.device) != self.comm.rank
             owners = torch.arange(self.comm.size, device=rows.device).unsqueeze(1).expand_as(rows)

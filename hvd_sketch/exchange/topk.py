@@ -66,7 +66,9 @@ class TopKExchange(Exchange):
             self.memory.absorb(self.gradient, clip)
             residual = self.memory.residual[: self.layout.compressed]
             chosen = residual.abs().topk(k, sorted=False).indices
-            pairs = torch.cat([chosen.to(torch.int32), residual[chosen].view(torch.int32)])
+            values = residual[chosen]
+            pairs = torch.cat([chosen.to(torch.int32), values.view(torch.int32)])
+            self.stats.note_captured(values, residual)
         with self.stats.phase("exchange"):
             gathered = self.comm.allgather(pairs, self._name("pairs"))
         with self.stats.phase("memory"):
