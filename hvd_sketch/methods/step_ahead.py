@@ -7,7 +7,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,7 @@ from hvd_sketch.comm import Communicator
 from hvd_sketch.compressor import Compressor
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
+from hvd_sketch.methods.displacement import displacement_exchange
 from hvd_sketch.methods.flat import FlatParameters
 from hvd_sketch.methods.wrapper import WrappedOptimizer
 
@@ -96,9 +97,8 @@ class StepAheadOptimizer(WrappedOptimizer):
     @cached_property
     def exchange(self) -> Exchange:
         """The exchange, for its ``stats``; made on first use. Its memory's residual is e_i."""
-        compressor = replace(self._compression, clip_norm=None)
         device = self._synchronous.vector.device
-        exchange = compressor.exchange(self._flat.layout, self._communicator(), average=True, device=device)
+        exchange = displacement_exchange(self._compression, self._flat.layout, self._communicator(), device)
         exchange.agree_on(f"{self._settings} clip_norm={self._compression.clip_norm}")
         return exchange
 
