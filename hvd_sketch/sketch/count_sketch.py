@@ -1,0 +1,149 @@
+"""The public Count Sketch: a table, and the kernel that fits its device."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.sketch import native, reference
+from hvd_sketch.sketch.geometry import Geometry
+
+_INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class CountSketch:
+    """A linear summary of a vector of ``dim`` coordinates in ``rows * cols`` floats.
+
+    Coordinate i is added to one bucket of each row with a random sign; its estimate is the
+    median over the rows of the signed buckets. A row's estimate is unbiased with variance at
+    most ``||v||^2 / cols``; coordinates well above ``||v|| / sqrt(cols)`` stand out.
+
+    Tables made with the same (dim, rows, cols, seed) may be summed cell by cell: the sketch of
+    a sum is the sum of the sketches. See `hvd_sketch.sketch.geometry` for the hash functions.
+
+    Args:
+        dim: coordinates of the vector; may exceed 2^31.
+        rows: independent estimates of each coordinate. Odd, or the median is biased (one warning).
+        cols: buckets of a row.
+        seed: any integer; sketches with different seeds must not be summed.
+        device: where the table lives.
+        table: storage to use, float32 of shape ``(rows, cols)``; made and zeroed when not given.
+
+    Raises:
+        ValueError: for a size below 1 or a table that does not fit.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        rows: int,
+        cols: int,
+        seed: int = 0,
+        *,
+        device: torch.device | str = "cpu",
+        table: Tensor | None = None,
+    ) -> None:
+        self.geometry = Geometry(dim, rows, cols)
+        self.seed = seed
+        if rows % 2 == 0:
+            warnings.warn(
+                f"CountSketch: rows={rows} is even; an odd number gives a sharper median for fewer bytes",
+                stacklevel=2,
+            )
+        if table is None:
+            table = torch.zeros(rows, cols, device=device)
+        elif table.shape != (rows, cols) or table.dtype != torch.float32 or not table.is_contiguous():
+            raise ValueError(
+                f"CountSketch: table must be contiguous float32 of shape ({rows}, {cols}), "
+                f"got {table.dtype} of shape {tuple(table.shape)}"
+            )
+        self.table = table
+
+    @property
+    def _kernel(self) -> ModuleType:
+        return native if self.table.device.type == "cpu" and native.available() else reference
+
+    def reset(self, seed: int) -> None:
+        """Empty the table and draw new buckets and signs."""
+        self.seed = seed
+        self.table.zero_()
+
+    def add(self, vector: Tensor, offset: int = 0, scale: float = 1.0) -> None:
+        """Add ``scale * vector`` as coordinates ``offset, offset + 1, …`` of the sketched vector.
+
+        Args:
+            vector: contiguous, float32, float16 or bfloat16, of any shape; read as flat.
+            offset: coordinate of its first element.
+            scale: factor, rounded to float32.
+
+        Raises:
+            ValueError: when the slice does not fit, or its dtype, device or layout is not supported.
+        """
+        self._check(vector, offset)
+        self._kernel.add(self.geometry, self.seed, self.table, vector.view(-1), offset, scale)
+
+    def add_many(self, vectors: Sequence[Tensor], offsets: Sequence[int], scale: float = 1.0) -> None:
+        """`add` each vector at its offset, at the cost of a single one where they are small.
+
+        Args:
+            vectors: each as for `add`; dtypes may differ.
+            offsets: coordinate of each vector's first element; ascending, without overlap.
+            scale: factor of all of them, rounded to float32.
+
+        Raises:
+            ValueError: as `add`, and when the slices overlap or do not ascend.
+        """
+        stop = 0
+        for vector, offset in zip(vectors, offsets, strict=True):
+            self._check(vector, offset)
+            if offset < stop:
+                raise ValueError(
+                    f"CountSketch.add_many: offset {offset} lies before {stop}, where the last slice ends"
+                )
+            stop = offset + vector.numel()
+        if self._kernel is native:
+            native.add_many(self.geometry, self.seed, self.table, vectors, offsets, scale)
+        else:
+            for vector, offset in zip(vectors, offsets, strict=True):
+                reference.add(self.geometry, self.seed, self.table, vector.view(-1), offset, scale)
+
+    def _check(self, vector: Tensor, offset: int) -> None:
+        if vector.dtype not in _INPUT_DTYPES:
+            raise ValueError(f"CountSketch.add: dtype {vector.dtype} is not one of {_INPUT_DTYPES}")
+        if offset < 0 or offset + vector.numel() > self.geometry.dim:
+            raise ValueError(
+                f"CountSketch.add: coordinates {offset} to {offset + vector.numel()} "
+                f"do not fit a sketch of dim={self.geometry.dim}"
+            )
+        if vector.device != self.table.device:
+            raise ValueError(f"CountSketch.add: vector on {vector.device}, table on {self.table.device}")
+        if not vector.is_contiguous():
+            raise ValueError("CountSketch.add: vector must be contiguous; call .contiguous() on it")
+
+    def estimate(self, index: Tensor | None = None) -> Tensor:
+        """Estimates (float32) of the coordinates in ``index`` (int64), or of all of them."""
+        if index is None and self._kernel is native:
+            return native.estimate_all(self.geometry, self.seed, self.table)
+        if index is None:
+            index = torch.arange(self.geometry.dim, device=self.table.device)
+        return reference.estimate(self.geometry, self.seed, self.table, index)
+
+    def top_k(self, k: int) -> tuple[Tensor, Tensor]:
+        """The k coordinates of largest absolute estimate: (indices ascending, estimates).
+
+        Ties go to the smaller index, so equal tables give equal choices on every rank.
+        Indices are int64, estimates float32. Raises ValueError unless ``1 <= k <= dim``.
+        """
+        if not 1 <= k <= self.geometry.dim:
+            raise ValueError(f"CountSketch.top_k: k must be in 1 … dim={self.geometry.dim}, got {k}")
+        indices, estimates = self._kernel.top_k(self.geometry, self.seed, self.table, k)
+        return indices, estimates
+
+    def l2_norm(self) -> float:
+        """Estimate of ``||v||``: the square root of the median over rows of the row's energy."""
+        energy = self.table.to(torch.float64).square().sum(dim=1)
+        return float(energy.quantile(0.5).sqrt())

@@ -1,0 +1,137 @@
+// The CPU kernel of the sketch, as a plain shared library. See geometry.py for the definition and reference.py for the
+// results, which these functions reproduce to the last bit with any number of threads.
+//
+// The same code is compiled for each instruction set, and the widest one that the processor has is taken: one library
+// serves them all, and other architectures get the plain one.
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a function boundary: all is inlined
+
+#include "kernel/add.hpp"
+#include "kernel/estimate.hpp"
+#include "kernel/pool.hpp"
+#include "kernel/select.hpp"
+
+namespace {
+
+using namespace sketch;
+
+struct Kernel {
+    int64_t lanes;
+    void (*add_by_chunk)(Add&, Worker&);
+    void (*add_by_tile)(Add&, Worker&);
+    void (*estimate_all)(EstimateAll&, Worker&);
+    void (*sample)(TopK&, Worker&);
+    void (*search)(TopK&, Worker&);
+};
+
+#define SKETCH_KERNEL(name, lanes, ...)                                                                              \
+    namespace name {                                                                                                 \
+    __VA_ARGS__ void add_by_chunk(Add& add, Worker& worker) { add.by_chunk<lanes>(worker.draws); }                   \
+    __VA_ARGS__ void add_by_tile(Add& add, Worker& worker) { add.by_tile<lanes>(worker.draws); }                     \
+    __VA_ARGS__ void estimate_all(EstimateAll& all, Worker& worker) { all.by_tile(worker.draws, worker.estimator); } \
+    __VA_ARGS__ void sample(TopK& top, Worker& worker) { top.sample(worker); }                                       \
+    __VA_ARGS__ void search(TopK& top, Worker& worker) { top.search<lanes>(worker); }                                \
+    constexpr Kernel kernel = {lanes, add_by_chunk, add_by_tile, estimate_all, sample, search};                      \
+    }
+
+SKETCH_KERNEL(baseline, 4)
+#if defined(__x86_64__)
+SKETCH_KERNEL(avx2, 8, __attribute__((target("avx2,bmi,bmi2,popcnt"))))
+SKETCH_KERNEL(avx512, 16, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,bmi,bmi2,popcnt"))))
+#endif
+
+// The widest that the processor has, of at most so many lanes.
+const Kernel& choose(int64_t most) {
+#if defined(__x86_64__)
+    if (most >= 16 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2"))
+        return avx512::kernel;
+    if (most >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")) return avx2::kernel;
+#endif
+    return baseline::kernel;
+}
+
+const Kernel* kernel = &choose(kLanes);
+
+Worker* workers(int threads) {
+    static thread_local Buffer<Worker> buffer;
+    return buffer.reserve(threads);
+}
+
+// Below this many coordinates, waking another thread costs more than it saves.
+constexpr int64_t kAlone = 1 << 17;
+
+int useful(const Layout& layout, int64_t coordinates, int64_t threads) {
+    return coordinates < kAlone ? 1 : int(std::min(threads, layout.tiles));
+}
+
+// One job, divided among threads by its tiles.
+template <class Job>
+struct Task {
+    void (*work)(Job&, Worker&);
+    Job& job;
+    Worker* workers;
+
+    static void run(void* task, int worker) {
+        Task& self = *static_cast<Task*>(task);
+        self.work(self.job, self.workers[worker]);
+    }
+};
+
+template <class Job>
+void share(void (*work)(Job&, Worker&), Job& job, Worker* workers, int threads) {
+    Task<Job> task = {work, job, workers};
+    Pool::run(Task<Job>::run, &task, threads);
+}
+
+}  // namespace
+
+extern "C" {
+
+void sketch_add(int64_t rows, int64_t cols, uint64_t seed, float* table, const Segment* segments, int64_t count,
+                float scale, int64_t max_threads) {
+    if (count == 0) return;
+    Add add{{rows, cols, seed}, table, segments, count, scale};
+    const int threads = useful(add.layout, add.stop() - add.start(), max_threads);
+    if (threads == 1 && add.stop() - add.start() <= add.layout.width * add.layout.tiles)
+        kernel->add_by_chunk(add, *workers(1));
+    else
+        share(kernel->add_by_tile, add, workers(threads), threads);
+}
+
+void sketch_estimate_all(int64_t rows, int64_t cols, uint64_t seed, const float* table, int64_t dim, float* to,
+                         int64_t max_threads) {
+    EstimateAll all{{rows, cols, seed}, table, dim, to};
+    const int threads = useful(all.layout, dim, max_threads);
+    share(kernel->estimate_all, all, workers(threads), threads);
+}
+
+void sketch_top_k(int64_t rows, int64_t cols, uint64_t seed, const float* table, int64_t dim, int64_t k, int64_t* index,
+                  float* estimate, int64_t max_threads) {
+    static thread_local Buffer<int64_t> starts;
+    static thread_local Buffer<Place> edge;
+    const Layout layout{rows, cols, seed};
+    const int threads = useful(layout, dim, max_threads);
+    Worker* const crew = workers(threads);
+    TopK top{layout, table, dim, k, index, estimate, crew, threads, starts, edge};
+    const auto pass = [&](void (*work)(TopK&, Worker&)) { share(work, top, crew, threads); };
+    top.begin(0);
+    pass(kernel->sample);
+    top.begin(top.guess());
+    pass(kernel->search);
+    if (!top.rank_found()) {
+        top.begin(0);
+        pass(kernel->search);
+        top.rank_found();
+    }
+    pass([](TopK& top, Worker& worker) { top.weigh(worker); });
+    top.settle();
+    pass([](TopK& top, Worker& worker) { top.write(worker); });
+}
+
+int64_t sketch_limit_lanes(int64_t most) {
+    kernel = &choose(most);
+    return kernel->lanes;
+}
+
+}  // extern "C"

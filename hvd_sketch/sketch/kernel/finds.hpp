@@ -1,0 +1,145 @@
+// What the threads find: candidates, in runs of one chunk each, and the order of choice among them.
+#pragma once
+
+#include <numeric>
+
+#include "layout.hpp"
+#include "sieve.hpp"
+
+namespace sketch {
+
+struct Candidate {
+    float estimate;
+    uint32_t position;  // in its chunk
+};
+
+// The candidates of one chunk, ascending.
+struct Run {
+    int64_t chunk;
+    Candidate *first, *last;
+
+    INLINE Candidate* begin() const { return first; }
+    INLINE Candidate* end() const { return last; }
+};
+
+// A place in the order of choice: the larger magnitude first, then the smaller index.
+struct Place {
+    uint32_t magnitude;
+    int64_t index;
+
+    INLINE bool operator<(const Place& other) const {
+        return magnitude != other.magnitude ? magnitude > other.magnitude : index < other.index;
+    }
+};
+
+// Magnitudes counted in bins: those of one octave above `base`, or, when that is 0, of all there are.
+class Histogram {
+public:
+    void start(uint32_t base) {
+        base_ = base;
+        shift_ = base > 0 ? 11 : 19;
+        std::fill_n(count_, kBins, 0);
+    }
+
+    INLINE uint32_t bin(float estimate) const {
+        return std::min<uint32_t>((magnitude(estimate) - base_) >> shift_, kBins - 1);
+    }
+    INLINE void add(float estimate) { count_[bin(estimate)]++; }
+
+    void add(const Histogram& other) {
+        for (uint32_t bin = 0; bin < kBins; bin++) count_[bin] += other.count_[bin];
+    }
+
+    int64_t total() const { return std::accumulate(count_, count_ + kBins, int64_t(0)); }
+
+    // The bin of the rank-th largest (from 1); leaves its rank within the bin.
+    uint32_t find(int64_t& rank) const {
+        uint32_t bin = kBins - 1;
+        for (; rank > count_[bin]; bin--) rank -= count_[bin];
+        return bin;
+    }
+
+    // Where the rank-th largest is if each bin's content is spread evenly over it.
+    uint32_t estimate(int64_t rank) const {
+        const uint32_t bin = find(rank);
+        return base_ + (bin << shift_) + uint32_t(((count_[bin] - rank) << shift_) / count_[bin]);
+    }
+
+private:
+    static constexpr uint32_t kBins = 4096;
+    uint32_t base_;
+    int shift_;
+    int64_t count_[kBins];
+};
+
+// What one thread has found, in memory that is kept from call to call.
+class Finds {
+public:
+    void start(int64_t room, int64_t chunks) {
+        candidates_.reserve(room);
+        runs_.reserve(std::min(room, chunks));
+        size_ = runs_size_ = 0;
+    }
+
+    int64_t size() const { return size_; }
+    const Run* begin() const { return runs_.data(); }
+    const Run* end() const { return runs_.data() + runs_size_; }
+
+    // Those at least as large as the threshold.
+    INLINE void append(const float* estimates, const uint32_t* positions, int count, uint32_t threshold) {
+        Candidate* to = candidates_.data() + size_;
+        for (int i = 0; i < count; i++) {
+            *to = {estimates[i], positions[i]};
+            to += magnitude(estimates[i]) >= threshold;
+        }
+        size_ = to - candidates_.data();
+    }
+
+    // Everything since the last run is of this chunk.
+    INLINE void close(int64_t chunk) {
+        Candidate* const begin = runs_size_ ? runs_.data()[runs_size_ - 1].last : candidates_.data();
+        Candidate* const end = candidates_.data() + size_;
+        if (end > begin) runs_.data()[runs_size_++] = {chunk, begin, end};
+    }
+
+    void count(Histogram& histogram) const {
+        for (int64_t i = 0; i < size_; i++) histogram.add(candidates_.data()[i].estimate);
+    }
+
+    // The rank-th (from 1), when all are at least `base`.
+    Place place(int64_t rank, int64_t width, uint32_t base) const {
+        Histogram histogram;
+        histogram.start(base);
+        count(histogram);
+        const uint32_t bin = histogram.find(rank);
+        Buffer<Place> places;
+        Place* end = places.reserve(size_);
+        for (const Run& run : *this)
+            for (const Candidate& c : run)
+                if (histogram.bin(c.estimate) == bin)
+                    *end++ = {magnitude(c.estimate), run.chunk * width + c.position};
+        std::nth_element(places.data(), places.data() + rank - 1, end);
+        return places.data()[rank - 1];
+    }
+
+    // Gives up what comes after `last`.
+    void keep_until(const Place& last, int64_t width) {
+        Candidate* to = candidates_.data();
+        Run* kept = runs_.data();
+        for (const Run run : *this) {
+            Candidate* const first = to;
+            for (const Candidate c : run)
+                if (!(last < Place{magnitude(c.estimate), run.chunk * width + c.position})) *to++ = c;
+            if (to > first) *kept++ = {run.chunk, first, to};
+        }
+        size_ = to - candidates_.data();
+        runs_size_ = kept - runs_.data();
+    }
+
+private:
+    Buffer<Candidate> candidates_;
+    Buffer<Run> runs_;
+    int64_t size_ = 0, runs_size_ = 0;
+};
+
+}  // namespace sketch

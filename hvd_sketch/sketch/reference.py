@@ -1,0 +1,53 @@
+"""The Count Sketch in plain PyTorch: the oracle that every kernel is tested against.
+
+Runs on any device; made to be read, not to be fast.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.sketch.geometry import Geometry, buckets_and_signs
+
+
+def add(geometry: Geometry, seed: int, table: Tensor, vector: Tensor, offset: int, scale: float) -> None:
+    """``table[j, bucket_j(i)] += sign_j(i) * scale * vector[i - offset]`` for every i and row j.
+
+    A bucket receives its coordinates in ascending order, one block after the other, so the
+    floating-point result is defined to the last bit.
+    """
+    start, stop = offset, offset + vector.numel()
+    flat = table.view(-1)
+    row_start = torch.arange(geometry.rows, device=table.device).unsqueeze(1) * geometry.cols
+    while start < stop:
+        end = min(stop, (start // geometry.block + 1) * geometry.block)
+        index = torch.arange(start, end, device=table.device)
+        bucket, sign = buckets_and_signs(geometry, seed, index)
+        values = vector[start - offset : end - offset].to(torch.float32) * scale
+        flat.index_add_(0, (row_start + bucket).view(-1), (sign * values).view(-1))
+        start = end
+
+
+def estimate(geometry: Geometry, seed: int, table: Tensor, index: Tensor) -> Tensor:
+    """``median_j sign_j(i) * table[j, bucket_j(i)]`` (float32) for each coordinate of ``index``.
+
+    With an even number of rows the median is the mean of the two middle values.
+    """
+    bucket, sign = buckets_and_signs(geometry, seed, index)
+    ordered = (table.gather(1, bucket) * sign).sort(dim=0).values
+    middle = geometry.rows // 2
+    if geometry.rows % 2:
+        return ordered[middle]
+    return (ordered[middle - 1] + ordered[middle]) * 0.5
+
+
+def top_k(geometry: Geometry, seed: int, table: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k coordinates of largest absolute estimate, ties to the smaller index.
+
+    Returns the indices (int64, ascending) and their estimates (float32).
+    """
+    estimates = estimate(geometry, seed, table, torch.arange(geometry.dim, device=table.device))
+    order = torch.sort(estimates.abs(), descending=True, stable=True).indices[:k]
+    chosen = order.sort().values
+    return chosen, estimates[chosen]
