@@ -10,6 +10,18 @@ import torch
 from torch import Tensor
 
 
+class Pending:
+    """A collective under way; this one is done already."""
+
+    def poll(self) -> None:
+        """Let it make progress, where the backend moves only when it is called."""
+        return
+
+    def wait(self) -> None:
+        """Return when the result is there."""
+        return
+
+
 class Communicator(ABC):
     """Collectives over ``size`` ranks, and a count of the bytes this rank sends.
 
@@ -47,6 +59,14 @@ class Communicator(ABC):
         self.bytes_sent += self.allreduce_bytes(tensor.nbytes)
         self._allreduce(tensor, name)
 
+    def start_allreduce(self, tensor: Tensor, name: str) -> Pending:
+        """Begin to replace ``tensor`` by its sum; leave it alone until `Pending.wait` has returned.
+
+        A backend without such operations does it at once.
+        """
+        self.bytes_sent += self.allreduce_bytes(tensor.nbytes)
+        return self._start_allreduce(tensor, name)
+
     def allgather(self, tensor: Tensor, name: str) -> Tensor:
         """Stack every rank's ``tensor`` (1-D, same length on all ranks) to shape ``(size, n)``."""
         self.bytes_sent += (self.size - 1) * tensor.nbytes
@@ -74,6 +94,10 @@ class Communicator(ABC):
         padded[: payload.numel()] = payload
         rows = self.allgather(padded, f"{name}.payload").to(torch.uint8)
         return [pickle.loads(row[: int(length)].numpy().tobytes()) for row, length in zip(rows, lengths, strict=True)]
+
+    def _start_allreduce(self, tensor: Tensor, name: str) -> Pending:
+        self._allreduce(tensor, name)
+        return Pending()
 
     @abstractmethod
     def _allreduce(self, tensor: Tensor, name: str) -> None: ...

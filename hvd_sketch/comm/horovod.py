@@ -7,7 +7,17 @@ from typing import Any
 import horovod.torch as hvd
 from torch import Tensor
 
-from hvd_sketch.comm.base import Communicator
+from hvd_sketch.comm.base import Communicator, Pending
+
+
+class _Handle(Pending):
+    """An operation of Horovod's own thread, which needs no polling."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def wait(self) -> None:
+        hvd.synchronize(self._handle)
 
 
 class HorovodCommunicator(Communicator):
@@ -44,6 +54,9 @@ class HorovodCommunicator(Communicator):
 
     def _allreduce(self, tensor: Tensor, name: str) -> None:
         hvd.allreduce_(tensor, name=name, op=hvd.Sum, process_set=self.process_set)
+
+    def _start_allreduce(self, tensor: Tensor, name: str) -> Pending:
+        return _Handle(hvd.allreduce_async_(tensor, name=name, op=hvd.Sum, process_set=self.process_set))
 
     def _allgather(self, tensor: Tensor, name: str) -> Tensor:
         gathered: Tensor = hvd.allgather(tensor, name=name, process_set=self.process_set)

@@ -7,7 +7,7 @@ from mpi4py import MPI
 from mpi4py.typing import Buffer
 from torch import Tensor
 
-from hvd_sketch.comm.base import Communicator
+from hvd_sketch.comm.base import Communicator, Pending
 
 
 def _add_halves(incoming: Buffer, accumulated: Buffer, _datatype: MPI.Datatype) -> None:
@@ -17,6 +17,19 @@ def _add_halves(incoming: Buffer, accumulated: Buffer, _datatype: MPI.Datatype) 
 
 _HALF_SUM = MPI.Op.Create(_add_halves, commute=True)  # MPI itself has no half precision
 _HALF = MPI.BYTE.Create_contiguous(2).Commit()
+
+
+class _Request(Pending):
+    """MPI may move a message only while it is called, hence the polling."""
+
+    def __init__(self, request: MPI.Request) -> None:
+        self._request = request
+
+    def poll(self) -> None:
+        self._request.Test()
+
+    def wait(self) -> None:
+        self._request.Wait()
 
 
 class MpiCommunicator(Communicator):
@@ -46,6 +59,11 @@ class MpiCommunicator(Communicator):
             self._comm.Allreduce(MPI.IN_PLACE, host.numpy(), op=MPI.SUM)
         if host is not tensor:
             tensor.copy_(host)
+
+    def _start_allreduce(self, tensor: Tensor, name: str) -> Pending:
+        if tensor.device.type != "cpu" or tensor.dtype == torch.float16:
+            return super()._start_allreduce(tensor, name)
+        return _Request(self._comm.Iallreduce(MPI.IN_PLACE, tensor.numpy(), op=MPI.SUM))
 
     def _allgather(self, tensor: Tensor, name: str) -> Tensor:
         gathered = torch.empty(self.size, tensor.numel(), dtype=tensor.dtype)
