@@ -17,14 +17,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cluster import Cluster, ClusterError, missing, network, take_down
+from benchmarks.cluster import Cluster, ClusterError, bench, missing, network, report, take_down
 from benchmarks.cluster.cluster import STATE, AlreadyUpError
 from benchmarks.cluster.launchers import LAUNCHERS
+from benchmarks.cluster.models import parameters_of
+from hvd_sketch.sketch import native
 from tests.launch import ROOT
 
 pytestmark = [
     pytest.mark.skipif(bool(missing()), reason="; ".join(missing()) or "nothing is missing"),
-    pytest.mark.timeout(180),
+    pytest.mark.timeout(300),
 ]
 NAME = f"test{os.getpid()}"
 SUM = """\
@@ -169,3 +171,34 @@ def test_up_stays_and_down_is_idempotent(name: str) -> None:
 def test_numbers_that_make_no_sense_are_refused(hosts: int, mbit: float, name: str) -> None:
     with pytest.raises(ClusterError, match=r"hosts must|mbit must|name of a cluster"):
         Cluster(hosts, mbit, name)
+
+
+def test_rows_are_measured_once_and_bytes_agree_with_the_links_counters(name: str, tmp_path: Path) -> None:
+    methods = ("horovod", "sketch-10") if native.available() else ("horovod", "topk-40")
+    cells, file = bench.grid((2,), (1000.0,), ("transformer-1M",), methods), tmp_path / "rows.json"
+    bench.measure(cells, file, seconds=1.0, again=False, name=name)
+    rows = bench.read(file)
+    assert list(rows) == cells
+    for row in rows.values():
+        assert "error" not in row, row["error"]
+        assert row["params"] == parameters_of("transformer-1M")
+        assert row["counter_bytes_per_rank"] == pytest.approx(row["bytes_per_rank"], rel=0.05)
+        assert row["wire_limit_seconds"] == pytest.approx(row["bytes_per_rank"] * 8e-9)
+    assert [row["ratio"] for row in rows.values()] == pytest.approx([1.0, float(methods[1].split("-")[1])], rel=0.01)
+    written = file.stat().st_mtime_ns
+    bench.measure(cells, file, seconds=1.0, again=False, name=name)
+    assert file.stat().st_mtime_ns == written
+    report.write(rows, tmp_path / "page" / "cluster.md")
+    page = (tmp_path / "page" / "cluster.md").read_text()
+    assert all(cell.method in page for cell in cells)
+    assert (tmp_path / "page" / "cluster-1000.svg").stat().st_size > 0
+
+
+def test_a_run_that_fails_is_a_row_with_its_reason(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_START", -20.0)
+    cells, file = [bench.Cell(1, 1000.0, "transformer-1M", "horovod")], tmp_path / "rows.json"
+    bench.measure(cells, file, seconds=12.0, again=False, name=name)
+    rows = bench.read(file)
+    assert rows[cells[0]]["error"] == "not done after 2 s"
+    report.write(rows, tmp_path / "cluster.md")
+    assert "not done after 2 s" in (tmp_path / "cluster.md").read_text()

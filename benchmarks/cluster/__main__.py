@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cluster import bench
+from benchmarks.cluster import bench, report
 from benchmarks.cluster.cluster import Cluster, take_down
 from benchmarks.cluster.launchers import LAUNCHERS
 from benchmarks.cluster.methods import METHODS
@@ -64,6 +64,12 @@ def _bench(options: argparse.Namespace) -> int:
         bench.quick() if options.quick else bench.grid(options.hosts, options.mbit, options.models, options.methods)
     )
     bench.measure(cells, options.results, seconds=options.seconds, again=options.again, name=options.name)
+    return _report(options)
+
+
+def _report(options: argparse.Namespace) -> int:
+    report.write(bench.read(options.results), options.page)
+    print(f"see {options.page}")
     return 0
 
 
@@ -89,7 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--methods", choices=tuple(METHODS), nargs="+", default=tuple(METHODS))
     table.add_argument("--seconds", type=float, default=10.0, help="timed steps of a row, about (default: 10)")
     table.add_argument("--again", action="store_true", help="measure rows that are there once more")
-    table.add_argument("--results", type=Path, default=bench.RESULTS, help="the file of rows")
+    page = _action(actions, "report", _report, "write the page and the pictures from the rows that are there")
+    for action in (table, page):
+        action.add_argument("--results", type=Path, default=bench.RESULTS, help="the file of rows")
+        action.add_argument("--page", type=Path, default=report.PAGE, help="the page to write, pictures beside it")
     return parser
 
 

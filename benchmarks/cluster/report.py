@@ -1,0 +1,139 @@
+"""The page and the pictures that explain the table: ``docs/benchmarks/cluster.md``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+
+from benchmarks.cluster.bench import Cell, Row
+from benchmarks.cluster.pictures import draw
+
+PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "benchmarks" / "cluster.md"
+
+_BASELINE = "horovod"
+_HEAD = """\
+# Steps over slow links, measured
+
+This page is written by `python -m benchmarks.cluster report` from
+[`benchmarks/results/cluster.json`](../../benchmarks/results/cluster.json); [the cluster on one machine](../cluster.md)
+says how the rows come about and how to measure your own.
+
+Measured on {machine}; {software}.
+
+- **step**: seconds of a whole training step, the median of the runs; the slowest host counts.
+- **compute**: the same step without any exchange, all hosts at the same time.
+- **exchange**: step minus compute, so all that the method costs: its arithmetic, its messages and its waiting.
+- **wire**, for our methods: the part of the exchange spent inside collectives, waiting for slower hosts included.
+- **limit**: what the link needs for the bytes that a rank sends, `8 bytes / rate`. Headers of Ethernet, IP and TCP and
+  their acknowledgements add 7 % that nobody can avoid; they are not in the bytes, and not in the limit.
+- **counted**: TCP payload by the counters of the host's interface, over the bytes that the method itself reports.
+- **faster**: the step of plain Horovod over this one.
+
+All hosts share {cores} cores. With more hosts than cores they compute, sketch and select one after the other, so every
+method with arithmetic of its own looks slower here than on real hosts, ours more than others; **processor** is what a
+rank really used of a core in a step, and the better guide for hosts with a core to spare. Links have no delay of their
+own (0.1 ms there and back), so methods with many small messages look better here than between cities.
+"""
+
+
+def write(rows: dict[Cell, Row], page: Path = PAGE) -> None:
+    """Write the page and its pictures beside it."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    measured = {cell: row for cell, row in rows.items() if "error" not in row}
+    newest = max(rows.values(), key=lambda row: row["date"])
+    machine = str(newest["machine"])
+    parts = [_HEAD.format(machine=machine, software=newest["software"], cores=machine.split()[0])]
+    parts.append(_goal(measured))
+    parts.append("## Where something else is faster\n\n" + _lost(measured))
+    for mbit, group in groupby(rows, lambda cell: cell.mbit):
+        cells = list(group)
+        name = f"cluster-{mbit:g}.svg"
+        draw({cell: measured[cell] for cell in cells if cell in measured}, page.parent / name)
+        parts.append(f"## {mbit:g} Mbit/s\n\n![Seconds per step at {mbit:g} Mbit/s]({name})\n\n{_table(cells, rows)}")
+    parts.append(_failed(rows))
+    page.write_text("\n".join(part for part in parts if part))
+
+
+def _table(cells: Iterable[Cell], rows: dict[Cell, Row]) -> str:
+    columns = ["hosts", "model", "method", "step", "compute", "exchange", "wire", "limit", "exchange / limit"]
+    columns += ["kB a rank", "counted", "processor", "faster", "runs"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * 3 + "---:|" * (len(columns) - 3)]
+    return "\n".join([*lines, *(_line(cell, rows) for cell in cells if "error" not in rows[cell])]) + "\n"
+
+
+def _line(cell: Cell, rows: dict[Cell, Row]) -> str:
+    row = rows[cell]
+    values = [
+        str(cell.hosts),
+        cell.model,
+        cell.method,
+        *(_seconds(row.get(f"seconds_{name}")) for name in ("step", "compute", "exchange", "wire")),
+        _seconds(row["wire_limit_seconds"]),
+        f"{row['seconds_exchange'] / row['wire_limit_seconds']:.2f}",
+        f"{row['bytes_per_rank'] / 1000:.0f}",
+        f"{row['counter_bytes_per_rank'] / row['bytes_per_rank']:.3f}",
+        _seconds(row["seconds_processor"]),
+        _faster(cell, rows),
+        str(row["runs"]),
+    ]
+    return "| " + " | ".join(values) + " |"
+
+
+def _faster(cell: Cell, rows: dict[Cell, Row]) -> str:
+    baseline = rows.get(_sibling(cell, _BASELINE), {})
+    return f"{baseline['seconds_step'] / rows[cell]['seconds_step']:.2f}" if "seconds_step" in baseline else ""
+
+
+def _goal(measured: dict[Cell, Row]) -> str:
+    """How far the aim is: 100 Mbit/s, 4 hosts, 10 M parameters, ratio 40."""
+    lines = []
+    for model in ("transformer-10M", "cnn-10M"):
+        ours, dense = (measured.get(Cell(4, 100.0, model, method)) for method in ("sketch-40", _BASELINE))
+        if ours is None or dense is None:
+            continue
+        limit = ours["wire_limit_seconds"]
+        lines.append(
+            f"- {model}: {dense['seconds_exchange'] / ours['seconds_exchange']:.1f} times less exchange than plain "
+            f"Horovod; the exchange takes {ours['seconds_exchange'] / limit:.2f} times the wire's limit, "
+            f"its collectives alone {ours['seconds_wire'] / limit:.2f} times.\n"
+        )
+    head = (
+        "## The aim\n\nAt 100 Mbit/s, 4 hosts, 10 M parameters and ratio 40: 20 times less exchange, "
+        "and at most 1.3 times the wire's limit. Measured:\n\n"
+    )
+    return head + "".join(lines) if lines else ""
+
+
+def _lost(measured: dict[Cell, Row]) -> str:
+    """Every place of the table whose fastest method is not one of ours."""
+    lines = []
+    for (hosts, mbit, model), group in groupby(measured, lambda cell: (cell.hosts, cell.mbit, cell.model)):
+        cells = sorted(group, key=lambda cell: float(measured[cell]["seconds_step"]))
+        ours = [cell for cell in cells if cell.method.startswith(("sketch", "topk"))]
+        if not ours or cells[0] in ours:
+            continue
+        best, own = measured[cells[0]], measured[ours[0]]
+        lines.append(
+            f"- {hosts} hosts, {mbit:g} Mbit/s, {model}: {cells[0].method} takes {_seconds(best['seconds_step'])} s "
+            f"a step with {best['bytes_per_rank'] / 1000:.0f} kB, {ours[0].method}, our fastest, "
+            f"{_seconds(own['seconds_step'])} s with {own['bytes_per_rank'] / 1000:.0f} kB.\n"
+        )
+    return "".join(lines) or "Nowhere in this table.\n"
+
+
+def _failed(rows: dict[Cell, Row]) -> str:
+    lines = [
+        f"- {cell.hosts} hosts, {cell.mbit:g} Mbit/s, {cell.model}, {cell.method}: {row['error']}\n"
+        for cell, row in rows.items()
+        if "error" in row
+    ]
+    return "## Rows that failed\n\n" + "".join(lines) if lines else ""
+
+
+def _sibling(cell: Cell, method: str) -> Cell:
+    return Cell(cell.hosts, cell.mbit, cell.model, method)
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}" if value < 1 else f"{value:.2f}"
