@@ -17,7 +17,7 @@ def draw(codec: SparseCodec, vectors: int, seed: int) -> tuple[Tensor, Tensor]:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3000), st.data(), st.integers(1, 3), st.integers(0, 2**31))
-def test_the_receiver_sees_what_the_sender_was_told(universe: int, data: st.DataObject, vectors: int, seed: int) -> None:
+def test_the_receiver_sees_what_was_promised(universe: int, data: st.DataObject, vectors: int, seed: int) -> None:
     codec = SparseCodec(universe, data.draw(st.integers(1, universe)))
     indices, values = draw(codec, vectors, seed)
     code, promised = codec.encode(indices, values)
