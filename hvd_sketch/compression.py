@@ -11,8 +11,15 @@ from torch import Tensor
 from hvd_sketch.comm.base import Communicator
 from hvd_sketch.compressor import Compressor, Sparsifier
 from hvd_sketch.errors import ConfigurationError
-from hvd_sketch.exchange import Exchange, PowerSGDExchange, ShardedExchange, SketchExchange, TopKExchange
-from hvd_sketch.exchange.plan import SketchPlan, sharded_plan, sketch_plan, topk_plan
+from hvd_sketch.exchange import (
+    Exchange,
+    PowerSGDExchange,
+    ShardedExchange,
+    SketchExchange,
+    StrideExchange,
+    TopKExchange,
+)
+from hvd_sketch.exchange.plan import SketchPlan, sharded_plan, sketch_plan, stride_plan, topk_plan
 from hvd_sketch.exchange.powersgd import matrix_shape
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
@@ -229,11 +236,43 @@ class PowerSGD(Compressor):
         )
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Stride(Sparsifier):
+    """A random comb of coordinates, the same on all ranks; see `StrideExchange`.
+
+    Attributes:
+        seed: of the offsets; equal on all ranks.
+    """
+
+    seed: int = 0
+
+    def _exchange(
+        self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device, momentum: Momentum | None
+    ) -> Exchange:
+        if self.schedule is None:  # fail now, not at the end of the warm-up
+            self._plan(layout, self.warmup_steps)
+        return StrideExchange(
+            layout,
+            comm,
+            repr(self),
+            self._plan,
+            average=average,
+            seed=self.seed,
+            clip_norm=self.clip_norm,
+            momentum=momentum,
+            device=device,
+        )
+
+    def _plan(self, layout: Layout, step: int) -> int | None:
+        ratio = self.ratio_at(step)
+        return None if ratio <= 1.0 else stride_plan(layout, ratio)
+
+
 class Compression:
     """Optional gradient compression algorithms, by name.
 
-    ``none`` and ``fp16`` are Horovod's; ``sketch(ratio=…)``, ``topk(ratio=…)``, ``sharded(ratio=…)`` and
-    ``powersgd(rank=…)`` make a compressor for one optimizer.
+    ``none`` and ``fp16`` are Horovod's; ``sketch(ratio=…)``, ``topk(ratio=…)``, ``sharded(ratio=…)``,
+    ``stride(ratio=…)`` and ``powersgd(rank=…)`` make a compressor for one optimizer.
     """
 
     none = NoCompression
@@ -241,4 +280,5 @@ class Compression:
     sketch = Sketch
     topk = TopK
     sharded = Sharded
+    stride = Stride
     powersgd = PowerSGD

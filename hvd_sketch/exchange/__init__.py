@@ -5,6 +5,15 @@ from hvd_sketch.exchange.dense import DenseExchange
 from hvd_sketch.exchange.powersgd import PowerSGDExchange
 from hvd_sketch.exchange.sharded import ShardedExchange
 from hvd_sketch.exchange.sketched import SketchExchange
+from hvd_sketch.exchange.stride import StrideExchange
 from hvd_sketch.exchange.topk import TopKExchange
 
-__all__ = ["DenseExchange", "Exchange", "PowerSGDExchange", "ShardedExchange", "SketchExchange", "TopKExchange"]
+__all__ = [
+    "DenseExchange",
+    "Exchange",
+    "PowerSGDExchange",
+    "ShardedExchange",
+    "SketchExchange",
+    "StrideExchange",
+    "TopKExchange",
+]

@@ -86,6 +86,19 @@ def sharded_plan(layout: Layout, ratio: float, ranks: int) -> int:
     return count
 
 
+def stride_plan(layout: Layout, ratio: float) -> int:
+    """Every which coordinate to send, so that ``4 * total / ratio`` bytes hold the dense part as well.
+
+    Raises:
+        ConfigurationError: when not one coordinate fits.
+    """
+    overhead = wire.HEADER + layout.dense
+    lanes = int(layout.total / ratio) - overhead
+    if lanes < 1:
+        raise ConfigurationError(_unreachable(layout, ratio, overhead + 1, 4))
+    return -(-layout.compressed // lanes)
+
+
 def _unreachable(layout: Layout, ratio: float, least_lanes: int, lane_bytes: int) -> str:
     reachable = 4 * layout.total / (lane_bytes * least_lanes)
     return (
