@@ -70,20 +70,26 @@ class Lattice:
         bits: 4, 8 or 16.
         step: s, in the units of the parameters. When not given it follows the largest
             coordinate difference of the last meeting, with ``headroom`` times that as radius.
-        headroom: how much farther apart than at the last meeting two models may be.
+        headroom: how much farther apart than at the last meeting two models may be; at most
+            (q/2 - 1) / 2, so that the step can follow when models approach.
     """
 
     bits: int
     step: float | None = None
-    headroom: float = 4.0
+    headroom: float = 3.0
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8, 16):
             raise ConfigurationError(f"Lattice bits must be 4, 8 or 16, got {self.bits}")
         if self.step is not None and not 2.0**-100 < self.step < 2.0**100:
             raise ConfigurationError(f"Lattice step must be a positive size in the parameters' units, got {self.step}")
-        if not self.headroom >= 1.0:
-            raise ConfigurationError(f"Lattice headroom must be at least 1, got {self.headroom}")
+        if not 1.0 <= self.headroom <= self.points / 2:
+            raise ConfigurationError(f"Lattice headroom must be from 1 to {self.points / 2}, got {self.headroom}")
+
+    @property
+    def points(self) -> int:
+        """Radius in steps."""
+        return (1 << (self.bits - 1)) - 1
 
     def exponent(self, distance: float | None) -> int | None:
         """Binary exponent of the step after two models differed by ``distance``; None: not known yet."""
@@ -91,8 +97,7 @@ class Lattice:
             return math.floor(math.log2(self.step))
         if not distance:
             return None
-        points = 2 ** (self.bits - 1) - 1
-        return min(max(math.ceil(math.log2(self.headroom * distance / points)), -100), 100)
+        return min(max(math.ceil(math.log2(self.headroom * distance / self.points)), -100), 100)
 
 
 class FullPrecision:

@@ -115,7 +115,7 @@ def test_both_sides_decode_exactly_opposite_differences_or_both_refuse(
 def test_the_step_is_a_power_of_two_or_follows_the_distance() -> None:
     assert Lattice(8, step=0.001).exponent(None) == -10
     assert Lattice(8, step=2.0**-10).exponent(5.0) == -10
-    adaptive = Lattice(8, headroom=4.0)
+    adaptive = Lattice(8, headroom=4)
     assert adaptive.exponent(None) is None
     assert adaptive.exponent(0.0) is None
     for distance in (1e-6, 0.003, 1.0, 77.0):
@@ -172,6 +172,7 @@ def test_inf_norm_keeps_zeros_and_extremes() -> None:
         (lambda: Lattice(8, step=0.0), "step"),
         (lambda: Lattice(8, step=math.nan), "step"),
         (lambda: Lattice(8, headroom=0.5), "headroom"),
+        (lambda: Lattice(4, headroom=4), "from 1 to 3.5"),
         (lambda: InfNorm(3), "2, 4 or 8"),
         (lambda: InfNorm(2, 0), "block"),
     ],
