@@ -55,7 +55,7 @@ class CountSketch:
                 stacklevel=2,
             )
         if table is None:
-            table = torch.zeros(rows, cols, device=device)
+            table = torch.zeros(rows, cols, dtype=torch.float32, device=device)
         elif table.shape != (rows, cols) or table.dtype != torch.float32 or not table.is_contiguous():
             raise ValueError(
                 f"CountSketch: table must be contiguous float32 of shape ({rows}, {cols}), "

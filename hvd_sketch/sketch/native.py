@@ -1,7 +1,7 @@
 """The CPU kernel: a binding of ``kernel.cpp`` by raw pointers, not linked against PyTorch.
 
-Same functions and same results, to the last bit, as `hvd_sketch.sketch.reference`, with any number
-of threads; it uses ``torch.get_num_threads()`` of them, as of the time of the call.
+Same functions and, for tables without NaN, same results to the last bit as `hvd_sketch.sketch.reference`,
+whatever the number of threads; it uses ``torch.get_num_threads()`` of them, as of the time of the call.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _add_segments(geometry: Geometry, seed: int, table: Tensor, segments: Sequen
 
 def estimate_all(geometry: Geometry, seed: int, table: Tensor) -> Tensor:
     """The estimates (float32) of all ``geometry.dim`` coordinates."""
-    estimates = torch.empty(geometry.dim)
+    estimates = torch.empty(geometry.dim, dtype=torch.float32)
     _library().sketch_estimate_all(
         geometry.rows,
         geometry.cols,
@@ -104,7 +104,7 @@ def estimate_all(geometry: Geometry, seed: int, table: Tensor) -> Tensor:
 
 def top_k(geometry: Geometry, seed: int, table: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """As `reference.top_k`, in memory of O(k) and a tile beyond the table."""
-    indices, estimates = torch.empty(k, dtype=torch.int64), torch.empty(k)
+    indices, estimates = torch.empty(k, dtype=torch.int64), torch.empty(k, dtype=torch.float32)
     _library().sketch_top_k(
         geometry.rows,
         geometry.cols,
