@@ -17,9 +17,13 @@ _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE")
 
 def has_horovod() -> bool:
     """Whether Horovod with its PyTorch part is installed; does not import it."""
+    return _installed("horovod")
+
+
+def _installed(package: str) -> bool:
     try:
-        return importlib.util.find_spec("horovod") is not None
-    except ValueError:  # sys.modules["horovod"] is None
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # sys.modules[package] is None, which forbids to import it
         return False
 
 
@@ -37,7 +41,7 @@ def default_communicator(process_set: Any = None) -> Communicator:
     launched = max(int(os.environ.get(variable, "1")) for variable in _SIZE_VARIABLES)
     if launched == 1:
         return SingleProcess()
-    if importlib.util.find_spec("mpi4py") is None:
+    if not _installed("mpi4py"):
         raise ConfigurationError(
             f"{launched} processes were launched but neither Horovod nor mpi4py is installed; "
             "install one of them: pip install mpi4py"
