@@ -102,4 +102,4 @@ def load() -> tuple[Tensor, Tensor]:
 
 if __name__ == "__main__":
     hvd.init()
-    harness.compare(train, harness.parser(__doc__, steps=300, lr=0.05, batch_size=32).parse_args())
+    harness.compare(train, harness.parser(__doc__, steps=300, lr=0.02, batch_size=32).parse_args())
