@@ -15,6 +15,7 @@ from hvd_sketch.compression import Compression
 from hvd_sketch.distributed import Average, DistributedOptimizer, Sum
 from hvd_sketch.errors import ConfigurationError, RankMismatchError
 from hvd_sketch.memory import Momentum
+from hvd_sketch.methods.step_ahead import StepAhead
 from hvd_sketch.sketch import CountSketch
 from hvd_sketch.stats import Stats
 from hvd_sketch.stock import exchange_of
@@ -30,16 +31,32 @@ __all__ = [
     "RankMismatchError",
     "SingleProcess",
     "Stats",
+    "StepAhead",
     "Sum",
     "exchange_of",
 ]
 __version__ = "0.1.0"
 
+_METHODS = {
+    "Accordion": "accordion",
+    "AccordionBatch": "accordion",
+    "CSER": "cser",
+    "DecentLaM": "decentlam",
+    "DmSGD": "decentlam",
+    "EnergyTarget": "accordion",
+    "LEAD": "lead",
+    "LocalSGD": "local_sgd",
+    "OverlapLocalSGD": "overlap",
+    "SwarmSGD": "swarm",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Names of ``horovod.torch`` that are not ours; Horovod is imported when one is first used."""
+    """Methods of their own modules, then names of ``horovod.torch``; each is imported when first used."""
     if name.startswith("__"):
         raise AttributeError(name)
+    if name in _METHODS:
+        return getattr(importlib.import_module(f"hvd_sketch.methods.{_METHODS[name]}"), name)
     source = importlib.import_module("horovod.torch" if has_horovod() else "hvd_sketch.world")
     try:
         return getattr(source, name)
