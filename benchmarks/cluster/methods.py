@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 LEARNING_RATE = 0.01
-_NAP = 200e-6  # seconds
+_NAP = 100e-6  # seconds between two looks at a collective, at least
+_LATE = 0.02  # of the time waited so far, when that is longer
 _FIRST_POWERSGD_STEP = 2  # the earliest that PyTorch allows
 
 
@@ -210,8 +211,9 @@ def _wait_asleep() -> None:
     library, finish = mpi_ops.mpi_lib, mpi_ops.mpi_lib.horovod_torch_wait_and_clear
 
     def wait_and_clear(handle: int) -> None:
+        begin = time.perf_counter()
         while not mpi_ops.poll(handle):
-            time.sleep(_NAP)
+            time.sleep(max(_NAP, _LATE * (time.perf_counter() - begin)))
         finish(handle)
 
     library.horovod_torch_wait_and_clear = wait_and_clear

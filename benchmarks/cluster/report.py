@@ -46,6 +46,7 @@ def write(rows: dict[Cell, Row], page: Path = PAGE) -> None:
     parts = [_HEAD.format(machine=machine, software=newest["software"], cores=machine.split()[0])]
     parts.append(_goal(measured))
     parts.append("## Where something else is faster\n\n" + _lost(measured))
+    parts.append("## When not to compress\n\n" + _break_even(measured))
     for mbit, group in groupby(rows, lambda cell: cell.mbit):
         cells = list(group)
         name = f"cluster-{mbit:g}.svg"
@@ -120,6 +121,27 @@ def _lost(measured: dict[Cell, Row]) -> str:
             f"{_seconds(own['seconds_step'])} s with {own['bytes_per_rank'] / 1000:.0f} kB.\n"
         )
     return "".join(lines) or "Nowhere in this table.\n"
+
+
+def _break_even(measured: dict[Cell, Row]) -> str:
+    """The rate above which a dense gradient is through before a sketched step's own work is done."""
+    lines = []
+    for cell, row in measured.items():
+        if cell.method != "sketch-40" or cell.hosts != min(other.hosts for other in measured):
+            continue
+        work = row["seconds_processor"] - row["seconds_compute"]
+        rate = 8 * row["bytes_per_rank"] * (row["ratio"] - 1) / work / 1e6
+        lines.append(
+            f"- {cell.hosts} hosts, {cell.mbit:g} Mbit/s, {cell.model}: {1000 * work:.0f} ms of one core; "
+            f"a link saves more than that below {rate:.0f} Mbit/s.\n"
+        )
+    return (
+        "A sketched step takes processor time of its own: sketching, selecting, keeping the memory, and the messages "
+        "themselves. Where the network carries the dense gradient in less, or hides it behind a long backward pass, "
+        "use `Compression.none` or `fp16`, which change little or nothing in how a model converges. PowerSGD sends "
+        "fewer bytes at its low ranks; its ratio is fixed by the shapes of the layers. This table only counts seconds: "
+        "what a method's bytes buy in accuracy is measured elsewhere. Processor time less compute of `sketch-40`:\n\n"
+    ) + ("".join(lines) or "- no row yet\n")
 
 
 def _failed(rows: dict[Cell, Row]) -> str:
