@@ -94,7 +94,7 @@ def evaluate(model: nn.Module, validation: Tensor) -> float:
 
 def random_windows(text: Tensor, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
     """This rank's batch of a step: drawn from seed, step and rank alone, so that a resumed run goes on alike."""
-    generator = torch.Generator().manual_seed((seed << 40) + step * hvd.size() + hvd.rank())
+    generator = torch.Generator().manual_seed(seed * 10_000_019 + step * hvd.size() + hvd.rank())
     return windows(text, torch.randint(len(text) - CONTEXT, (count,), generator=generator))
 
 

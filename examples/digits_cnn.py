@@ -90,7 +90,7 @@ def average_batch_norm(model: nn.Module) -> None:
 
 def sample(population: int, count: int, seed: int, step: int) -> Tensor:
     """This rank's batch of a step: drawn from seed, step and rank alone, so that a resumed run goes on alike."""
-    generator = torch.Generator().manual_seed((seed << 40) + step * hvd.size() + hvd.rank())
+    generator = torch.Generator().manual_seed(seed * 10_000_019 + step * hvd.size() + hvd.rank())
     return torch.randint(population, (count,), generator=generator)
 
 
