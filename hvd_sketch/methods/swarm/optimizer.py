@@ -47,7 +47,8 @@ class SwarmSGD(Decentralized):
     Messages travel through a thread of this node's own (`hvd_sketch.comm.peer.Courier`), which
     answers while the main thread computes. A node never waits for a node that waits: one at rest
     answers at once, and where two pick each other at the same moment, the lower rank's meeting
-    counts. So chains and rings of picks cannot deadlock.
+    counts. So chains and rings of picks cannot deadlock. (In the blocking variant a script must not
+    make its ranks wait for each other by other means between two steps.)
 
     Evaluate and save inside ``with optimizer.average_model():``, on all ranks. Call `finish` at
     the end, or use the optimizer as a context manager: a node that is done keeps answering until
