@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -88,6 +89,16 @@ class Layout:
     def index(self) -> dict[str, int]:
         """The position of each name in ``slots``."""
         return {slot.name: position for position, slot in enumerate(self.slots)}
+
+
+def describe_values(parameters: Mapping[str, Tensor]) -> str:
+    """A checksum of each parameter's values, by name: equal text on ranks that hold the same bits."""
+    return " ".join(f"{name}={_checksum(parameters[name]):08x}" for name in sorted(parameters))
+
+
+def _checksum(parameter: Tensor) -> int:
+    values = parameter.detach().cpu().contiguous().reshape(-1)
+    return zlib.crc32(values.view(torch.uint8).numpy().data) if values.numel() else 0
 
 
 def _check(named: Sequence[tuple[str, Tensor]]) -> None:

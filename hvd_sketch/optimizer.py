@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from hvd_sketch.compatibility import without_momentum
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
+from hvd_sketch.layout import describe_values
 from hvd_sketch.memory import Momentum
 
 ExchangeFactory = Callable[[dict[str, Tensor], Momentum | None], Exchange]
@@ -65,6 +67,7 @@ class DistributedMethods(torch.optim.Optimizer):
         if self._exchange is None:
             named = {name: p for p, name in self._parameter_names.items() if p in self._requires_update}
             self._exchange = self._make_exchange(named, self._correction)
+            self._exchange.describe_values = partial(describe_values, named)
             index = self._exchange.layout.index()
             self._positions = {parameter: index[name] for name, parameter in named.items()}
         return self._exchange

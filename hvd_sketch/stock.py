@@ -19,6 +19,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
+from hvd_sketch.layout import describe_values
 
 if TYPE_CHECKING:
     from hvd_sketch.compressor import Compressor
@@ -51,6 +53,7 @@ class _Client:
         layout = compressor.layout(self.parameters.items())
         self.positions = layout.index()
         self.exchange = _make_exchange(compressor, optimizer, layout)
+        self.exchange.describe_values = partial(describe_values, self.parameters)
 
     def gradients(self) -> Iterator[tuple[int, int]]:
         """(identity of the gradient, position in the layout) of every parameter that has one."""

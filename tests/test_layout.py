@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hvd_sketch.errors import ConfigurationError
-from hvd_sketch.layout import Layout, small_or_named
+from hvd_sketch.layout import Layout, describe_values, small_or_named
 
 NAMES = st.text("ab.1", min_size=1, max_size=4)
 SIZES = st.lists(st.integers(0, 40), max_size=3)
@@ -70,3 +70,16 @@ def test_dtypes_that_cannot_be_sketched_are_refused(dtype: torch.dtype) -> None:
 def test_parameters_on_several_devices_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="several devices.*cpu, meta.*for each device"):
         layout_of({"a": torch.empty(3, 3), "b": torch.empty(3, 3, device="meta")})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_values_are_told_apart_by_every_bit(dtype: torch.dtype) -> None:
+    values = torch.arange(1.0, 25.0, dtype=dtype).view(2, 3, 2, 2)
+    parameters = {"w": values, "empty": torch.empty(0, 3), "scale": torch.tensor(2.0)}
+    told = describe_values(parameters)
+    assert [part.split("=")[0] for part in told.split()] == ["empty", "scale", "w"]
+    strided = {**parameters, "w": values.to(memory_format=torch.channels_last)}
+    assert describe_values(strided) == told
+    negated = {**parameters, "w": values.clone().index_put_([torch.tensor([1])] * 4, -values[1, 1, 1, 1])}
+    assert describe_values(negated).split()[:2] == told.split()[:2]
+    assert describe_values(negated) != told

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import hvd_sketch
-from hvd_sketch import Compression, ConfigurationError
+from hvd_sketch import Compression, ConfigurationError, RankMismatchError
 from hvd_sketch.compressor import Sparsifier
 from tests.launch import ranks
 from tests.training import COMPRESSED, flat, loss, net, train
@@ -369,7 +369,7 @@ def refusals() -> dict[str, str]:
     def expect(name: str, misuse: Callable[[], Any]) -> None:
         try:
             misuse()
-        except ConfigurationError as error:
+        except (ConfigurationError, RankMismatchError) as error:
             told[name] = str(error)
         hvd.allreduce(torch.zeros(1), name=f"after {name}")
 
@@ -382,6 +382,10 @@ def refusals() -> dict[str, str]:
     expect("allreduce later", lambda: hvd.allreduce(torch.ones(3), name="b", compression=sketch))
     expect("reducescatter", lambda: hvd.reducescatter(torch.ones(4, 4), name="c", compression=sketch))
     expect("parameter", lambda: hvd.allreduce(nn.Parameter(torch.ones(3)), name="d", compression=sketch))
+    other = net(seed=hvd.rank())
+    apart = stock(torch.optim.SGD(other.parameters(), 0.1), other)
+    loss(other, 0, 0).backward()
+    expect("values", apart.synchronize)
     train(optimizer, model, range(2, 4), hvd.rank())
     assert (steps, hvd_sketch.exchange_of(sketch).stats.steps) == (2, 4)
 
@@ -423,6 +427,7 @@ def test_misuse_is_refused_alike_on_all_ranks() -> None:
         "allreduce later": "no parameter's gradient.*Compression.none or fp16",
         "reducescatter": "no parameter's gradient.*Compression.none or fp16",
         "parameter": "Compression.none or fp16",
+        "values": r"values: rank 0 has .*0\.weight=.*broadcast_parameters before the first step",
         "op": "only Average and Sum are linear",
         "adasum": "op=Adasum.*use op=Average",
         "sparse_as_dense": "sparse_as_dense=True hides.*use hvd_sketch.DistributedOptimizer",

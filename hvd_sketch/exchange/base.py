@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -47,6 +48,10 @@ class Exchange(ABC):
         clip_norm: multiply a gradient of larger local norm down to it, before the memory.
         momentum: momentum correction, or none.
         device: where gradients, memory and update live.
+
+    Attributes:
+        describe_values: a digest of the parameters' values for ranks to compare in the first step;
+            set by who knows them.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class Exchange(ABC):
         self.stats = Stats()
         self.step = 0
         self.observers: list[Observer] = []
+        self.describe_values: Callable[[], str] = str
         self.gradient = torch.zeros(layout.total, dtype=torch.float32, device=device)
         self.update = torch.zeros_like(self.gradient)
         self.memory = Memory(layout.total, device, momentum)
@@ -105,7 +111,7 @@ class Exchange(ABC):
         """Exchange the step's gradients; afterwards `update` is the same on all ranks.
 
         Raises:
-                RankMismatchError: alike on all ranks, when they differ in settings, parameters or
+            RankMismatchError: alike on all ranks, when they differ in settings, parameters or
                 selection; the memory is then as before the step.
             ConfigurationError: alike on all ranks, when any of them called `fail_together`.
         """
@@ -287,12 +293,13 @@ class Exchange(ABC):
         return zlib.crc32(repr([(slot.name, slot.shape) for slot in self.layout.slots]).encode())
 
     def _agree(self) -> None:
-        """Compare settings and parameters; on a difference, tell every rank what differs."""
+        """Compare settings, parameters and their values; on a difference, tell every rank what differs."""
         mine = {
             "settings": f"{self._settings} average={self.average} momentum_correction={self._momentum}",
             "step": str(self.step),
             "parameters": " ".join(f"{slot.name}[{'x'.join(map(str, slot.shape))}]" for slot in self.layout.slots),
             "compressed": str(self.layout.compressed),
+            "values": self.describe_values(),
         }
         lanes = torch.zeros(1 + wire.DIGEST_BITS, dtype=torch.float32)
         lanes[0] = 1.0
@@ -311,5 +318,6 @@ def _differences(answers: list[dict[str, str]]) -> str:
                 ours = sorted(set(answers[0][key].split()) - set(answer[key].split()))
                 theirs = sorted(set(answer[key].split()) - set(answers[0][key].split()))
                 lines.append(f"  {key}: rank 0 has {' '.join(ours[:5])!r}, rank {rank} has {' '.join(theirs[:5])!r}")
-    lines.append("Give every rank the same model, compression settings and seed; load a saved memory on all or none.")
+    lines.append("Give every rank the same model, compression settings and seed; load a saved memory on all or none;")
+    lines.append("call broadcast_optimizer_state and then broadcast_parameters before the first step.")
     return "\n".join(lines)
