@@ -137,7 +137,7 @@ def _break_even(measured: dict[Cell, Row]) -> str:
         )
     return (
         "A sketched step takes processor time of its own: sketching, selecting, keeping the memory, and the messages "
-        "themselves. Where the network carries the dense gradient in less, or hides it behind a long backward pass, "
+        "themselves. Where a network carries the dense gradient in less, or hides it behind a long backward pass, "
         "use `Compression.none` or `fp16`, which change little or nothing in how a model converges. PowerSGD sends "
         "fewer bytes at its low ranks; its ratio is fixed by the layers' shapes. This table only counts seconds: "
         "what a method's bytes buy in accuracy is measured elsewhere. Processor time less compute of `sketch-40`:\n\n"
