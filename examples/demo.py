@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 RUNS = Path("runs/demo")
-OPTIONS = "--compression sketch --ratio 20 --steps 500"
+OPTIONS = "--compression sketch --ratio 20 --warmup-steps 60 --steps 600"
 
 
 def main() -> int:

@@ -100,15 +100,12 @@ def test_runs_under_horovodrun_with_half_precision(tmp_path: Path) -> None:
     assert half["dense_bytes"] == 2 * half["bytes"][-1]
 
 
-def test_runs_alone() -> None:
-    completed = run(command("digits_cnn", *SKETCH, "--steps", 3))
-    assert completed.returncode == 0, completed.output
-
-
-def test_resuming_from_nothing_names_the_missing_file(tmp_path: Path) -> None:
-    completed = run(command("digits_cnn", "--steps", 3, "--resume", tmp_path))
-    assert completed.returncode != 0
-    assert f"there is no {tmp_path / 'model.pt'}" in completed.output
+def test_one_ranks_checkpoint_is_refused_by_two(tmp_path: Path) -> None:
+    alone = run(command("digits_cnn", *SKETCH, "--steps", 3, "--save", tmp_path))
+    assert alone.returncode == 0, alone.output
+    together = launch(2, command("digits_cnn", *SKETCH, "--steps", 6, "--resume", tmp_path))
+    assert together.returncode != 0
+    assert f"rank 1: cannot resume: there is no {tmp_path / 'memory.1.pt'}" in together.output
 
 
 def test_the_demo_trains_twice_and_tells_the_gap(tmp_path: Path) -> None:

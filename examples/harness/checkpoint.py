@@ -31,25 +31,41 @@ def load(folder: Path, model: torch.nn.Module, optimizer: Any) -> tuple[int, dic
     The order matters: a broadcast of the optimizer's state empties the memory, so that one comes last.
 
     Raises:
-        SystemExit: when a file is missing, or is of another step than rank 0's.
+        SystemExit: on all ranks, when a file of any of them is missing or does not fit.
     """
+    needed = [_memory_file(folder), *([folder / "model.pt"] if hvd.rank() == 0 else [])]
+    missing = [str(path) for path in needed if not path.exists()]
+    _refuse_together(f"there is no {missing[0]}; resume on as many ranks as saved it" if missing else None)
+
     state: dict[str, Any] = {"step": 0, "record": {}}
     if hvd.rank() == 0:
-        state = _read(folder / "model.pt")
+        state = torch.load(folder / "model.pt", weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     hvd.broadcast_optimizer_state(optimizer, root_rank=0)
     step, record = hvd.broadcast_object((state["step"], state["record"]), root_rank=0)
-    mine = _read(_memory_file(folder))
-    if mine["step"] != step:
-        raise SystemExit(
-            f"rank {hvd.rank()}: {_memory_file(folder)} is of step {mine['step']}, rank 0's model of step {step}; "
-            "the folder mixes two checkpoints, use another one"
-        )
+
+    mine = torch.load(_memory_file(folder), weights_only=True)
+    _refuse_together(_unfit(mine, step, optimizer))
     if mine["memory"] is not None:
         optimizer.load_memory_state_dict(mine["memory"])
     return step, record
+
+
+def _unfit(mine: dict[str, Any], step: int, optimizer: Any) -> str | None:
+    if mine["step"] != step:
+        return f"its memory is of step {mine['step']}, rank 0's model of step {step}: the folder mixes two checkpoints"
+    if (mine["memory"] is None) != (not hasattr(optimizer, "memory_state_dict")):
+        return "the checkpoint was saved with another --compression"
+    return None
+
+
+def _refuse_together(problem: str | None) -> None:
+    """Exit on all ranks if one of them has a problem, which it names."""
+    refused = hvd.allreduce(torch.tensor([float(problem is not None)]), name="checkpoint.problem")
+    if float(refused) > 0.0:
+        raise SystemExit(f"rank {hvd.rank()}: cannot resume: {problem or 'another rank cannot, see its message'}")
 
 
 def _memory_of(optimizer: Any) -> dict[str, Any] | None:
@@ -59,11 +75,3 @@ def _memory_of(optimizer: Any) -> dict[str, Any] | None:
 
 def _memory_file(folder: Path) -> Path:
     return folder / f"memory.{hvd.rank()}.pt"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        state: dict[str, Any] = torch.load(path, weights_only=True)
-    except FileNotFoundError:
-        raise SystemExit(f"rank {hvd.rank()}: --resume: there is no {path}; save with as many ranks as now") from None
-    return state

@@ -17,7 +17,6 @@ from harness.options import without_compression
 from harness.record import Record, read_baseline, write
 from harness.run import settings_of
 
-_PHASES = ("sketch", "select", "exchange", "memory", "compute")
 _COLOURS = ("#4d4d4d", "#d1495b", "#00798c", "#edae49")
 
 
@@ -52,9 +51,9 @@ def show(records: Sequence[Record]) -> None:
     table.add_row(records[0].metric, *(f"{record.values[-1]:.4f}" for record in records))
     table.add_row("MB sent per rank", *(f"{record.bytes[-1] / 1e6:.1f}" for record in records))
     table.add_row("ratio, warm-up included", *(f"{record.ratio:.1f}" for record in records), end_section=True)
-    for phase in _PHASES:
-        if any(phase in record.seconds for record in records):
-            table.add_row(f"seconds in {phase}", *(f"{record.seconds.get(phase, 0.0):.1f}" for record in records))
+    phases = dict.fromkeys(phase for record in records for phase in record.seconds)
+    for phase in sorted(phases, key=lambda phase: phase == "compute"):
+        table.add_row(f"seconds in {phase}", *(f"{record.seconds.get(phase, 0.0):.1f}" for record in records))
     Console().print(table)
     for record in records[1:]:
         print(f"{record.label}: {record.metric} {record.gap(records[0]):+.1f} % against {records[0].label}")
