@@ -24,14 +24,14 @@ struct Kernel {
     void (*search)(TopK&, Worker&);
 };
 
-#define SKETCH_KERNEL(name, lanes, ...)                                                                              \
-    namespace name {                                                                                                 \
-    __VA_ARGS__ void add_by_chunk(Add& add, Worker& worker) { add.by_chunk<lanes>(worker.draws); }                   \
-    __VA_ARGS__ void add_by_tile(Add& add, Worker& worker) { add.by_tile<lanes>(worker.draws); }                     \
-    __VA_ARGS__ void estimate_all(EstimateAll& all, Worker& worker) { all.by_tile(worker.draws, worker.estimator); } \
-    __VA_ARGS__ void sample(TopK& top, Worker& worker) { top.sample(worker); }                                       \
-    __VA_ARGS__ void search(TopK& top, Worker& worker) { top.search<lanes>(worker); }                                \
-    constexpr Kernel kernel = {lanes, add_by_chunk, add_by_tile, estimate_all, sample, search};                      \
+#define SKETCH_KERNEL(name, lanes, ...)                                                                         \
+    namespace name {                                                                                            \
+    __VA_ARGS__ void add_by_chunk(Add& add, Worker& worker) { add.by_chunk<lanes>(worker.draws); }              \
+    __VA_ARGS__ void add_by_tile(Add& add, Worker& worker) { add.by_tile<lanes>(worker.draws, worker.number); } \
+    __VA_ARGS__ void estimate_all(EstimateAll& all, Worker& w) { all.by_tile(w.draws, w.estimator, w.number); } \
+    __VA_ARGS__ void sample(TopK& top, Worker& worker) { top.sample(worker); }                                  \
+    __VA_ARGS__ void search(TopK& top, Worker& worker) { top.search<lanes>(worker); }                           \
+    constexpr Kernel kernel = {lanes, add_by_chunk, add_by_tile, estimate_all, sample, search};                 \
     }
 
 SKETCH_KERNEL(baseline, 4)
@@ -53,10 +53,21 @@ const Kernel& choose(int64_t most) {
 
 const Kernel* kernel = &choose(kLanes);
 
-Worker* workers(int threads) {
-    static thread_local Buffer<Worker> buffer;
-    return buffer.reserve(threads);
-}
+// The memory of one calling thread, and of those that help it.
+struct Crew {
+    Buffer<Worker> workers;
+    Split split;
+    Buffer<int64_t> starts;
+    Buffer<Place> edge;
+
+    Worker* call(int threads) {
+        Worker* all = workers.reserve(threads);
+        for (int i = 0; i < threads; i++) all[i].number = i;
+        return all;
+    }
+};
+
+thread_local Crew crew;
 
 // Below this many coordinates, waking another thread costs more than it saves.
 constexpr int64_t kAlone = 1 << 17;
@@ -91,36 +102,39 @@ extern "C" {
 void sketch_add(int64_t rows, int64_t cols, uint64_t seed, float* table, const Segment* segments, int64_t count,
                 float scale, int64_t max_threads) {
     if (count == 0) return;
-    Add add{{rows, cols, seed}, table, segments, count, scale};
-    const int threads = useful(add.layout, add.stop() - add.start(), max_threads);
-    if (threads == 1 && add.stop() - add.start() <= add.layout.width * add.layout.tiles)
-        kernel->add_by_chunk(add, *workers(1));
-    else
-        share(kernel->add_by_tile, add, workers(threads), threads);
+    Add add{{rows, cols, seed}, table, segments, count, scale, crew.split};
+    const int64_t coordinates = add.stop() - add.start();
+    const int threads = useful(add.layout, coordinates, max_threads);
+    Worker* workers = crew.call(threads);
+    if (threads == 1 && coordinates <= add.layout.width * add.layout.tiles) {
+        kernel->add_by_chunk(add, *workers);
+    } else {
+        add.tiles.start(add.layout.tiles, threads);
+        share(kernel->add_by_tile, add, workers, threads);
+    }
 }
 
 void sketch_estimate_all(int64_t rows, int64_t cols, uint64_t seed, const float* table, int64_t dim, float* to,
                          int64_t max_threads) {
-    EstimateAll all{{rows, cols, seed}, table, dim, to};
+    EstimateAll all{{rows, cols, seed}, table, dim, to, crew.split};
     const int threads = useful(all.layout, dim, max_threads);
-    share(kernel->estimate_all, all, workers(threads), threads);
+    all.tiles.start(all.layout.tiles, threads);
+    share(kernel->estimate_all, all, crew.call(threads), threads);
 }
 
 void sketch_top_k(int64_t rows, int64_t cols, uint64_t seed, const float* table, int64_t dim, int64_t k, int64_t* index,
                   float* estimate, int64_t max_threads) {
-    static thread_local Buffer<int64_t> starts;
-    static thread_local Buffer<Place> edge;
     const Layout layout{rows, cols, seed};
     const int threads = useful(layout, dim, max_threads);
-    Worker* const crew = workers(threads);
-    TopK top{layout, table, dim, k, index, estimate, crew, threads, starts, edge};
-    const auto pass = [&](void (*work)(TopK&, Worker&)) { share(work, top, crew, threads); };
-    top.begin(0);
+    Worker* workers = crew.call(threads);
+    TopK top{layout, table, dim, k, index, estimate, workers, threads, crew.split, crew.starts, crew.edge};
+    const auto pass = [&](void (*work)(TopK&, Worker&)) { share(work, top, workers, threads); };
+    top.begin(0, top.samples());
     pass(kernel->sample);
-    top.begin(top.guess());
+    top.begin(top.guess(), layout.tiles);
     pass(kernel->search);
     if (!top.rank_found()) {
-        top.begin(0);
+        top.begin(0, layout.tiles);
         pass(kernel->search);
         top.rank_found();
     }

@@ -1,9 +1,8 @@
 // Sketching: coordinates of a vector into the table.
 #pragma once
 
-#include <atomic>
-
 #include "layout.hpp"
+#include "split.hpp"
 
 namespace sketch {
 
@@ -133,7 +132,7 @@ struct Add {
     const Segment* segments;  // ascending, without overlap
     int64_t count;
     float scale;
-    std::atomic<int64_t> next_tile{0};
+    Split& tiles;
 
     int64_t start() const { return segments[0].start; }
     int64_t stop() const { return segments[count - 1].start + segments[count - 1].count; }
@@ -207,9 +206,9 @@ struct Add {
 
     // A tile stays in the first-level cache while everything that falls into it is added, block after block.
     template <int N>
-    INLINE void by_tile(Draws& draws) {
+    INLINE void by_tile(Draws& draws, int thread) const {
         const int64_t size = layout.width * layout.tiles, first = start() / size, last = (stop() - 1) / size;
-        for (int64_t tile; (tile = next_tile++) < layout.tiles;) {
+        for (int64_t tile; (tile = tiles.take(thread)) >= 0;) {
             int64_t m = layout.chunk_of(tile, first);
             for (int64_t block = first; block <= last; block++) {
                 const int64_t next = layout.chunk_of(tile, block + 1);

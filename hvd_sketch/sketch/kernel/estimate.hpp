@@ -1,9 +1,8 @@
 // Estimating: the median over the rows of what the table holds for a coordinate.
 #pragma once
 
-#include <atomic>
-
 #include "layout.hpp"
+#include "split.hpp"
 
 namespace sketch {
 
@@ -115,10 +114,10 @@ struct EstimateAll {
     const float* table;
     int64_t dim;
     float* to;
-    std::atomic<int64_t> next_tile{0};
+    Split& tiles;
 
-    INLINE void by_tile(Draws& draws, Estimator& estimator) {
-        for (int64_t tile; (tile = next_tile++) < layout.tiles;)
+    INLINE void by_tile(Draws& draws, Estimator& estimator, int thread) const {
+        for (int64_t tile; (tile = tiles.take(thread)) >= 0;)
             for (int64_t block = 0; block * layout.tiles * layout.width < dim; block++) {
                 const int64_t m = layout.chunk_of(tile, block), base = m * layout.width;
                 const int64_t last = std::min(layout.width, dim - base);

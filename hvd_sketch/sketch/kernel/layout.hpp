@@ -15,6 +15,7 @@ namespace sketch {
 constexpr int64_t kTileWidth = 2048;
 constexpr int64_t kMaxWidth = 2 * kTileWidth;  // of a tile: cols / (cols / kTileWidth) stays below
 constexpr int kLanes = 16;  // of 32 bits, in the widest register
+constexpr size_t kLine = 128;  // bytes that processors fetch together
 constexpr uint32_t kSignBit = 0x80000000u;
 constexpr uint64_t kSignStream = 1 << 20, kRotationStream = 1 << 21;
 
@@ -46,14 +47,15 @@ INLINE typename Lanes<N>::Word lane_numbers() {
     return value;
 }
 
-// Memory that grows to the largest size asked for and is kept; its content is not.
+// Memory that grows to the largest size asked for and is kept; its content is not. It is never so small that two
+// threads' buffers could share a cache line.
 template <class T>
 class Buffer {
 public:
     T* reserve(int64_t size) {
         if (size > size_) {
-            data_.reset(new T[size]);
-            size_ = size;
+            size_ = std::max(size, int64_t(2 * kLine / sizeof(T)));
+            data_.reset(new T[size_]);
         }
         return data_.get();
     }

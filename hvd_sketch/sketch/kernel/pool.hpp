@@ -1,4 +1,4 @@
-// Threads that wait for work. One job runs at a time; a caller that finds the pool busy works alone.
+// Threads that wait for work.
 #pragma once
 
 #include <pthread.h>
@@ -11,12 +11,12 @@
 
 namespace sketch {
 
+// One job runs at a time; a caller that finds the pool busy works alone.
 class Pool {
 public:
     using Work = void (*)(void* job, int worker);
 
-    // Calls work(job, 0) here and work(job, 1 … threads - 1) on whichever threads come before this one is done. The
-    // work divides itself, by a counter in the job: a thread that wakes late costs nothing.
+    // Calls work(job, 0) here and work(job, 1 … threads - 1) on whichever threads come before this one is done.
     static void run(Work work, void* job, int threads) {
         Pool* pool = instance();
         std::unique_lock<std::mutex> alone(pool->busy_, std::defer_lock);

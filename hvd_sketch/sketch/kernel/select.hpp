@@ -1,17 +1,19 @@
 // Selecting: the k coordinates of largest absolute estimate, without estimating them all.
 #pragma once
 
-#include <atomic>
 #include <cmath>
 #include <utility>
 
 #include "estimate.hpp"
 #include "finds.hpp"
 #include "sieve.hpp"
+#include "split.hpp"
 
 namespace sketch {
 
-struct Worker {
+// What a thread works with, in memory that is kept from call to call.
+struct alignas(kLine) Worker {
+    int number;
     Draws draws;
     Estimator estimator;
     Sieve sieve;
@@ -31,6 +33,7 @@ struct TopK {
     float* estimate;
     Worker* workers;
     int threads;
+    Split& split;             // of what the pass goes through: chunks, tiles or workers
     Buffer<int64_t>& starts;  // where what is chosen of each chunk goes
     Buffer<Place>& edge;      // all that may be the last one chosen
 
@@ -38,16 +41,17 @@ struct TopK {
     uint32_t bin = 0;    // of the last one chosen
     int64_t rank = 0;    // of the last one chosen, within its bin
     Place last = {};
-    std::atomic<int64_t> next{0};
 
     int64_t chunks() const { return (dim + layout.width - 1) / layout.width; }
     int64_t size(int64_t chunk) const { return std::min(layout.width, dim - chunk * layout.width); }
-    int64_t room() const { return 2 * k + kMaxWidth; }
+    int64_t stride() const { return 1 + chunks() / kSampleChunks; }
+    int64_t samples() const { return (chunks() + stride() - 1) / stride(); }
+    int64_t room() const { return std::min(2 * k, dim) + kMaxWidth; }
 
     // Everybody's finds are emptied here, for a thread that comes too late would leave its old ones.
-    void begin(uint32_t new_floor) {
+    void begin(uint32_t new_floor, int64_t items) {
         floor = new_floor;
-        next = 0;
+        split.start(items, threads);
         for (int i = 0; i < threads; i++) {
             workers[i].finds.start(room(), chunks());
             workers[i].histogram.start(floor);
@@ -56,17 +60,14 @@ struct TopK {
 
     // First pass: a few estimates of many chunks, into the histograms.
     INLINE void sample(Worker& worker) {
-        const int64_t stride = 1 + chunks() / kSampleChunks;
-        for (int64_t group; (group = next++) * kGroup * stride < chunks();)
-            for (int64_t i = group * kGroup; i < (group + 1) * kGroup && i * stride < chunks(); i++) {
-                const int64_t m = i * stride;
-                const int count = int(std::min(kSample, size(m)));
-                worker.draws.fill(layout, m);
-                const int64_t first = worker.draws.key.data()[0] % (size(m) - count + 1);
-                const float* cells = table + layout.tile_of(m) * layout.width;
-                worker.estimator.range(layout, worker.draws, cells, first, count);
-                for (int j = 0; j < count; j++) worker.histogram.add(worker.estimator.estimates()[j]);
-            }
+        for (int64_t i; (i = split.take(worker.number)) >= 0;) {
+            const int64_t m = i * stride(), count = std::min(kSample, size(m));
+            worker.draws.fill(layout, m);
+            const int64_t first = worker.draws.key.data()[0] % (size(m) - count + 1);
+            const float* cells = table + layout.tile_of(m) * layout.width;
+            worker.estimator.range(layout, worker.draws, cells, first, int(count));
+            for (int j = 0; j < count; j++) worker.histogram.add(worker.estimator.estimates()[j]);
+        }
     }
 
     void merge() {
@@ -87,7 +88,7 @@ struct TopK {
     template <int N>
     INLINE void search(Worker& worker) {
         uint32_t threshold = floor;
-        for (int64_t tile; (tile = next++) < layout.tiles;) {
+        for (int64_t tile; (tile = split.take(worker.number)) >= 0;) {
             const float* cells = table + tile * layout.width;
             worker.sieve.fill(layout, cells, threshold);
             for (int64_t block = 0; block * layout.tiles * layout.width < dim; block++) {
@@ -125,13 +126,13 @@ struct TopK {
         rank = k;
         bin = workers->histogram.find(rank);
         std::fill_n(starts.reserve(chunks()), chunks(), 0);
-        next = 0;
+        split.start(threads, threads);
         return true;
     }
 
     // Third pass: how many of each chunk are chosen for certain, and which may be the last.
-    void weigh(Worker&) {
-        for (int64_t i; (i = next++) < threads;) {
+    void weigh(Worker& who) {
+        for (int64_t i; (i = split.take(who.number)) >= 0;) {
             Worker& worker = workers[i];
             Place* to = worker.edge.reserve(worker.finds.size());
             for (const Run& run : worker.finds) {
@@ -159,12 +160,12 @@ struct TopK {
         for (const Place* place = first; place < first + rank; place++) starts.data()[place->index / layout.width]++;
         int64_t before = 0;
         for (int64_t m = 0; m < chunks(); m++) before += std::exchange(starts.data()[m], before);
-        next = 0;
+        split.start(threads, threads);
     }
 
     // Fourth pass: the chosen go where they belong.
-    void write(Worker&) {
-        for (int64_t i; (i = next++) < threads;)
+    void write(Worker& who) {
+        for (int64_t i; (i = split.take(who.number)) >= 0;)
             for (const Run& run : workers[i].finds) {
                 int64_t to = starts.data()[run.chunk];
                 for (const Candidate& c : run) {
@@ -177,7 +178,7 @@ struct TopK {
     }
 
 private:
-    static constexpr int64_t kSample = 32, kSampleChunks = 4096, kGroup = 64;
+    static constexpr int64_t kSample = 32, kSampleChunks = 4096;
 };
 
 }  // namespace sketch

@@ -13,6 +13,7 @@ INLINE uint32_t magnitude(float value) { return bit_cast<uint32_t>(value) & ~kSi
 class Sieve {
 public:
     INLINE void fill(const Layout& layout, const float* tile, uint32_t threshold) {
+        threshold = std::min(threshold, bit_cast<uint32_t>(0x1p127f));  // the mean of two less large cells is finite
         words_ = (layout.width + 511) / 512 * 8;
         stride_ = 2 * words_ + 8;
         uint64_t* bits = bits_.reserve(layout.rows * stride_);
