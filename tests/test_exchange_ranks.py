@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -236,3 +237,20 @@ def test_sending_everything_is_horovods_own_training() -> None:
     for (sparse, dense), (other, _) in zip(*results, strict=True):
         assert torch.equal(sparse, other)
         torch.testing.assert_close(sparse, dense, rtol=1e-5, atol=1e-6)
+
+
+def late_on_rank_0() -> tuple[int, int]:
+    """Rank 1 is through at once, and Horovod, which started MPI, then ends it on both."""
+    hvd.init()
+    from mpi4py import MPI
+
+    comm = as_communicator(MPI.COMM_WORLD)
+    comm.allreduce(torch.ones(1), "once")
+    deadline = time.monotonic() + 60
+    while hvd.rank() == 0 and not MPI.Is_finalized() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return comm.rank, comm.size
+
+
+def test_a_rank_may_still_ask_who_it_is_when_horovod_has_ended_mpi() -> None:
+    assert ranks(2, late_on_rank_0) == [(0, 2), (1, 2)]

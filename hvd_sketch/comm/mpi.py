@@ -42,14 +42,16 @@ class MpiCommunicator(Communicator):
 
     def __init__(self, comm: MPI.Intracomm | None = None) -> None:
         self._comm = (MPI.COMM_WORLD if comm is None else comm).Dup()
+        # kept, because Horovod may end MPI under us: it does so on all ranks as soon as one of them is through
+        self._rank, self._size = self._comm.Get_rank(), self._comm.Get_size()
 
     @property
     def rank(self) -> int:
-        return self._comm.Get_rank()
+        return self._rank
 
     @property
     def size(self) -> int:
-        return self._comm.Get_size()
+        return self._size
 
     def _allreduce(self, tensor: Tensor, name: str) -> None:
         host = tensor.cpu()
