@@ -4,8 +4,9 @@
 
 Every step takes at least ``--step-seconds``, as on nodes that have a processor each, so that more ranks than cores
 still behave like a cluster; rank 0 takes ``--straggler`` times as long. Both methods train for ``--seconds`` from the
-same weights on the same shares of the data. At fixed moments every rank puts its model aside; the mean model's loss
-and the spread of the models are computed from those at the end, so nobody waits for an evaluation.
+same weights on the same shares of the data: the swarm by the clock, allreduce by as many steps as rank 0 can do in that
+time. At fixed moments every rank puts its model aside; the mean model's loss and the spread of the models are computed
+from those at the end, so nobody waits for an evaluation.
 """
 
 from __future__ import annotations
@@ -51,17 +52,16 @@ class Log:
     _began: float = 0.0
 
     def steps(self, count: int | None = None) -> Iterator[int]:
-        """So many steps, or as many as fit into the time."""
+        """So many steps, or as many as fit into the time; the moments divide them evenly."""
         WORLD.barrier()
         self.start = time.time()
-        moments = moments_of(self.options)
-        while len(self.timeline) != count and (count is not None or len(self.models) < len(moments)):
+        moments = self.options.moments
+        while len(self.models) < moments:
             self._began = time.time()
             yield len(self.timeline)
-            while len(self.models) < len(moments) and time.time() - self.start >= moments[len(self.models)]:
+            done = len(self.timeline) / count if count else (time.time() - self.start) / self.options.seconds
+            while len(self.models) < min(moments, int(done * moments + 1e-9)):
                 self._put_aside()
-        while len(self.models) < len(moments):
-            self._put_aside()
 
     def pace(self) -> None:
         """Wait until this node's gradient would be ready."""

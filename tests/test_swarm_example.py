@@ -15,7 +15,7 @@ def test_the_example_trains_tells_and_draws(tmp_path: Path) -> None:
     allreduce, swarm = json.loads((tmp_path / "curves.json").read_text())
     assert (allreduce["label"], swarm["label"]) == ("allreduce", "swarm")
     assert allreduce["steps"][-1] == [16] * 4  # what the slow node can do in the time
-    assert max(allreduce["spread"]) < 1e-3 < swarm["spread"][-1]
+    assert max(allreduce["spread"]) < 1e-5 < swarm["spread"][-1]
     assert all(swarm["meetings"][rank] for rank in (1, 2, 3))
     assert (tmp_path / "swarm.png").exists()
     assert (tmp_path / "swarm_timeline.png").exists()
