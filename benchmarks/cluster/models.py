@@ -14,7 +14,8 @@ from torch import Tensor, nn
 Batch = tuple[Tensor, Tensor]
 
 _VOCABULARY = 1024
-_TOKENS = 16
+_TOKENS = 4
+_SIDE = 8  # pixels
 _CLASSES = 10
 
 
@@ -54,7 +55,7 @@ class ConvNet(nn.Module):
         self.head = nn.Linear(channels[-1], _CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (batch, classes) of images (batch, 3, 16, 16), float32."""
+        """Logits (batch, classes) of images (batch, 3, height, width), float32."""
         for convolution in self.convolutions:
             images = torch.relu(convolution(images))
         logits: Tensor = self.head(images.flatten(2).mean(2))
@@ -62,8 +63,9 @@ class ConvNet(nn.Module):
 
     @staticmethod
     def batch(generator: torch.Generator) -> Batch:
-        """Two random images and classes."""
-        return torch.randn(2, 3, 16, 16, generator=generator), torch.randint(_CLASSES, (2,), generator=generator)
+        """One random image and a class."""
+        images = torch.randn(1, 3, _SIDE, _SIDE, generator=generator)
+        return images, torch.randint(_CLASSES, (1,), generator=generator)
 
 
 Model = Transformer | ConvNet

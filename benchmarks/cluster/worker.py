@@ -24,6 +24,7 @@ from benchmarks.cluster.models import MODELS, Batch, Model
 _FEWEST, _MOST = 3, 60
 _LOCAL_STEPS = 12
 _LINK = Path("/sys/class/net/eth0/statistics")
+_SESSION = Path("/proc/self/autogroup")  # the kernel shares processors between sessions first, where it is there
 _HEADERS = 14 + 20 + 32  # bytes of a packet: Ethernet, IP, TCP with time stamps
 
 
@@ -100,10 +101,15 @@ def _together(training: Training, step: Callable[[], None]) -> float:
 def _come_first() -> None:
     """Let no other program of the machine delay this process: on a real host it would have processors of its own.
 
-    Threads made later inherit the priority.
+    The threads that communicate come before those that compute, or one host's arithmetic would keep another host's
+    messages waiting; those that compute share the processors evenly. Threads made later inherit the priority.
     """
-    for thread in os.listdir("/proc/self/task"):
-        os.sched_setscheduler(int(thread), os.SCHED_RR, os.sched_param(1))
+    for thread in map(int, os.listdir("/proc/self/task")):
+        if thread != os.getpid():
+            os.sched_setscheduler(thread, os.SCHED_RR, os.sched_param(1))
+    os.setpriority(os.PRIO_PROCESS, 0, -20)
+    if _SESSION.exists():
+        _SESSION.write_text("-20")
 
 
 def _sent() -> tuple[int, int]:

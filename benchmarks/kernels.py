@@ -1,0 +1,145 @@
+"""``python -m benchmarks.kernels``: the kernels of the sketch against one copy of the vector, in the same run.
+
+Writes ``benchmarks/results/kernels.json``, a row for each measurement: what was done (``op``) by what
+(``impl``) on which ``device``, the size of the vector ``d`` and of the table (``rows``, ``cols``), the choice
+``k``, ``threads``, and the medians of its ``seconds`` and of ``clone_seconds``, those of
+``torch.Tensor.clone`` of the same vector, which takes its turn after each of the others. All float32.
+
+- ``add``: sketch the vector; ``add_slices``: the same vector as 100 slices in one call, ``add_each``: in 100;
+- ``top_k``: choose k coordinates from the table, and ``estimate``: estimate all of them;
+- by ``index_add``: a classic Count Sketch in PyTorch, with buckets and signs looked up, not hashed;
+- by ``topk``: ``torch.topk`` of the vector itself, of which no sketch was taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.sketch import CountSketch, native
+
+RESULTS = Path(__file__).resolve().parent / "results" / "kernels.json"
+SLICES = 100
+LARGEST_CLASSIC = 25_000_000
+"""Coordinates; the table of a classic sketch's buckets takes 8 bytes for each and row."""
+
+Row = dict[str, Any]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, print and write; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--sizes", type=float, nargs="+", default=[1e6, 25e6, 100e6], help="coordinates of a vector")
+    parser.add_argument("--rows", type=int, nargs="+", default=[3, 5])
+    parser.add_argument("--columns", type=float, nargs="+", default=[0.01, 0.1], help="as a share of the coordinates")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
+    parser.add_argument("--seconds", type=float, default=2.0, help="about how long each measurement takes")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    if not native.available():
+        return 1
+    rows = []
+    for row in measure(options):
+        print(_line(row), flush=True)
+        rows.append(row)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    return 0
+
+
+def measure(options: argparse.Namespace) -> Iterator[Row]:
+    """All rows, one after the other."""
+    for d in map(int, options.sizes):
+        vector = torch.randn(d, generator=torch.Generator().manual_seed(0))
+        choices = (max(1, d // 1000), max(1, d // 100))
+        for threads in dict.fromkeys(options.threads):
+            torch.set_num_threads(threads)
+            for k in choices:
+                row = {"op": "top_k", "impl": "topk", "d": d, "k": k, "threads": threads}
+                yield _time(row, partial(_topk, vector, k), vector, options.seconds)
+            for rows in options.rows:
+                for share in options.columns:
+                    shape = {"d": d, "rows": rows, "cols": int(d * share), "threads": threads}
+                    for row, function in _native(shape, vector, choices):
+                        yield _time(row, function, vector, options.seconds)
+                    if d <= LARGEST_CLASSIC:
+                        row = {"op": "add", "impl": "index_add", **shape}
+                        yield _time(row, _classic(shape, vector), vector, options.seconds)
+
+
+def _native(shape: Row, vector: Tensor, choices: Sequence[int]) -> Iterator[tuple[Row, Callable[[], object]]]:
+    sketch = CountSketch(shape["d"], shape["rows"], shape["cols"], seed=1)
+    slices = list(vector.tensor_split(SLICES))
+    offsets = [int(part.storage_offset()) for part in slices]
+
+    def add_each() -> None:
+        for part, offset in zip(slices, offsets, strict=True):
+            sketch.add(part, offset)
+
+    yield {"op": "add", "impl": "native", **shape}, lambda: sketch.add(vector)
+    yield {"op": "add_slices", "impl": "native", **shape}, lambda: sketch.add_many(slices, offsets)
+    yield {"op": "add_each", "impl": "native", **shape}, add_each
+    # What was added many times is a multiple of the vector: the same choice.
+    for k in choices:
+        yield {"op": "top_k", "impl": "native", "k": k, **shape}, partial(sketch.top_k, k)
+    yield {"op": "estimate", "impl": "native", **shape}, sketch.estimate
+
+
+def _topk(vector: Tensor, k: int) -> object:
+    return torch.topk(vector.abs(), k)
+
+
+def _classic(shape: Row, vector: Tensor) -> Callable[[], object]:
+    table = torch.zeros(shape["rows"], shape["cols"])
+    buckets = torch.randint(shape["cols"], (shape["rows"], shape["d"]))
+    signs = 2.0 * torch.randint(2, (shape["rows"], shape["d"]), dtype=torch.float32) - 1.0
+
+    def add() -> None:
+        for row, bucket, sign in zip(table, buckets, signs, strict=True):
+            row.index_add_(0, bucket, sign * vector)
+
+    return add
+
+
+def _time(row: Row, function: Callable[[], object], vector: Tensor, seconds: float) -> Row:
+    """The row with its medians: warm, in turns with the copy, at least 5 of each."""
+    first = _once(function) + _once(vector.clone)
+    turns = [(_once(function), _once(vector.clone)) for _ in range(max(5, min(500, int(seconds / first))))]
+    ours, clone = (statistics.median(column) for column in zip(*turns, strict=True))
+    blank = {"op": "", "impl": "", "device": _device(), "d": 0, "rows": None, "cols": None, "k": None, "threads": 0}
+    return blank | row | {"seconds": ours, "clone_seconds": clone, "runs": len(turns)}
+
+
+def _once(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _device() -> str:
+    """The processor's name, where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"cpu: {names[0] if names else platform.processor()}, {len(names) or '?'} cores"
+
+
+def _line(row: Row) -> str:
+    shape = " ".join(f"{name}={row[name]}" for name in ("d", "rows", "cols", "k", "threads") if row[name] is not None)
+    ratio = row["seconds"] / row["clone_seconds"]
+    return f"{row['op']:>10} {row['impl']:9} {1e3 * row['seconds']:9.3f} ms = {ratio:6.2f} x clone  {shape}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
