@@ -4,8 +4,8 @@
 
 Every step takes at least ``--step-seconds``, as on nodes that have a processor each, so that more ranks than cores
 still behave like a cluster; rank 0 takes ``--straggler`` times as long. Both methods train for ``--seconds`` from the
-same weights on the same shares of the data: the swarm by the clock, allreduce by as many steps as rank 0 can do in that
-time. At fixed moments every rank puts its model aside; the mean model's loss and the spread of the models are computed
+same weights on the same shares of the data: the swarm by the clock, allreduce by as many steps as rank 0 can do in
+that time. At fixed moments every rank puts its model aside; the mean loss and the spread of the models are computed
 from those at the end, so nobody waits for an evaluation.
 """
 
