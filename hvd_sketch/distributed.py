@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,8 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         sparse_as_dense: turn sparse gradients into dense ones instead of refusing them.
         process_set: a Horovod process set; ranks outside it take local steps.
         comm: an mpi4py communicator or a `hvd_sketch.comm.Communicator` to use in place of Horovod.
-        grad_scaler: the scaler in use, so that the memory holds unscaled gradients.
+        grad_scaler: the scaler in use, so that the memory holds unscaled gradients; with
+            ``error_feedback`` there is no need to tell.
         momentum_correction: accumulate the momentum of a wrapped SGD, with its weight decay, on
             each rank before the selection instead of after it (see `Momentum`); without a
             sparsifying compressor both are the same, and this changes nothing.
@@ -75,22 +77,12 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     Raises:
         ConfigurationError: when a setting cannot work, before any communication.
     """
-    if type(optimizer).__module__ == "horovod.torch.optimizer":
-        raise ConfigurationError("the optimizer is already a DistributedOptimizer; wrap the plain one")
-    if process_set is not None and comm is not None:
-        raise ConfigurationError("give process_set (of Horovod) or comm (in place of Horovod), not both")
-    if backward_passes_per_step <= 0:
-        raise ConfigurationError(f"backward_passes_per_step must be at least 1, got {backward_passes_per_step}")
-    if error_feedback is not None:
-        check_step_ahead(compression, momentum_correction, grad_scaler, averages=op == Average)
+    _check_arguments(optimizer, backward_passes_per_step, op, gradient_predivide_factor, process_set, comm)
     if num_groups != 0:
         warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=2)
-    if gradient_predivide_factor != 1.0 and op != Average:
-        raise ConfigurationError("gradient_predivide_factor is supported with op=Average only")
-    plain = compression in (NoCompression, HalfPrecision)
-    if not plain and not isinstance(compression, Compressor) and comm is None and has_horovod():
-        plain = True  # Horovod's own compressors, or somebody else's
-    if plain and comm is None and has_horovod():
+    if error_feedback is not None:
+        check_step_ahead(compression, momentum_correction, averages=op == Average)
+    if comm is None and has_horovod() and not isinstance(compression, Compressor):
         return _stock_optimizer(
             optimizer,
             named_parameters,
@@ -102,39 +94,52 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
             sparse_as_dense=sparse_as_dense,
             process_set=process_set,
         )
-    if not plain and not isinstance(compression, Compressor):
-        raise ConfigurationError(
-            f"compression={compression!r} is no member of hvd_sketch.Compression: use none, fp16, sketch() or topk()"
-        )
-    if op not in (Average, Sum):
-        raise ConfigurationError(f"op={op} cannot be combined with compression: only Average and Sum are linear")
+    _check_compression(compression, op, optimizer)
     check_groups(groups)
-    correction = None
-    if isinstance(compression, Compressor):
-        correction = correction_of(optimizer, masking=momentum_masking) if momentum_correction else None
-        check_momentum(compression.momentum, optimizer)
+    corrects = momentum_correction and isinstance(compression, Compressor)
+    correction = correction_of(optimizer, masking=momentum_masking) if corrects else None
     named = _named(optimizer, named_parameters)
-    communicator = _Lazy(comm, process_set)
-    if error_feedback is not None and isinstance(compression, Compressor):
-        return StepAheadOptimizer(
-            optimizer, named, compression, communicator.get, communicator.is_active, error_feedback
-        )
-
-    def make_exchange(parameters: dict[str, Tensor], momentum: Momentum | None) -> Exchange:
-        return _exchange(compression, parameters, communicator.get(), op == Average, momentum)
-
+    lazy = _Lazy(comm, process_set)
+    if error_feedback is not None:
+        return StepAheadOptimizer(optimizer, named, compression, lazy.get, lazy.is_active, error_feedback)
     _layout(compression, [item for item in named if item[1].requires_grad])
     return distribute(
         optimizer,
         named,
-        make_exchange,
-        communicator.is_active,
+        partial(_exchange, compression, lazy, op == Average),
+        lazy.is_active,
         backward_passes_per_step=backward_passes_per_step,
         sparse_as_dense=sparse_as_dense,
         grad_scaler=grad_scaler,
         correction=correction,
         attributes={"op": op, "process_set": process_set, "_groups": groups},
     )
+
+
+def _check_arguments(
+    optimizer: torch.optim.Optimizer, passes: int, op: int, predivide_factor: float, process_set: Any, comm: Any
+) -> None:
+    """What is wrong with any compression."""
+    if type(optimizer).__module__ == "horovod.torch.optimizer":
+        raise ConfigurationError("the optimizer is already a DistributedOptimizer; wrap the plain one")
+    if process_set is not None and comm is not None:
+        raise ConfigurationError("give process_set (of Horovod) or comm (in place of Horovod), not both")
+    if passes <= 0:
+        raise ConfigurationError(f"backward_passes_per_step must be at least 1, got {passes}")
+    if predivide_factor != 1.0 and op != Average:
+        raise ConfigurationError("gradient_predivide_factor is supported with op=Average only")
+
+
+def _check_compression(compression: Any, op: int, optimizer: torch.optim.Optimizer) -> None:
+    """What is wrong with an exchange of ours."""
+    if compression not in (NoCompression, HalfPrecision) and not isinstance(compression, Compressor):
+        raise ConfigurationError(
+            f"compression={compression!r} is no member of hvd_sketch.Compression: use none, fp16, sketch() or topk()"
+        )
+    if op not in (Average, Sum):
+        raise ConfigurationError(f"op={op} cannot be combined with compression: only Average and Sum are linear")
+    if isinstance(compression, Compressor):
+        check_momentum(compression.momentum, optimizer)
 
 
 class _Lazy:
@@ -162,8 +167,9 @@ class _Lazy:
 
 
 def _exchange(
-    compression: Any, parameters: dict[str, Tensor], comm: Communicator, average: bool, momentum: Momentum | None
+    compression: Any, lazy: _Lazy, average: bool, parameters: dict[str, Tensor], momentum: Momentum | None
 ) -> Exchange:
+    comm = lazy.get()
     device = next(iter(parameters.values())).device
     layout = _layout(compression, parameters.items())
     if isinstance(compression, Compressor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -177,7 +178,6 @@ def test_a_gradient_that_is_not_finite_changes_nothing_on_any_rank() -> None:
         ({"op": hvd_sketch.Sum}, "op=Average"),
         ({"momentum_correction": True}, "momentum correction"),
         ({"compression": Compression.topk(momentum=hvd_sketch.Momentum(0.9))}, "momentum correction"),
-        ({"grad_scaler": torch.amp.GradScaler("cpu")}, "bfloat16"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(arguments: dict[str, Any], message: str) -> None:
@@ -257,6 +257,67 @@ def test_a_closure_is_evaluated_ahead() -> None:
 
     losses = [optimizer.step(closure) for _ in range(20)]
     assert losses[-1] < losses[0]
+
+
+INNER: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, LR, momentum=0.9),
+    "adam": lambda parameters: torch.optim.AdamW(parameters, 0.01),
+}
+
+
+def overflow(kind: str, scaled: bool) -> tuple[list[tuple[Any, Any]], torch.Tensor]:
+    """On a real rank: everything that there is before and after two steps that overflow on rank 1, and the end."""
+    import horovod.torch as hvd
+
+    hvd.init()
+    model = training.net()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
+    optimizer: Any = hvd_sketch.DistributedOptimizer(
+        INNER[kind](model.parameters()),
+        model.named_parameters(),
+        TOPK,
+        grad_scaler=scaler if scaled else None,
+        error_feedback=StepAhead(1.0, 3),
+    )
+
+    def everything() -> Any:
+        state = model.state_dict(), optimizer.state_dict(), optimizer.exchange.memory.state_dict()
+        return copy.deepcopy(state)
+
+    pairs = []
+    for number in range(8):
+        bad = number in (0, 4)
+        before = everything()
+        optimizer.zero_grad()
+        with optimizer.step_ahead():
+            value = training.loss(model, hvd.rank(), number) * (float("inf") if bad and hvd.rank() == 1 else 1.0)
+            scaler.scale(value).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if bad:
+            pairs.append((before, everything()))
+    return pairs, training.flat(model)
+
+
+@pytest.mark.parametrize("kind", list(INNER))
+def test_a_step_that_overflows_on_one_rank_leaves_every_ranks_state(kind: str) -> None:
+    """Also momentum and step counts, with a gradient scaler and without; its powers of two change no bit."""
+    plain, scaled = (ranks(2, overflow, kind, with_scaler) for with_scaler in (False, True))
+    for pairs, end in [*plain, *scaled]:
+        for before, after in pairs:
+            assert identical(before, after)
+        assert pairs[1][0][1]["state"]
+        assert torch.equal(end, plain[0][1])
+
+
+def identical(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(identical(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(identical, one, other))
+    return bool(one == other)
 
 
 def train(optimizer: Any, model: torch.nn.Module, steps: range, rank: int) -> torch.Tensor:

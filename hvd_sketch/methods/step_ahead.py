@@ -21,6 +21,7 @@ from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.methods.displacement import displacement_exchange
 from hvd_sketch.methods.flat import FlatParameters
+from hvd_sketch.methods.undo import Undo
 from hvd_sketch.methods.wrapper import WrappedOptimizer
 
 
@@ -68,8 +69,8 @@ class StepAheadOptimizer(WrappedOptimizer):
     Outside the block the parameters are the synchronous model x, the same on all ranks: evaluate
     and save there. A gradient taken outside, an evaluation or a ``state_dict()`` inside, are
     errors. Gradients are clipped on each rank to the compressor's ``clip_norm``. When some rank's
-    gradient is not finite, x and all errors stay as they are, and that rank's optimizer does not
-    step.
+    gradient is not finite, or the exchange fails, then x, all errors and all ranks' optimizers stay
+    as they were before the step. A ``torch.amp.GradScaler`` may be used as always.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class StepAheadOptimizer(WrappedOptimizer):
         self._compression, self._settings = compression, settings
         self._communicator, self._is_active = communicator, is_active
         self._synchronous, self._ahead, self._stepped = (self._flat.new() for _ in range(3))
+        self._undo = Undo(optimizer)
         self._inside = self._differentiated = False
         self._guarded: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         for parameter in self._flat.parameters:
@@ -173,7 +175,8 @@ class StepAheadOptimizer(WrappedOptimizer):
             self.optimizer.step()
             return
         norm = float(torch.nn.utils.clip_grad_norm_(self._flat.parameters, self._compression.clip_norm or math.inf))
-        exchange = self.exchange
+        exchange, taken = self.exchange, False
+        self._undo.note()
         self._move_ahead()
         if math.isfinite(norm):
             self.optimizer.step()
@@ -183,9 +186,12 @@ class StepAheadOptimizer(WrappedOptimizer):
             exchange.submit_all(self._ahead.vector.fill_(math.nan))
         try:
             exchange.run()
-            if not math.isnan(float(exchange.update[0])):
-                self._synchronous.vector.sub_(exchange.update)
+            taken = not math.isnan(float(exchange.update[0]))
         finally:
+            if taken:
+                self._synchronous.vector.sub_(exchange.update)
+            else:
+                self._undo.restore()
             self._flat.write(self._synchronous)
         period = self._settings.averaging_period
         if period and exchange.step % period == 0:
@@ -233,9 +239,7 @@ class StepAheadOptimizer(WrappedOptimizer):
             self.exchange.reset()
 
 
-def check_step_ahead(
-    compression: Any, momentum_correction: bool, grad_scaler: torch.amp.GradScaler | None, *, averages: bool
-) -> None:
+def check_step_ahead(compression: Any, momentum_correction: bool, *, averages: bool) -> None:
     """Refuse what does not go with `StepAhead`.
 
     Raises:
@@ -246,8 +250,6 @@ def check_step_ahead(
         problem = f"needs a compressor with errors to step by, got {compression!r}"
     elif compression.momentum is not None or momentum_correction:
         problem = "exchanges the wrapped optimizer's steps, momentum included; leave momentum correction away"
-    elif grad_scaler is not None:
-        problem = "cannot undo a scaler that skips steps on one rank alone; train in bfloat16, without grad_scaler"
     elif not averages:
         problem = "averages the ranks' steps, which have a learning rate already; use op=Average"
     if problem is not None:

@@ -12,11 +12,18 @@ from hvd_sketch.errors import ConfigurationError
 
 
 class WrappedOptimizer(torch.optim.Optimizer):
-    """Is used like the optimizer that it wraps, learning-rate schedulers included.
+    """Is used like the optimizer that it wraps, learning-rate schedulers and gradient scalers included.
+
+    A ``torch.amp.GradScaler`` calls `step` in every step on every rank: it leaves to the method what
+    to do with a gradient that is not finite, and each rank's scale follows that rank's gradients.
 
     Raises:
         ConfigurationError: for an optimizer that re-evaluates its closure.
     """
+
+    _step_supports_amp_scaling = (
+        True  # else a scaler would skip a step, and with it the collectives, on one rank alone
+    )
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         if isinstance(optimizer, torch.optim.LBFGS):
@@ -41,6 +48,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
+            self._unscale()
             self._advance()
         return loss
 
@@ -60,6 +68,13 @@ class WrappedOptimizer(torch.optim.Optimizer):
         """Load the wrapped optimizer's state, and begin anew at the model's present parameters."""
         self.optimizer.load_state_dict(state_dict)
         self._restart()
+
+    def _unscale(self) -> None:
+        """Divide the gradients by the scale that a scaler left for this step."""
+        scale = vars(self).get("grad_scale")
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if scale is not None and gradients:
+            torch._foreach_mul_(gradients, float(scale.double().reciprocal()))
 
     @abstractmethod
     def _advance(self) -> None:
