@@ -39,15 +39,16 @@ __version__ = "0.1.0"
 
 _METHODS = {
     "Accordion": "accordion",
-    "AccordionBatch": "accordion",
+    "AccordionBatch": "accordion_batch",
     "CSER": "cser",
     "DecentLaM": "decentlam",
     "DmSGD": "decentlam",
-    "EnergyTarget": "accordion",
+    "EnergyTarget": "energy_target",
     "LEAD": "lead",
     "LocalSGD": "local_sgd",
     "OverlapLocalSGD": "overlap",
     "SwarmSGD": "swarm",
+    "TensorTopK": "tensor_topk",
 }
 
 

@@ -12,7 +12,10 @@ import hvd_sketch
 from hvd_sketch import Compression, ConfigurationError, RankMismatchError
 from hvd_sketch.comm import Communicator, SingleProcess
 from hvd_sketch.comm.in_process import run_in_process
-from hvd_sketch.methods.accordion import Accordion, AccordionBatch, EnergyTarget
+from hvd_sketch.methods.accordion import Accordion
+from hvd_sketch.methods.accordion_batch import AccordionBatch
+from hvd_sketch.methods.energy_target import EnergyTarget
+from hvd_sketch.methods.tensor_topk import TensorTopK
 from hvd_sketch.schedule import AdaptiveSchedule
 from tests import training
 from tests.launch import ranks
@@ -108,10 +111,9 @@ def test_ranks_that_differ_in_it_are_told() -> None:
     [lambda: Accordion(2.0, 20.0, EPOCH, every=1), lambda: EnergyTarget(0.3, low=2.0, high=50.0, every=2)],
     ids=["accordion", "energy"],
 )
-@pytest.mark.parametrize("member", ["topk", "sketch"])
-def test_it_goes_on_to_the_bit_where_it_was_saved(make_schedule: Any, member: str) -> None:
+@pytest.mark.parametrize("compress", [Compression.topk, Compression.sketch, TensorTopK])
+def test_it_goes_on_to_the_bit_where_it_was_saved(make_schedule: Any, compress: Any) -> None:
     gradients = torch.cat([epochs(1.0, 1.0, 3.0), heavy_tailed(6, TOTAL)])
-    compress = getattr(Compression, member)
 
     def fresh() -> Any:
         return make(compress(schedule=make_schedule(), clip_norm=None), SingleProcess())
