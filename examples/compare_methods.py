@@ -1,14 +1,19 @@
 """Compare the methods against misleading errors at equal bytes, on both data sets of the examples.
 
     mpirun -np 2 --bind-to none python examples/compare_methods.py --quick
-    mpirun -np 4 --bind-to none python examples/compare_methods.py --seeds 3 --results methods.json --plot methods.png
+    mpirun -np 4 --bind-to none python examples/compare_methods.py --results methods.json --plot methods.png
+    mpirun -np 4 --bind-to none python examples/compare_methods.py --compressor stride --ratio 200 --methods EF CSER
 
-Every method but the dense one spends about 4 * parameters / ratio bytes a step; what it really sent is measured.
+Every method spends about 4 * parameters / ratio bytes a step, and what it really sent is measured. Dense training and
+error feedback at Accordion's two ratios, half and double, are there to compare with. The learning rate warms up, and
+falls to a fifth after two thirds of the steps. Every coordinate may be left out, those of biases as well, and no
+gradient is clipped. A run that is in the file of results already is not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -28,13 +33,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import hvd_sketch as hvd
+from hvd_sketch.compression import Sharded, Stride
+from hvd_sketch.compressor import Sparsifier
 from hvd_sketch.methods.accordion import Accordion
 from hvd_sketch.methods.cser import CSER
 from hvd_sketch.methods.local_sgd import LocalSGD
 from hvd_sketch.methods.step_ahead import StepAhead
 
 SEED_STRIDE = 100_000  # steps between the batches of two seeds
-COLOURS = ("#4d4d4d", "#edae49", "#d1495b", "#8f2d56", "#00798c", "#30638e", "#6a994e")
+DECAY_AT, DECAY = 2 / 3, 0.2  # of the steps, of the learning rate
+COLOURS = ("#4d4d4d", "#edae49", "#b8860b", "#8c6d31", "#d1495b", "#8f2d56", "#00798c", "#30638e", "#6a994e")
 Batch = Callable[[int], tuple[Tensor, Tensor]]
 
 
@@ -49,15 +57,33 @@ class Task(NamedTuple):
     targets: Tensor
 
 
+class _Everything:
+    """Leaves nothing whole."""
+
+    def is_dense(self, name: str, parameter: Tensor) -> bool:
+        return False
+
+
+class _Sharded(_Everything, Sharded):
+    pass
+
+
+class _Stride(_Everything, Stride):
+    pass
+
+
+COMPRESSORS: dict[str, type[Sparsifier]] = {"sharded": _Sharded, "stride": _Stride}
+
+
 class Setting(NamedTuple):
     """What a method needs to know: bytes are 1 / ratio of dense ones."""
 
     ratio: float
     steps: int
+    compressor: str
 
-
-def sharded(ratio: float, **settings: Any) -> Any:
-    return hvd.Compression.sharded(ratio=ratio, warmup_steps=0, **settings)
+    def compress(self, ratio: float, **settings: Any) -> Any:
+        return COMPRESSORS[self.compressor](ratio=ratio, warmup_steps=0, clip_norm=None, **settings)
 
 
 def feedback(optimizer: torch.optim.Optimizer, model: nn.Module, compressor: Any, settings: StepAhead) -> Any:
@@ -70,38 +96,49 @@ def dense(optimizer: torch.optim.Optimizer, model: nn.Module, setting: Setting) 
 
 
 def ef(optimizer: torch.optim.Optimizer, model: nn.Module, setting: Setting) -> Any:
-    return feedback(optimizer, model, sharded(setting.ratio), StepAhead(0.0, 0))
+    return feedback(optimizer, model, setting.compress(setting.ratio), StepAhead(0.0, 0))
+
+
+def ef_twice(optimizer: torch.optim.Optimizer, model: nn.Module, setting: Setting) -> Any:
+    return feedback(optimizer, model, setting.compress(setting.ratio / 2), StepAhead(0.0, 0))
+
+
+def ef_half(optimizer: torch.optim.Optimizer, model: nn.Module, setting: Setting) -> Any:
+    return feedback(optimizer, model, setting.compress(2 * setting.ratio), StepAhead(0.0, 0))
 
 
 def saef(optimizer: torch.optim.Optimizer, model: nn.Module, setting: Setting) -> Any:
-    return feedback(optimizer, model, sharded(setting.ratio), StepAhead(1.0, 0))
+    return feedback(optimizer, model, setting.compress(setting.ratio), StepAhead(1.0, 0))
 
 
 def saef_averaging(optimizer: torch.optim.Optimizer, model: nn.Module, setting: Setting) -> Any:
     """Half of the bytes for steps, half for the averaging of errors."""
-    return feedback(optimizer, model, sharded(2 * setting.ratio), StepAhead(1.0, int(2 * setting.ratio)))
+    return feedback(optimizer, model, setting.compress(2 * setting.ratio), StepAhead(1.0, int(2 * setting.ratio)))
 
 
 def accordion(optimizer: torch.optim.Optimizer, model: nn.Module, setting: Setting) -> Any:
     """Twice the bytes in critical regimes, half of them otherwise; twelve detections in a run."""
-    schedule = Accordion(setting.ratio / 2, 2 * setting.ratio, max(1, setting.steps // 12), every=1)
-    return feedback(optimizer, model, sharded(setting.ratio, schedule=schedule), StepAhead(0.0, 0))
+    low, high, epoch = setting.ratio / 2, 2 * setting.ratio, max(1, setting.steps // 12)
+    schedule = Accordion(low, high, epoch, every=1, learning_rate=lambda: optimizer.param_groups[0]["lr"])
+    return feedback(optimizer, model, setting.compress(setting.ratio, schedule=schedule), StepAhead(0.0, 0))
 
 
 def cser(optimizer: torch.optim.Optimizer, model: nn.Module, setting: Setting) -> Any:
     """Half of the bytes for steps, half for the reset of errors every 8 steps."""
-    steps = hvd.Compression.stride(ratio=2 * setting.ratio, warmup_steps=0)
-    errors = hvd.Compression.stride(ratio=setting.ratio / 4, warmup_steps=0, seed=1)
-    return CSER(optimizer, model, gradients=steps, errors=errors, period=8)
+    seed = {"seed": 1} if setting.compressor == "stride" else {}
+    errors = setting.compress(setting.ratio / 4, **seed)
+    return CSER(optimizer, model, gradients=setting.compress(2 * setting.ratio), errors=errors, period=8)
 
 
 def local_sgd(optimizer: torch.optim.Optimizer, model: nn.Module, setting: Setting) -> Any:
-    return LocalSGD(optimizer, model, compression=sharded(setting.ratio / 4), period=4)
+    return LocalSGD(optimizer, model, compression=setting.compress(setting.ratio / 4), period=4)
 
 
 METHODS = {
     "dense": dense,
     "EF": ef,
+    "EF, twice the bytes": ef_twice,
+    "EF, half the bytes": ef_half,
     "SAEF": saef,
     "SAEF + averaging": saef_averaging,
     "Accordion": accordion,
@@ -111,32 +148,51 @@ METHODS = {
 
 
 def main(options: argparse.Namespace) -> None:
-    setting = Setting(options.ratio, options.steps)
-    records: list[Record] = []
-    for task in (digits_task(options.quick), text_task(options.quick)):
-        for seed in range(options.seeds):
-            records += [train(task, label, setting, seed, options.eval_every) for label in METHODS]
-    if hvd.rank() != 0:
-        return
-    show(records)
-    if options.results is not None:
-        write(options.results, records)
-    if options.plot is not None:
-        plot(options.plot, records)
+    setting = Setting(options.ratio, options.steps, options.compressor)
+    records: list[Record] = hvd.broadcast_object(recorded(options.results))
+    chosen: list[Record] = []
+    for seed in range(options.seeds):
+        for task in (digits_task(options.quick), text_task(options.quick)):
+            for label in options.methods:
+                empty = blank(task, label, setting, seed)
+                known = [record for record in records if (record.label, record.settings) == (label, empty.settings)]
+                if not known:
+                    known = [train(task, setting, seed, options.eval_every, empty)]
+                    records += known
+                    if options.results is not None and hvd.rank() == 0:
+                        write(options.results, records)
+                chosen += known
+    if hvd.rank() == 0:
+        show(chosen)
+        if options.plot is not None:
+            plot(options.plot, chosen)
 
 
-def train(task: Task, label: str, setting: Setting, seed: int, eval_every: int) -> Record:
+def recorded(path: Path | None) -> list[Record]:
+    """The runs that a file holds already."""
+    if path is None or not path.exists():
+        return []
+    return [Record(**record) for record in json.loads(path.read_text())]
+
+
+def blank(task: Task, label: str, setting: Setting, seed: int) -> Record:
+    """The record of a run before its first step; dense training is the same for every ratio and compressor."""
+    settings = {"ranks": hvd.size(), "steps": setting.steps, "seed": seed, "task": task.name, "lr": task.lr}
+    if label != "dense":
+        settings |= {"ratio": setting.ratio, "compressor": setting.compressor}
+    return Record(label, "validation loss", settings)
+
+
+def train(task: Task, setting: Setting, seed: int, eval_every: int, record: Record) -> Record:
     """One run of one method; equal seeds are equal weights and equal batches for all methods."""
     torch.manual_seed(seed)
     model = task.model()
     sgd = torch.optim.SGD(model.parameters(), lr=task.lr, momentum=0.9)
-    optimizer = METHODS[label](sgd, model, setting)
+    optimizer = METHODS[record.label](sgd, model, setting)
     stats = optimizer.stats if hasattr(optimizer, "stats") else optimizer.exchange.stats
-    ranks = {"ranks": hvd.size(), "ratio": setting.ratio, "seed": seed, "task": task.name, "lr": task.lr}
-    record = Record(label, "validation loss", ranks)
-    for step in tqdm(range(setting.steps), f"{task.name}, seed {seed}, {label}", disable=hvd.rank() != 0):
+    for step in tqdm(range(setting.steps), f"{task.name}, seed {seed}, {record.label}", disable=hvd.rank() != 0):
         for group in optimizer.param_groups:
-            group["lr"] = task.lr * min(1.0, (step + 1) / char_transformer.LR_WARMUP)
+            group["lr"] = learning_rate(task.lr, step, setting.steps)
         inputs, targets = task.batch(seed * SEED_STRIDE + step)
         optimizer.zero_grad()
         with optimizer.step_ahead() if hasattr(optimizer, "step_ahead") else nullcontext():
@@ -148,6 +204,11 @@ def train(task: Task, label: str, setting: Setting, seed: int, eval_every: int) 
             record.values.append(evaluate(optimizer, model, task))
     record.dense_bytes = stats.dense_bytes
     return record
+
+
+def learning_rate(peak: float, step: int, steps: int) -> float:
+    """Up to the peak in a few steps, and down once."""
+    return peak * (DECAY if step >= DECAY_AT * steps else min(1.0, (step + 1) / char_transformer.LR_WARMUP))
 
 
 def loss_of(scores: Tensor, targets: Tensor) -> Tensor:
@@ -174,10 +235,10 @@ def digits_task(quick: bool) -> Task:
     training = images[~validating][mine], digits[~validating][mine]
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
-        chosen = digits_cnn.sample(len(training[0]), 32, 0, step)
+        chosen = digits_cnn.sample(len(training[0]), 16, 0, step)
         return training[0][chosen], training[1][chosen]
 
-    model = partial(digits_cnn.DigitsCNN, 16 if quick else 32)
+    model = partial(digits_cnn.DigitsCNN, 16)
     return Task("digits", model, 0.05, batch, images[validating][mine], digits[validating][mine])
 
 
@@ -189,7 +250,7 @@ def text_task(quick: bool) -> Task:
     inputs, targets = char_transformer.windows(validation, starts[hvd.rank() :: hvd.size()])
     model = partial(char_transformer.CharTransformer, 32 if quick else 64, 1 if quick else 2, 4)
     return Task(
-        "text", model, 0.3, lambda step: char_transformer.random_windows(training, 16, 0, step), inputs, targets
+        "text", model, 0.3, lambda step: char_transformer.random_windows(training, 8, 0, step), inputs, targets
     )
 
 
@@ -242,14 +303,16 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--quick", action="store_true", help="small models, few steps, one seed")
-    add("--ratio", type=float, help="dense bytes over bytes sent (default 20, quick 8)")
+    add("--ratio", type=float, help="dense bytes over bytes sent (default 40, quick 8)")
     add("--steps", type=int, help="steps of every run (default 300, quick 30)")
     add("--seeds", type=int, help="runs of each method (default 3, quick 1)")
+    add("--compressor", choices=COMPRESSORS, default="sharded", help="of every method but the dense one")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help="(default all)")
     add("--eval-every", type=int, default=10, metavar="STEPS", help="steps between two evaluations")
-    add("--results", type=Path, metavar="FILE.json", help="write the records of all runs")
+    add("--results", type=Path, metavar="FILE.json", help="keep the records of all runs; those in it are not repeated")
     add("--plot", type=Path, metavar="FILE.png", help="draw the curves")
     given = parser.parse_args()
-    defaults = {"ratio": 8.0, "steps": 30, "seeds": 1} if given.quick else {"ratio": 20.0, "steps": 300, "seeds": 3}
+    defaults = {"ratio": 8.0, "steps": 30, "seeds": 1} if given.quick else {"ratio": 40.0, "steps": 300, "seeds": 3}
     for name, value in defaults.items():
         if getattr(given, name) is None:
             setattr(given, name, value)
