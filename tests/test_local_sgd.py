@@ -20,6 +20,7 @@ from tests.launch import ranks
 PLAIN: dict[str, Any] = {"warmup_steps": 0, "clip_norm": None, "dense_below": 100}
 TOPK, SHARDED = Compression.topk(ratio=10.0, **PLAIN), Compression.sharded(ratio=10.0, **PLAIN)
 LR = 0.05
+VECTOR = ("weight", "bias")
 
 
 def run(size: int, steps: int = 12, momentum: float = 0.9, **settings: Any) -> list[list[Seen]]:
@@ -89,6 +90,46 @@ def test_outer_optimizers_by_their_formulas() -> None:
     torch.testing.assert_close(plain, 0.7 * first, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(heavy, first, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(nesterov, 1.5 * first, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("compressor", [TOPK, SHARDED, Compression.none], ids=["topk", "sharded", "none"])
+@pytest.mark.parametrize("nesterov", [False, True], ids=["heavy ball", "nesterov"])
+@pytest.mark.parametrize("sync", ["keep", "reset", "average"])
+def test_the_outer_momentum_takes_what_is_exchanged_as_its_gradient(
+    compressor: Any, nesterov: bool, sync: Any
+) -> None:
+    """Against PyTorch's own SGD on the updates of four meetings, whatever is done with the local momentum."""
+
+    def body(comm: Communicator, model: Model) -> Callable[[int], Any]:
+        sgd = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
+        optimizer = LocalSGD(
+            sgd,
+            model,
+            comm,
+            compression=compressor,
+            period=3,
+            momentum_sync=sync,
+            outer_rate=0.7,
+            outer_momentum=0.5,
+            nesterov=nesterov,
+        )
+
+        def step(number: int) -> Any:
+            optimizer.zero_grad()
+            loss(model, comm.rank, number).backward()
+            optimizer.step()
+            updates = [optimizer.exchange.update_of(optimizer.exchange.layout.index()[name]) for name in VECTOR]
+            return torch.cat([update.double().reshape(-1) for update in updates])
+
+        return step
+
+    for steps in simulate(3, 12, body):
+        point = torch.zeros(2050, dtype=torch.float64, requires_grad=True)
+        outer = torch.optim.SGD([point], lr=0.7, momentum=0.5, nesterov=nesterov)
+        for step in steps[2::3]:
+            point.grad = step.detail
+            outer.step()
+            torch.testing.assert_close(step.model, point.detach(), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("sync", ["keep", "reset", "average"])

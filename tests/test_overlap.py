@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -114,18 +116,46 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
         OverlapLocalSGD(torch.optim.SGD(model.parameters(), lr=LR), model, SingleProcess(), **settings)
 
 
-def real(backend: str) -> dict[str, torch.Tensor]:
-    """On a real rank: train, resume while an exchange is under way, flush, and go on in one process."""
-    comm: Any = None
+def communicator(backend: str) -> Any:
     if backend == "mpi":
         from mpi4py import MPI
 
-        comm = MPI.COMM_WORLD
-    else:
-        import horovod.torch as hvd
+        return MPI.COMM_WORLD
+    import horovod.torch as hvd
 
-        hvd.init()
-    told = {}
+    hvd.init()
+    return None
+
+
+def with_and_without_a_late_rank(backend: str, folder: Path) -> list[torch.Tensor]:
+    """On a real rank: train twice. In the second run rank 0 meets only when rank 1 has computed the next round."""
+    comm, ends = communicator(backend), []
+    for is_late in (False, True):
+        model = training.net()
+        optimizer = OverlapLocalSGD(torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9), model, comm, period=3)
+        rank, ahead = optimizer._collectives.rank, folder / "rank 1 has computed the next round"
+
+        def after_backward(step: int, is_late: bool = is_late, rank: int = rank, ahead: Path = ahead) -> None:
+            if is_late and (rank, step) == (1, 5):
+                ahead.touch()
+            while is_late and (rank, step) == (0, 2) and not ahead.exists():
+                time.sleep(0.01)
+
+        ends.append(training.train(optimizer, model, range(10), rank, after_backward))
+        optimizer.flush()
+    return ends
+
+
+@pytest.mark.parametrize("backend", ["horovod", "mpi"])
+def test_nobody_waits_for_a_late_rank_and_the_result_does_not_tell(backend: str, tmp_path: Path) -> None:
+    """If a rank waited in the meeting that it begins, both would wait for each other."""
+    for in_time, late in ranks(2, with_and_without_a_late_rank, backend, tmp_path):
+        assert torch.equal(in_time, late)
+
+
+def real(backend: str) -> dict[str, torch.Tensor]:
+    """On a real rank: train, resume while an exchange is under way, flush, and go on in one process."""
+    comm, told = communicator(backend), {}
 
     def fresh(comm: Any) -> tuple[torch.nn.Module, Any]:
         model = training.net()
