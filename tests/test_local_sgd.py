@@ -255,3 +255,38 @@ def test_real_ranks(compression: str) -> None:
         assert not told["flushed error"].any()
         assert told["after"] < told["before"]
         assert told["bytes"] < told["dense bytes"] / 20
+
+
+def rounds(compression: Any, period: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """On a real rank: of each meeting the move of ``x - mean e_i``, the mean of ``x - z_i``, and the model."""
+    import horovod.torch as hvd
+
+    hvd.init()
+    model = training.net()
+    sgd = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
+    optimizer = LocalSGD(sgd, model, compression=compression, period=period)
+
+    def mean(vector: torch.Tensor) -> torch.Tensor:
+        averaged: torch.Tensor = hvd.allreduce(vector.double(), op=hvd.Average, name="mean")
+        return averaged
+
+    moved, walked, models = [], [], []
+    for number in range(4):
+        before = optimizer.memory_state_dict()
+        training.train(optimizer, model, range(period * number, period * (number + 1)), hvd.rank())
+        after = optimizer.memory_state_dict()
+        errors = [mean(state["exchange"]["memory"]["residual"]) for state in (before, after)]
+        moved.append((before["model"] - errors[0]) - (after["model"] - errors[1]))
+        # what was handed in and not kept is how far this rank went
+        walked.append(mean(optimizer.exchange.gradient))
+        models.append(after["model"])
+    return torch.stack(moved), torch.stack(walked), models
+
+
+@pytest.mark.parametrize("compression", ["topk", "sharded", "none"])
+def test_real_ranks_move_by_the_mean_of_their_local_moves(compression: str) -> None:
+    members = {"topk": TOPK, "sharded": SHARDED, "none": Compression.none}
+    for moved, walked, models in (seen := ranks(2, rounds, members[compression], 3)):
+        torch.testing.assert_close(moved, walked, rtol=0, atol=1e-6)
+        assert walked.any()
+        assert all(map(torch.equal, models, seen[0][2]))

@@ -153,6 +153,31 @@ def test_nobody_waits_for_a_late_rank_and_the_result_does_not_tell(backend: str,
         assert torch.equal(in_time, late)
 
 
+def pulled_and_anchor(backend: str) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """On a real rank: of each meeting the anchor before it, this rank's model, and the anchor that comes of it."""
+    comm, seen = communicator(backend), []
+    model = training.net()
+    sgd = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
+    optimizer = OverlapLocalSGD(sgd, model, comm, period=3, anchor_momentum=0.0)
+    for number in range(4):
+        before = optimizer.memory_state_dict()["anchor"]
+        training.train(optimizer, model, range(3 * number, 3 * number + 3), optimizer._collectives.rank)
+        after = optimizer.memory_state_dict()
+        seen.append((before, after["model"], after["anchor"]))
+    return seen
+
+
+@pytest.mark.parametrize("backend", ["horovod", "mpi"])
+def test_without_momentum_the_anchor_is_the_mean_of_what_real_ranks_have(backend: str) -> None:
+    for meeting in zip(*ranks(3, pulled_and_anchor, backend), strict=True):
+        models = torch.stack([model for _, model, _ in meeting])
+        assert not torch.equal(models[0], models[1])
+        for before, _, anchor in meeting:
+            torch.testing.assert_close(anchor, models.mean(0), rtol=0, atol=1e-6)
+            assert torch.equal(before, meeting[0][0])
+            assert torch.equal(anchor, meeting[0][2])
+
+
 def real(backend: str) -> dict[str, torch.Tensor]:
     """On a real rank: train, resume while an exchange is under way, flush, and go on in one process."""
     comm, told = communicator(backend), {}
