@@ -141,6 +141,23 @@ def test_the_average_model_is_there_inside_and_gone_afterwards() -> None:
     run_in_process(4, body)
 
 
+def test_a_buffer_that_is_nan_on_one_rank_does_not_spread() -> None:
+    """As BatchNorm's statistics are after one bad batch; infinite buffers, such as masks, stay what they are."""
+
+    def body(comm: Communicator) -> tuple[list[float], bool]:
+        model = torch.nn.BatchNorm1d(3)
+        mean = model.get_buffer("running_mean")
+        optimizer = DmSGD(torch.optim.SGD(model.parameters(), lr=0.1), model, comm, "ring")
+        mean.copy_(torch.tensor([comm.rank, math.nan if comm.rank == 1 else comm.rank, -math.inf]))
+        with optimizer.average_model():
+            averaged = mean.tolist()
+        return averaged, bool(mean[1].isnan())
+
+    for rank, (averaged, own) in enumerate(run_in_process(4, body)):
+        assert averaged == [1.5, pytest.approx(5 / 3), -math.inf]
+        assert own == (rank == 1)
+
+
 def test_it_is_used_like_the_optimizer_that_it_wraps() -> None:
     model = Point()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

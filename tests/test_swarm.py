@@ -123,10 +123,14 @@ def poison(comm: Any, blocking: bool) -> tuple[bool, int]:
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     with SwarmSGD(sgd, model=model, comm=comm, blocking=blocking, local_steps=2) as optimizer:
         for step in range(20):
-            model.x.grad = torch.full((COUNT,), math.nan if comm.rank == 2 and step == 7 else 1.0)
+            model.x.grad = torch.full((COUNT,), math.nan if comm.rank == 2 and step == 6 else 1.0)
             optimizer.step()
+            if step == 6:  # before the meeting at which the node itself notices
+                with optimizer.average_model():
+                    finite = bool(model.x.isfinite().all())
+                finite &= math.isfinite(optimizer.consensus_distance())
         with optimizer.average_model():
-            finite = bool(model.x.isfinite().all())
+            finite &= bool(model.x.isfinite().all())
     return finite and bool(model.x.isfinite().all()), optimizer.stats.skipped
 
 

@@ -38,7 +38,7 @@ def die_when_met(folder: str, on_lost: Any) -> None:
     except PeerLost as error:
         told = str(error)
     stats = optimizer.stats
-    Path(folder, str(comm.rank)).write_text(json.dumps([told, stats.steps, stats.meetings, stats.unanswered]))
+    Path(folder, str(comm.rank)).write_text(json.dumps([told, stats.meetings, stats.void, stats.unanswered]))
 
 
 def survivors_of(folder: Path, on_lost: str) -> dict[int, list[Any]]:
@@ -50,10 +50,10 @@ def survivors_of(folder: Path, on_lost: str) -> dict[int, list[Any]]:
 def test_the_partners_of_a_node_that_dies_mid_meeting_carry_on(tmp_path: Path) -> None:
     told = survivors_of(tmp_path, "continue")
     assert sorted(told) == [0, 1, 3]
-    for text, steps, meetings, _ in told.values():
+    for text, meetings, void, unanswered in told.values():
         assert text.startswith("carried on")
-        assert steps == 40
-        assert meetings > 20
+        assert meetings + void + unanswered == 40  # every step's; among live nodes only those that cross are void
+        assert meetings > 0
     assert sum(unanswered for *_, unanswered in told.values()) >= 1
     assert len({text for text, *_ in told.values()}) == 1  # they agree on the average model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -77,12 +78,15 @@ class Decentralized(WrappedOptimizer):
     def average_model(self) -> Iterator[torch.nn.Module]:
         """Collective: inside, the model holds the mean over the ranks, for evaluation and checkpoints.
 
-        Floating-point buffers hold their mean as well; integer ones stay. Afterwards this rank's
-        own model and buffers are back, to the bit.
+        Floating-point buffers hold their mean as well, over the ranks where a value is not NaN;
+        integer ones stay. Afterwards this rank's own model and buffers are back, to the bit.
         """
         tensors = [parameter.detach() for parameter in self._flat.parameters] + self._buffers
         own = [tensor.clone() for tensor in tensors]
-        model, *buffers = self._mean(self._contribution(), *self._buffers)
+        known = [buffer.isnan().logical_not_() for buffer in self._buffers]
+        values = [buffer.nan_to_num(0.0, math.inf, -math.inf) for buffer in self._buffers]
+        model, *means = self._mean(self._contribution(), *values, *known)
+        buffers = [mean.div_(share) for mean, share in zip(means[: len(values)], means[len(values) :], strict=True)]
         self._live.vector.copy_(model)
         torch._foreach_copy_(tensors, [*self._live.views, *buffers])
         self._averaged = True

@@ -17,6 +17,8 @@ class Assembly:
 
     All nodes call `mean` equally often. Sent: the vector once by every node, and by the lowest
     rank to every other. Nodes that are away are left out, and get the result should they return.
+    Should the lowest rank die when it has told only some of the others, these tell the rest: every
+    node keeps its last result, and a new lowest rank first asks whether there is one.
 
     Args:
         condition: notified after every message; its lock guards the state.
@@ -44,24 +46,29 @@ class Assembly:
                 else:
                     self._follow(number, vector, root, tell=root != told)
                 told = root
-            vector.copy_(self._results.pop(number))
+            vector.copy_(self._results[number])
             self._round += 1
-            for old in [past for past in self._sums if past < self._round]:
-                del self._sums[old], self._counted[old]
+            self._sums = {later: sums for later, sums in self._sums.items() if later > number}
+            self._counted = {later: ranks for later, ranks in self._counted.items() if later > number}
+            self._results = {known: result for known, result in self._results.items() if known >= number}
 
     def receive(self, source: int, header: Header, message: Tensor, dtype: torch.dtype) -> None:
-        """Take in a share or a result; the lock is held."""
-        if header.number < self._round:
-            return
-        values = message[HEADER:].view(dtype)
-        if header.kind == Kind.SHARE:
-            self._add(header.number, source, values)
-        else:
-            self._results[header.number] = values.clone()
+        """Take in a share or a result, or tell one; the lock is held."""
+        number, values = header.number, message[HEADER:].view(dtype)
+        if header.kind != Kind.MEAN and number in self._results:
+            self._send(source, Kind.MEAN, number, self._results[number])
+        elif header.kind == Kind.MEAN and number >= self._round:
+            self._results.setdefault(number, values.clone())
+        elif header.kind == Kind.SHARE and number >= self._round:
+            self._add(number, source, values)
+            if number > self._round:  # then it has the result of this one, from a rank that died
+                self._peers.tell(source, Kind.ASK, self._round)
 
     def _lead(self, number: int, vector: Tensor) -> None:
         """As the lowest rank: wait for everybody's share, and tell everybody the result."""
         self._add(number, self._peers.rank, vector)
+        for rank in self._peers.present(self._missing(number)) if self._peers.rank else ():
+            self._peers.tell(rank, Kind.ASK, number)
         self._peers.wait(lambda: self._settled(number), lambda: self._missing(number))
         if number not in self._results and self._root() == self._peers.rank:
             self._publish(number, vector)

@@ -24,6 +24,7 @@ class Kind(IntEnum):
     PONG = auto()
     SHARE = auto()  # my part of a mean, number says of which
     MEAN = auto()
+    ASK = auto()  # have you the result of this mean? another rank that had it may have died
     GONE = auto()  # I have stopped and will not answer again
 
 

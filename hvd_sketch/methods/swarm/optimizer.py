@@ -56,9 +56,11 @@ class SwarmSGD(Decentralized):
     mix statistics of other weights), inside `average_model` they are their mean.
 
     A node whose model is not finite when it should meet drops the steps since its last meeting,
-    clears its optimizer's state and counts that in ``stats.skipped``; nothing such is ever sent.
+    clears its optimizer's state and counts that in ``stats.skipped``; nothing such is ever sent,
+    and `average_model` leaves such steps out too.
 
-    Memory: three times the model (Y, B, staging) and buffers of about four, in host memory.
+    Memory: three times the model (Y, B, staging) and buffers of about four, in host memory; one
+    more for every node that meets this one at the same moment, and after `average_model`.
     Sent: 16 bytes and the code (see `Lattice`) in each direction for every meeting.
     Source: Nadiradze, Sabour, Davies, Li, Alistarh, "Asynchronous Decentralized SGD with
     Quantized and Local Updates" (NeurIPS 2021), arXiv 1910.12308.
@@ -118,7 +120,8 @@ class SwarmSGD(Decentralized):
         nbytes = self._published.vector.nbytes + HEADER
         if nbytes > LARGEST_MESSAGE:
             raise ConfigurationError(
-                f"the model has {nbytes} bytes, more than one MPI message can ({LARGEST_MESSAGE})"
+                f"model has {nbytes} bytes, but one MPI message carries {LARGEST_MESSAGE} at most, and a meeting in "
+                "full precision is one message: freeze parameters, or use a method with an allreduce"
             )
         self._random = random.Random(f"{seed} {comm.rank}")
         self._spare, self._condition = Buffers(), threading.Condition()
@@ -180,22 +183,29 @@ class SwarmSGD(Decentralized):
         present = self._peers.present(self.graph.neighbours[self.rank])
         if present:
             self._meetings.visit(self._random.choice(present))
+        if not self.settings.blocking:
+            self._fold()
         with self._condition:
-            if not self.settings.blocking:
-                self._fold()
             self._adopt()
             self._meetings.resume()
 
     def _fold(self) -> None:
         """Add the local work since the last meeting to the published model; drop it if it is not finite."""
-        live = self._live.vector
-        with self._condition:
-            self._flat.read(self._live)
-            if math.isfinite(torch.linalg.vector_norm(live, math.inf)):
-                self._published.vector.add_(live.sub_(self._base.vector))
-            else:
-                self.optimizer.state.clear()
-                self.stats.skipped += 1
+        if self._read_work():
+            with self._condition:
+                self._published.vector.add_(self._live.vector)
+        else:
+            self.optimizer.state.clear()
+            self.stats.skipped += 1
+
+    def _read_work(self) -> bool:
+        """Put the local work since the last meeting, X - B, into `_live`; zero, and False, if it is not finite."""
+        self._flat.read(self._live)
+        work = self._live.vector.sub_(self._base.vector)
+        finite = math.isfinite(torch.linalg.vector_norm(work, math.inf))
+        if not finite:
+            work.zero_()
+        return finite
 
     def _adopt(self) -> None:
         """Go on from the published model; what the parameters' dtype cannot hold stays published."""
@@ -210,9 +220,9 @@ class SwarmSGD(Decentralized):
 
     def _contribution(self) -> Tensor:
         self._wait_for_all()  # then no meeting is half done anywhere
-        self._flat.read(self._live)
+        self._read_work()
         with self._condition:
-            return self._live.vector.add_(self._published.vector).sub_(self._base.vector)
+            return self._live.vector.add_(self._published.vector)
 
     def _check(self) -> None:
         if self._finished:
@@ -239,7 +249,7 @@ class SwarmSGD(Decentralized):
             else:
                 if header.kind == Kind.PING:
                     self._peers.tell(source, Kind.PONG)
-                elif header.kind in (Kind.SHARE, Kind.MEAN):
+                elif header.kind in (Kind.SHARE, Kind.MEAN, Kind.ASK):
                     self._assembly.receive(source, header, message, self._flat.dtype)
                 self._spare.give(message)
             self._condition.notify_all()
