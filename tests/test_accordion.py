@@ -134,7 +134,7 @@ def test_it_goes_on_to_the_bit_where_it_was_saved(make_schedule: Any, compress: 
 @pytest.mark.parametrize("member", ["topk", "sketch", "sharded"])
 def test_the_energy_comes_near_its_target(member: str) -> None:
     def body(comm: Communicator) -> tuple[list[float], list[float]]:
-        schedule = EnergyTarget(0.4, low=2.0, high=40.0, every=4)
+        schedule = EnergyTarget(0.6, low=2.0, high=40.0, every=4)
         exchange = make(getattr(Compression, member)(schedule=schedule, clip_norm=None), comm)
         seen, energies = [], []
         for gradient in heavy_tailed(120, TOTAL, seed=comm.rank):
@@ -147,7 +147,7 @@ def test_the_energy_comes_near_its_target(member: str) -> None:
     assert results[0][0] == results[1][0]
     assert 2.0 < results[0][0][-1] < 40.0
     energies = [sum(result[1][-40:]) / 40 for result in results]
-    assert sum(energies) / 2 == pytest.approx(0.4, rel=0.25)
+    assert sum(energies) / 2 == pytest.approx(0.6, rel=0.25)
 
 
 def test_an_exchange_that_does_not_tell_its_energy_is_refused() -> None:

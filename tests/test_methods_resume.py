@@ -19,6 +19,7 @@ from hvd_sketch.methods.energy_target import EnergyTarget
 from hvd_sketch.methods.local_sgd import LocalSGD
 from hvd_sketch.methods.overlap import OverlapLocalSGD
 from hvd_sketch.methods.tensor_topk import TensorTopK
+from hvd_sketch.schedule import AdaptiveSchedule
 from tests.launch import ranks
 from tests.training import flat, loss, net
 
@@ -68,8 +69,7 @@ def train(optimizer: Any, model: nn.Module, steps: range) -> Tensor:
 
 def passes(optimizer: Any) -> int:
     """What `AccordionBatch` asks for, if it is there."""
-    observers = optimizer.exchange.observers if hasattr(optimizer, "set_backward_passes_per_step") else []
-    batches = [observer for observer in observers if isinstance(observer, AccordionBatch)]
+    batches = [schedule for schedule in schedules(optimizer) if isinstance(schedule, AccordionBatch)]
     return batches[0].begin_step(optimizer) if batches else 1
 
 
@@ -94,10 +94,18 @@ def save_on_the_way(folder: Path) -> dict[str, Tensor]:
         ends[name] = train(optimizer, model, range(SAVED_AFTER, STEPS))
         flush(optimizer, model, STEPS)
         if hvd.rank() == 0:
-            torch.save(
-                {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / f"{name}.flushed.pt"
-            )
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedules": [schedule.state_dict() for schedule in schedules(optimizer)],
+            }
+            torch.save(state, folder / f"{name}.flushed.pt")
     return ends
+
+
+def schedules(optimizer: Any) -> list[AdaptiveSchedule]:
+    """The adaptive ones that follow the optimizer's exchange."""
+    return list(optimizer.exchange.observers) if hasattr(optimizer, "exchange") else []
 
 
 def flush(optimizer: Any, model: nn.Module, step: int) -> Tensor:
@@ -127,6 +135,11 @@ def resume_on_others(folder: Path) -> dict[str, tuple[float, float, Tensor]]:
         model, optimizer = fresh(make, seed=9)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
+        for schedule, state in zip(schedules(optimizer), saved["schedules"], strict=True):
+            schedule.load_state_dict(state)
+            decided = {"critical", "last", "ratio"} & state.keys()
+            assert decided
+            assert all(schedule.state_dict()[key] == state[key] for key in decided)
         before = fit(model)
         train(optimizer, model, range(STEPS, MORE))
         end = flush(optimizer, model, MORE)

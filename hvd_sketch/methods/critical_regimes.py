@@ -19,11 +19,12 @@ class CriticalRegimes(AdaptiveSchedule):
 
     With A the sum of a rank's raw gradients over an epoch, and every P epochs, for each part::
 
-        D = sqrt(sum_i ||A_i||^2)            critical  <=>  |D_last - D| >= threshold * D_last
+        D = sqrt(mean_i ||A_i||^2)           critical  <=>  |D_last - D| >= threshold * D_last
 
     Critical as well: everything before the first two detections, and everything from a decrease
     of the learning rate until the next detection. The sums of squares are reduced over the ranks,
-    so all of them decide alike (the authors decide by rank 0's gradient alone).
+    so all of them decide alike (the authors decide by rank 0's gradient alone). What it has decided
+    holds for another number of ranks as well: `load_state_dict` what rank 0 had.
 
     State: one vector of the model's size. Sent: a float64 a part, every P epochs.
     Source: Agarwal et al., "Accordion" (MLSys 2021), arXiv 2010.16248.
@@ -126,7 +127,7 @@ class CriticalRegimes(AdaptiveSchedule):
         norms = torch.stack(torch._foreach_norm([self._sum[part] for part in self._parts]))
         squares = norms.double().square().cpu()
         exchange.sum_over_ranks(squares, "regimes")
-        present = squares.sqrt().tolist()
+        present = squares.div_(exchange.comm.size).sqrt_().tolist()
         if self._last is not None:
             self._relax([self._changed(last, now) for last, now in zip(self._last, present, strict=True)])
         self._last = present
