@@ -165,22 +165,30 @@ def test_any_inner_optimizer() -> None:
         assert steps[-1].detail < 0.7 * steps[0].detail
 
 
-def test_a_gradient_that_is_not_finite_is_left_out_on_its_rank_alone() -> None:
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_gradient_that_is_not_finite_is_left_out_on_its_rank_alone(scaled: bool) -> None:
+    """With a gradient scaler as well, which must not keep that rank from the meeting."""
+
     def body(comm: Communicator, model: Model) -> Callable[[int], Any]:
         optimizer = LocalSGD(torch.optim.SGD(model.parameters(), lr=LR), model, comm, compression=TOPK, period=2)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
 
-        def step(number: int) -> int:
+        def step(number: int) -> tuple[int, float]:
             optimizer.zero_grad()
-            (loss(model, comm.rank, number) * (float("inf") if (number, comm.rank) == (2, 1) else 1.0)).backward()
-            optimizer.step()
-            return optimizer.stats.skipped
+            value = loss(model, comm.rank, number) * (float("inf") if (number, comm.rank) == (2, 1) else 1.0)
+            scaler.scale(value).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            return optimizer.stats.skipped, scaler.get_scale()
 
         return step
 
     seen = simulate(2, 6, body)
-    assert [steps[-1].detail for steps in seen] == [0, 1]
+    assert [steps[-1].detail[0] for steps in seen] == [0, 1]
     assert torch.equal(seen[0][-1].model, seen[1][-1].model)
     assert seen[0][-1].model.isfinite().all()
+    if scaled:
+        assert [steps[-1].detail[1] for steps in seen] == [2.0**10, 2.0**9]
 
 
 @pytest.mark.parametrize(
