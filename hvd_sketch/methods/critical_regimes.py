@@ -26,6 +26,9 @@ class CriticalRegimes(AdaptiveSchedule):
     so all of them decide alike (the authors decide by rank 0's gradient alone). What it has decided
     holds for another number of ranks as well: `load_state_dict` what rank 0 had.
 
+    The gradient is what is handed to the exchange; with `StepAhead` that is the rank's step, in which
+    the learning rate counts as well.
+
     State: one vector of the model's size. Sent: a float64 a part, every P epochs.
     Source: Agarwal et al., "Accordion" (MLSys 2021), arXiv 2010.16248.
 
