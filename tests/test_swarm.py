@@ -155,6 +155,16 @@ def half_precision(comm: Any) -> tuple[Tensor, Tensor]:
         return before, optimizer._mean(optimizer._contribution())[0]
 
 
+def uneven(comm: Any) -> str:
+    try:
+        with swarm_of(Vector(torch.zeros(2)), comm) as optimizer:
+            if comm.rank == 0:
+                optimizer.consensus_distance()
+    except RuntimeError as error:
+        return str(error)
+    return "not told"
+
+
 class OnMpi(NamedTuple):
     conserved: dict[str, Conserved]
     ratios: list[float]
@@ -163,6 +173,7 @@ class OnMpi(NamedTuple):
     buffers: tuple[float, float, float]
     half: tuple[Tensor, Tensor]
     refusals: list[str]
+    uneven: str
 
 
 def refuse(comm: Any) -> list[str]:
@@ -192,6 +203,7 @@ def run_on_mpi() -> OnMpi:
         buffers(comm),
         half_precision(comm),
         refuse(comm),
+        uneven(comm),
     )
 
 
@@ -243,6 +255,25 @@ def test_consensus_contracts_at_the_rate_that_the_spectral_gap_predicts(on_8_ran
     assert sum(ratios) / len(ratios) == pytest.approx(predicted, rel=0.15)
 
 
+def on_4_ranks() -> tuple[dict[str, Conserved], list[float]]:
+    from mpi4py import MPI
+
+    names = ("blocking", "8 bits", "geometric, torus")
+    return {name: conserve(MPI.COMM_WORLD, VARIANTS[name], 40) for name in names}, contract(MPI.COMM_WORLD, 200)
+
+
+def test_4_ranks_conserve_the_mean_and_contract_as_predicted() -> None:
+    results = ranks(4, on_4_ranks, timeout=250)
+    for runs, _ in results:
+        for name, run in runs.items():
+            assert torch.equal(run.after, results[0][0][name].after)
+            assert torch.allclose(run.after, run.expected, rtol=0, atol=1e-6 if name == "blocking" else 0)
+            assert run.distance_after < run.distance_before / 2
+    ratios = results[0][1]
+    predicted = (1 - spectral_gap(graph_of("complete", 4).pairwise())) ** 4
+    assert sum(ratios) / len(ratios) == pytest.approx(predicted, rel=0.15)
+
+
 @pytest.mark.parametrize("blocking", [0, 1])
 @pytest.mark.parametrize("name", ["mutual", "circle", "star"])
 def test_nodes_that_pick_each_other_or_in_a_circle_do_not_deadlock(
@@ -270,6 +301,12 @@ def test_settings_that_differ_are_refused_alike_on_all_ranks(on_8_ranks: list[On
         assert result.refusals == on_8_ranks[0].refusals
         assert len(result.refusals) == 2
         assert result.refusals[0].startswith("local_steps: rank 0 has '1', rank 1 has '2'")
+
+
+def test_averages_that_are_not_called_equally_often_are_told_on_all_ranks(on_8_ranks: list[OnMpi]) -> None:
+    for result in on_8_ranks:
+        assert result.uneven == on_8_ranks[0].uneven
+        assert result.uneven.startswith("88% of the nodes called finish(), the others average_model()")
 
 
 def straggle(blocking: bool) -> tuple[list[Meeting], SwarmStats]:

@@ -50,9 +50,9 @@ class SwarmSGD(Decentralized):
     counts. So chains and rings of picks cannot deadlock. (In the blocking variant a script must not
     make its ranks wait for each other by other means between two steps.)
 
-    Evaluate and save inside ``with optimizer.average_model():``, on all ranks. Call `finish` at
-    the end, or use the optimizer as a context manager: a node that is done keeps answering until
-    all are. BatchNorm statistics stay with their node (averaging them with every meeting would
+    Evaluate and save inside ``with optimizer.average_model():``, equally often on all ranks. Call
+    `finish` at the end, or use the optimizer as a context manager: a node that is done keeps
+    answering until all are. BatchNorm statistics stay with their node (averaging them with every meeting would
     mix statistics of other weights), inside `average_model` they are their mean.
 
     A node whose model is not finite when it should meet drops the steps since its last meeting,
@@ -145,10 +145,11 @@ class SwarmSGD(Decentralized):
 
         Raises:
             PeerLost: when a node has gone or died, unless that is to be ignored.
+            RuntimeError: alike on all ranks, when others wait for an average instead.
         """
         if self._finished:
             return
-        self._wait_for_all()
+        self._wait_for_all(ending=True)
         with self._condition:
             away = self._peers.lost | self._peers.gone
         self._courier.stop(away, _LAST_WORDS)
@@ -236,8 +237,15 @@ class SwarmSGD(Decentralized):
         self._meetings.resume()
         self.stats.bytes_sent = self._courier.bytes_sent
 
-    def _wait_for_all(self) -> None:
-        self._average(torch.zeros(1, dtype=self._flat.dtype))
+    def _wait_for_all(self, *, ending: bool = False) -> None:
+        share = torch.full((1,), float(ending), dtype=self._flat.dtype)
+        self._average(share)
+        if float(share) != float(ending):
+            raise RuntimeError(
+                f"{float(share):.0%} of the nodes called finish(), the others average_model() or "
+                "consensus_distance(); call these equally often on all ranks: by the clock rather than by steps, "
+                "of which a fast node takes more"
+            )
 
     def _receive(self, source: int, message: Tensor) -> None:
         """In the courier's thread: hand a message to whom it concerns."""
