@@ -1,4 +1,4 @@
-"""Sparse vectors in few bytes: packed ascending indices, and values of eight bits."""
+"""Sparse vectors in few bytes: packed ascending indices, and values of four bits."""
 
 from __future__ import annotations
 
@@ -9,35 +9,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_STEPS = 8
-_ZERO = 127
-# 2 ** (-j / 8), so that every machine decodes the same bits
-_EIGHTHS = (
-    1.0,
-    0.9170040432046712,
-    0.8408964152537145,
-    0.7711054127039704,
-    0.7071067811865476,
-    0.6484197773255048,
-    0.5946035575013605,
-    0.5452538663326288,
-)
-_MAGNITUDES = torch.tensor(
-    [_EIGHTHS[code % _STEPS] * 2.0 ** -(code // _STEPS) for code in range(_ZERO)] + [0.0], dtype=torch.float32
-)
+_LEVELS = 8
+_NEGATIVE = 8
 
 
 @dataclass(frozen=True)
 class SparseCodec:
     """Code for ``count`` (index, value) pairs with distinct ascending indices below ``universe``.
 
-    Always the same number of bytes: 4 for the largest magnitude, one a value, and about
+    Always the same number of bytes: 32 for the levels, half a byte a value, and about
     ``2 + log2(universe / count)`` bits an index.
 
-    - Values: sign, and magnitude as ``largest * 2^(-code/8)``, code 0 … 126, or zero. The relative
-      error is at most ``2^(1/16) - 1 = 4.4 %`` down to ``largest / 2^15.75``; what lies below
-      ``2^-15.82`` of the largest becomes zero. `encode` returns what the receiver will see, so
-      that the sender can keep the rest.
+    - Values: a sign and one of eight levels, each sent as what it stands for: level 0 is zero, level
+      j the mean of the magnitudes in ``[t 2^(j-1), t 2^j)``, where t is the least magnitude above
+      zero, or ``largest / 2^7`` if that is more; the first and the last are open. The largest values
+      keep their size, the error of a value is at most its own magnitude or ``largest / 2^6``, and
+      the sum of the magnitudes stays. `encode` returns what the receiver will see, so that the
+      sender can keep the rest.
     - Indices: Elias-Fano (Elias 1974; Fano 1971): the lower ``l = floor(log2(universe / count))``
       bits as they are, the upper ones in unary.
     """
@@ -58,31 +46,36 @@ class SparseCodec:
         return self.count + (self.universe >> self._low_bits) + 1
 
     @property
+    def _value_bytes(self) -> int:
+        return 4 * _LEVELS + -(-self.count // 2)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of one encoded vector."""
-        return 4 + self.count + self._low_bytes + -(-self._high_bits // 8)
+        return self._value_bytes + self._low_bytes + -(-self._high_bits // 8)
 
     def encode(self, indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Encode m vectors given by ``(m, count)`` indices (int64, ascending) and values (float32).
 
         Returns the code, uint8 of shape ``(m, nbytes)``, and the values as they will be decoded.
         """
-        largest = values.abs().amax(dim=1, keepdim=True)
-        share = values.abs() / largest.clamp_min(torch.finfo(torch.float32).tiny)
-        codes = (share.log2() * -_STEPS).round_().clamp_(0, _ZERO).to(torch.uint8)
-        signed = codes | (values < 0).to(torch.uint8) << 7
-        parts = [largest.view(torch.uint8), signed, self._pack(indices)]
-        return torch.cat(parts, dim=1), self._values(signed, largest)
+        magnitudes = values.abs()
+        levels = _levels_of(magnitudes)
+        shape = (len(values), _LEVELS)
+        totals = magnitudes.new_zeros(shape).scatter_add_(1, levels, magnitudes)
+        means = totals / magnitudes.new_zeros(shape).scatter_add_(1, levels, torch.ones_like(values)).clamp_min_(1.0)
+        nibbles = (levels + (values < 0) * _NEGATIVE).to(torch.uint8)
+        even = torch.nn.functional.pad(nibbles, (0, self.count % 2)).view(len(values), -1, 2)
+        packed = even[:, :, 0] | even[:, :, 1] << 4
+        code = torch.cat([means.view(torch.uint8), packed, self._pack(indices)], dim=1)
+        return code, _values(nibbles, means)
 
     def decode(self, code: Tensor) -> tuple[Tensor, Tensor]:
         """The ``(m, count)`` indices and values behind a code of shape ``(m, nbytes)``."""
-        largest = code[:, :4].flatten().clone().view(torch.float32).unsqueeze(1)
-        values = self._values(code[:, 4 : 4 + self.count], largest)
-        return self._unpack(code[:, 4 + self.count :]), values
-
-    def _values(self, signed: Tensor, largest: Tensor) -> Tensor:
-        magnitude = _MAGNITUDES.to(signed.device)[(signed & 127).to(torch.int64)] * largest
-        return torch.where(signed > 127, -magnitude, magnitude)
+        means = code[:, : 4 * _LEVELS].flatten().clone().view(torch.float32).view(-1, _LEVELS)
+        packed = code[:, 4 * _LEVELS : self._value_bytes]
+        nibbles = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)[:, : self.count]
+        return self._unpack(code[:, self._value_bytes :]), _values(nibbles, means)
 
     def _pack(self, indices: Tensor) -> Tensor:
         ascending = indices.cpu().numpy()
@@ -101,3 +94,16 @@ class SparseCodec:
         high = np.flatnonzero(unary).reshape(len(packed), self.count) % self._high_bits - np.arange(self.count)
         weights = np.left_shift(1, np.arange(self._low_bits), dtype=np.int64)
         return torch.from_numpy((high << self._low_bits) + low @ weights).to(code.device)
+
+
+def _levels_of(magnitudes: Tensor) -> Tensor:
+    largest = magnitudes.amax(dim=1, keepdim=True)
+    least = magnitudes.where(magnitudes > 0, largest).amin(dim=1, keepdim=True)
+    first = torch.maximum(least, largest / 2 ** (_LEVELS - 1)).clamp_min_(torch.finfo(torch.float32).tiny)
+    octaves = (magnitudes / first).log2_().floor_().clamp_(0, _LEVELS - 2)
+    return torch.where(magnitudes > 0, octaves + 1, 0.0).to(torch.int64)
+
+
+def _values(nibbles: Tensor, means: Tensor) -> Tensor:
+    magnitudes = means.gather(1, (nibbles & (_NEGATIVE - 1)).to(torch.int64))
+    return torch.where(nibbles >= _NEGATIVE, -magnitudes, magnitudes)

@@ -137,7 +137,12 @@ class TopK(Sparsifier):
     """Local top-k with allgather: every rank's own k largest coordinates; see `TopKExchange`.
 
     Its bytes grow with the number of ranks W, so at a given ratio k falls as 1/W.
+
+    Attributes:
+        half: the dense part travels as float16; what rounding cuts off stays in the memory.
     """
+
+    half: bool = True
 
     def _exchange(
         self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device, momentum: Momentum | None
@@ -152,21 +157,29 @@ class TopK(Sparsifier):
             average=average,
             clip_norm=self.clip_norm,
             momentum=momentum,
+            dtype=torch.float16 if self.half else torch.float32,
             device=device,
         )
 
     def _plan(self, layout: Layout, step: int, ranks: int) -> int | None:
         ratio = self.ratio_at(step)
-        return None if ratio <= 1.0 else topk_plan(layout, ratio, ranks, pair_bytes=8, lane_bytes=4)
+        return (
+            None if ratio <= 1.0 else topk_plan(layout, ratio, ranks, pair_bytes=8, lane_bytes=2 if self.half else 4)
+        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Sharded(Sparsifier):
-    """Two-way top-k over owners: compressed up and down, eight-bit values; see `ShardedExchange`.
+    """Two-way top-k over owners: compressed up and down, four-bit values; see `ShardedExchange`.
 
     Its bytes do not grow with the number of ranks, and every rank gets its own heavy coordinates
     through to their owner, where they are summed before the second selection.
+
+    Attributes:
+        half: the dense part travels as float16; what rounding cuts off stays in the memory.
     """
+
+    half: bool = True
 
     def _exchange(
         self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device, momentum: Momentum | None
@@ -181,12 +194,13 @@ class Sharded(Sparsifier):
             average=average,
             clip_norm=self.clip_norm,
             momentum=momentum,
+            dtype=torch.float16 if self.half else torch.float32,
             device=device,
         )
 
     def _plan(self, layout: Layout, step: int, ranks: int) -> int | None:
         ratio = self.ratio_at(step)
-        return None if ratio <= 1.0 else sharded_plan(layout, ratio, ranks)
+        return None if ratio <= 1.0 else sharded_plan(layout, ratio, ranks, lane_bytes=2 if self.half else 4)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

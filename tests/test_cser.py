@@ -19,9 +19,9 @@ from tests.heterogeneous import Model, Seen, loss, momenta, simulate
 from tests.launch import ranks
 
 PLAIN: dict[str, Any] = {"warmup_steps": 0, "clip_norm": None, "dense_below": 100}
-TOPK, STRIDE = Compression.topk(ratio=10.0, **PLAIN), Compression.stride(ratio=10.0, **PLAIN)
+TOPK, STRIDE = Compression.topk(ratio=10.0, half=False, **PLAIN), Compression.stride(ratio=10.0, **PLAIN)
 STRONG = Compression.stride(ratio=20.0, seed=1, **PLAIN)
-SHARDED = Compression.sharded(ratio=10.0, **PLAIN)
+SHARDED = Compression.sharded(ratio=10.0, half=False, **PLAIN)
 LR = 0.05
 
 

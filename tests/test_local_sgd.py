@@ -18,7 +18,7 @@ from tests.heterogeneous import Model, Seen, loss, momenta, simulate
 from tests.launch import ranks
 
 PLAIN: dict[str, Any] = {"warmup_steps": 0, "clip_norm": None, "dense_below": 100}
-TOPK, SHARDED = Compression.topk(ratio=10.0, **PLAIN), Compression.sharded(ratio=10.0, **PLAIN)
+TOPK, SHARDED = Compression.topk(ratio=10.0, half=False, **PLAIN), Compression.sharded(ratio=10.0, half=False, **PLAIN)
 LR = 0.05
 VECTOR = ("weight", "bias")
 

@@ -25,7 +25,7 @@ from tests.training import flat, loss, net
 
 SAVED_AFTER, STEPS, MORE = 7, 14, 40
 PLAIN: dict[str, Any] = {"warmup_steps": 0, "clip_norm": None, "dense_below": 100}
-SHARDED, STRIDE = Compression.sharded(ratio=10.0, **PLAIN), Compression.stride(ratio=10.0, **PLAIN)
+SHARDED, STRIDE = Compression.sharded(ratio=10.0, half=False, **PLAIN), Compression.stride(ratio=10.0, **PLAIN)
 
 
 def feedback(compressor: Any, settings: StepAhead | None = None) -> Callable[[Any, nn.Module], Any]:

@@ -20,7 +20,7 @@ from tests.heterogeneous import Model, Seen, loss, momenta, simulate, vector
 from tests.launch import ranks
 
 PLAIN: dict[str, Any] = {"warmup_steps": 0, "clip_norm": None, "dense_below": 100}
-TOPK, SHARDED = Compression.topk(ratio=10.0, **PLAIN), Compression.sharded(ratio=10.0, **PLAIN)
+TOPK, SHARDED = Compression.topk(ratio=10.0, half=False, **PLAIN), Compression.sharded(ratio=10.0, half=False, **PLAIN)
 SKETCH = Compression.sketch(ratio=5.0, half=False, **PLAIN)
 COMPRESSORS = pytest.mark.parametrize("compressor", [TOPK, SHARDED, SKETCH], ids=["topk", "sharded", "sketch"])
 LR = 0.05
@@ -140,10 +140,12 @@ def test_without_stepping_ahead_it_is_error_feedback() -> None:
 
 def test_stepping_ahead_and_averaging_come_closer_to_the_optimum() -> None:
     """On quadratics that differ between ranks, at a constant learning rate: the auxiliary point's distance."""
-    optimum = (run(4, Compression.topk(schedule=lambda step: 1.0, **PLAIN), StepAhead(0.0, 0), 400))[0][-1].model
+    optimum = (run(4, Compression.topk(schedule=lambda step: 1.0, half=False, **PLAIN), StepAhead(0.0, 0), 400))[0][
+        -1
+    ].model
     distance = {}
     for settings in (StepAhead(0.0, 0), StepAhead(1.0, 0), StepAhead(1.0, 5)):
-        seen = run(4, Compression.topk(ratio=20.0, **PLAIN), settings, 400)
+        seen = run(4, Compression.topk(ratio=20.0, half=False, **PLAIN), settings, 400)
         error = torch.stack([steps[-1].detail[0] for steps in seen]).mean(0)
         distance[settings] = float((seen[0][-1].model - error - optimum).norm())
     assert distance[StepAhead(1.0, 5)] < distance[StepAhead(0.0, 0)]
@@ -330,8 +332,8 @@ def train(optimizer: Any, model: torch.nn.Module, steps: range, rank: int) -> to
 
 
 REAL = {
-    "topk": Compression.topk(ratio=10.0, **PLAIN),
-    "sharded": Compression.sharded(ratio=10.0, **PLAIN),
+    "topk": Compression.topk(ratio=10.0, half=False, **PLAIN),
+    "sharded": Compression.sharded(ratio=10.0, half=False, **PLAIN),
     "sketch": Compression.sketch(ratio=10.0, half=False, **PLAIN),
 }
 

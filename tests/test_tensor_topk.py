@@ -51,7 +51,7 @@ def test_nothing_is_lost(size: int) -> None:
 def test_one_tensor_is_the_ordinary_exchange() -> None:
     shapes = {"only.weight": (40, 60)}
     gradients = heavy_tailed(3, 8, 2400)
-    ordinary = simulate(Compression.topk(ratio=20.0, **PLAIN), gradients, shapes)
+    ordinary = simulate(Compression.topk(ratio=20.0, half=False, **PLAIN), gradients, shapes)
     # the ordinary one pays for its header of four values as well
     found = simulate(TensorTopK(schedule=lambda step: 2400 / (2400 / 20.0 - 4), **PLAIN), gradients, shapes)
     assert torch.equal(ordinary[0].updates, found[0].updates)

@@ -66,7 +66,7 @@ def topk_plan(layout: Layout, ratio: float, ranks: int, *, pair_bytes: int, lane
     return min(k, layout.compressed)
 
 
-def sharded_plan(layout: Layout, ratio: float, ranks: int) -> int:
+def sharded_plan(layout: Layout, ratio: float, ranks: int, *, lane_bytes: int) -> int:
     """How many pairs of a `SparseCodec` a rank sends to each owner, and an owner to everybody.
 
     Up and down together send ``2 (W-1) codec.nbytes`` where a dense allreduce sends
@@ -76,7 +76,7 @@ def sharded_plan(layout: Layout, ratio: float, ranks: int) -> int:
         ConfigurationError: when not one pair fits.
     """
     universe = -(-layout.compressed // ranks)
-    dense_bytes = 4 * (wire.HEADER + layout.dense)
+    dense_bytes = lane_bytes * (wire.HEADER + layout.dense)
     budget = int((4 * layout.total / ratio - dense_bytes) / ranks)
     fitting = range(1, universe + 1)
     count = bisect_right(fitting, budget, key=lambda pairs: SparseCodec(universe, pairs).nbytes)

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
-from hvd_sketch import wire
 from hvd_sketch.codec import SparseCodec
-from hvd_sketch.comm.base import Communicator
-from hvd_sketch.exchange.base import Exchange
-from hvd_sketch.layout import Layout
-from hvd_sketch.memory import Momentum
+from hvd_sketch.exchange.sparse import SparseExchange
 
 
-class ShardPlanner(Protocol):
-    """Coordinates a rank sends to each owner and each owner to all, or None to send everything."""
-
-    def __call__(self, layout: Layout, step: int, ranks: int) -> int | None: ...
-
-
-class ShardedExchange(Exchange):
+class ShardedExchange(SparseExchange):
     """Each coordinate has an owner, who receives, sums, selects again and tells everybody.
 
     Coordinate i belongs to rank ``i mod W``, so every owner gets a fair sample of all layers. With
@@ -36,53 +24,20 @@ class ShardedExchange(Exchange):
     double compression (DoubleSqueeze, Tang et al. 2019) without a state of its own, so it
     survives `flush`, a checkpoint, and a change of the number of ranks. All ranks decode the same
     bytes, so the update is bit-identical by construction. Bytes do not grow with W:
-    ``2 (W-1)/W k`` pairs of about 1.75 bytes, and an allreduce of the dense part. Cannot be
+    ``2 (W-1)/W k`` pairs of about 1.25 bytes, and an allreduce of the dense part. Cannot be
     combined with ``hvd.join``.
     """
-
-    def __init__(
-        self,
-        layout: Layout,
-        comm: Communicator,
-        settings: str,
-        planner: ShardPlanner,
-        *,
-        average: bool,
-        clip_norm: float | None,
-        momentum: Momentum | None,
-        device: torch.device,
-    ) -> None:
-        super().__init__(
-            layout, comm, settings, average=average, clip_norm=clip_norm, momentum=momentum, device=device
-        )
-        self._planner = planner
 
     @property
     def owned(self) -> slice:
         """This rank's shard."""
         return slice(self.comm.rank, self.layout.compressed, self.comm.size)
 
-    def _is_dense_step(self) -> bool:
-        return self._planner(self.layout, self.step, self.comm.size) is None
-
-    def _send_selected(self, clip: float, finite: bool) -> bool:
-        ranks = self.comm.size
-        count = self._planner(self.layout, self.step, ranks)
-        assert count is not None
-        dense = slice(self.layout.compressed, self.layout.total)
-        message = torch.empty(wire.HEADER + self.layout.dense, dtype=torch.float32, device=self.gradient.device)
-        message[wire.HEADER :] = self.memory.computed(self.gradient, clip, dense)
-        if not self._sum(message, finite, "dense"):
-            return False
-        self.memory.absorb(self.gradient, clip)
-        self.memory.keep(dense, 0.0, mask=False)
-        codec = SparseCodec(-(-self.layout.compressed // ranks), count)
+    def _send_pairs(self, count: int) -> None:
+        codec = SparseCodec(-(-self.layout.compressed // self.comm.size), count)
         shards = self._by_owner(codec.universe)
         received = self._send_up(shards, codec)
         self._send_down(shards, received, codec)
-        self.update[dense] = message[wire.HEADER :]
-        self.update.mul_(1.0 / self._mean_divisor())
-        return True
 
     def _by_owner(self, universe: int) -> Tensor:
         """The memory as ``(universe, ranks)``, column j the shard of rank j; zeros at the end."""
