@@ -31,7 +31,7 @@ class Node:
 
     Q is what the code keeps of Y at the time of the message: Y itself, or its lattice points. One
     node adds exactly what the other subtracts, so the sum over all nodes stays, whatever the
-    rounding, and because additions commute, meetings may overlap. (The published form
+    code rounds, and because additions commute, meetings may overlap. (The published form
     ``Y_i = Y_j = (Q_i + Q_j) / 2`` moves the mean by the rounding errors.)
 
     A node learns from a lattice code whether the other will be able to decode its answer; when it
