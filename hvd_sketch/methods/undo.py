@@ -24,9 +24,7 @@ class Undo:
 
     def note(self) -> None:
         """Remember the present state."""
-        self._groups = [
-            {key: group[key] for key in group.keys() - {"params"}} for group in self._optimizer.param_groups
-        ]
+        self._groups = [dict(group) for group in self._optimizer.param_groups]
         self._state = {
             owner: {key: value if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in state.items()}
             for owner, state in self._optimizer.state.items()
@@ -46,6 +44,7 @@ class Undo:
         self._optimizer.state.clear()
         self._optimizer.state.update(self._state)
         for group, noted in zip(self._optimizer.param_groups, self._groups, strict=True):
+            group.clear()
             group.update(noted)
 
 
