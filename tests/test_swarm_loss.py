@@ -20,12 +20,12 @@ VICTIM = 2
 ORPHANS_LIVE = {"OMPI_MCA_orte_enable_recovery": "1"}  # what mpirun's --enable-recovery sets
 
 
-def die_when_met(folder: str, on_lost: Any) -> None:
+def die_when_met(folder: str, on_lost: Any, blocking: bool) -> None:
     """On 4 ranks: the victim kills itself when it has taken a neighbour's model in and has not answered yet."""
     from mpi4py import MPI
 
     comm, model, told = MPI.COMM_WORLD, Vector(torch.full((100,), float(MPI.COMM_WORLD.rank))), ""
-    optimizer = swarm_of(model, comm, rate=0.0, patience=5.0, on_lost=on_lost)
+    optimizer = swarm_of(model, comm, rate=0.0, patience=5.0, on_lost=on_lost, blocking=blocking)
     if comm.rank == VICTIM:
         optimizer._meetings._node.answer = lambda header, message: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
     warnings.simplefilter("ignore", RuntimeWarning)
@@ -41,14 +41,15 @@ def die_when_met(folder: str, on_lost: Any) -> None:
     Path(folder, str(comm.rank)).write_text(json.dumps([told, stats.meetings, stats.void, stats.unanswered]))
 
 
-def survivors_of(folder: Path, on_lost: str) -> dict[int, list[Any]]:
-    program = f"from tests.test_swarm_loss import die_when_met; die_when_met({str(folder)!r}, {on_lost!r})"
+def survivors_of(folder: Path, on_lost: str, blocking: bool) -> dict[int, list[Any]]:
+    program = f"from tests.test_swarm_loss import die_when_met; die_when_met({str(folder)!r}, {on_lost!r}, {blocking})"
     launch(4, [sys.executable, "-c", program], env=ORPHANS_LIVE, timeout=250)
     return {int(file.name): json.loads(file.read_text()) for file in folder.iterdir()}
 
 
-def test_the_partners_of_a_node_that_dies_mid_meeting_carry_on(tmp_path: Path) -> None:
-    told = survivors_of(tmp_path, "continue")
+@pytest.mark.parametrize("blocking", [False, True])
+def test_the_partners_of_a_node_that_dies_mid_meeting_carry_on(tmp_path: Path, blocking: bool) -> None:
+    told = survivors_of(tmp_path, "continue", blocking)
     assert sorted(told) == [0, 1, 3]
     for text, meetings, void, unanswered in told.values():
         assert text.startswith("carried on")
@@ -59,7 +60,7 @@ def test_the_partners_of_a_node_that_dies_mid_meeting_carry_on(tmp_path: Path) -
 
 
 def test_the_partners_of_a_node_that_dies_mid_meeting_end_with_a_clear_error(tmp_path: Path) -> None:
-    told = survivors_of(tmp_path, "raise")
+    told = survivors_of(tmp_path, "raise", blocking=False)
     assert sorted(told) == [0, 1, 3]
     texts = [text for text, *_ in told.values()]
     assert any(f"rank {VICTIM} has not answered for 5 s (patience)" in text for text in texts)
