@@ -15,12 +15,14 @@ from hvd_sketch.compression import Compression
 from hvd_sketch.distributed import Average, DistributedOptimizer, Sum
 from hvd_sketch.errors import ConfigurationError, RankMismatchError
 from hvd_sketch.memory import Momentum
+from hvd_sketch.methods.anticipate import Anticipate
 from hvd_sketch.methods.step_ahead import StepAhead
 from hvd_sketch.sketch import CountSketch
 from hvd_sketch.stats import Stats
 from hvd_sketch.stock import exchange_of
 
 __all__ = [
+    "Anticipate",
     "Average",
     "Communicator",
     "Compression",

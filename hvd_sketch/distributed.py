@@ -19,6 +19,7 @@ from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import DenseExchange, Exchange
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
+from hvd_sketch.methods.anticipate import Anticipate, AnticipatingOptimizer, check_anticipate
 from hvd_sketch.methods.step_ahead import StepAhead, StepAheadOptimizer, check_step_ahead
 from hvd_sketch.optimizer import distribute
 
@@ -41,7 +42,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     grad_scaler: torch.amp.GradScaler | None = None,
     momentum_correction: bool = False,
     momentum_masking: bool = True,
-    error_feedback: StepAhead | None = None,
+    error_feedback: StepAhead | Anticipate | None = None,
 ) -> torch.optim.Optimizer:
     """Wrap an optimizer so that its steps use the gradients of all ranks.
 
@@ -71,8 +72,8 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
             each rank before the selection instead of after it (see `Momentum`); without a
             sparsifying compressor both are the same, and this changes nothing.
         momentum_masking: with the above, clear the momentum of what was sent.
-        error_feedback: `StepAhead` takes gradients where the unsent errors are already applied;
-            the result is then a `StepAheadOptimizer`, to be used as it says.
+        error_feedback: `StepAhead` or `Anticipate` takes gradients where what is unsent is already
+            applied; the result is then an `AheadOptimizer`, to be used as it says.
 
     Raises:
         ConfigurationError: when a setting cannot work, before any communication.
@@ -82,6 +83,8 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=2)
     if error_feedback is not None:
         check_step_ahead(compression, momentum_correction, averages=op == Average)
+    if isinstance(error_feedback, Anticipate):
+        check_anticipate(optimizer)
     if comm is None and has_horovod() and not isinstance(compression, Compressor):
         return _stock_optimizer(
             optimizer,
@@ -100,10 +103,10 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     correction = correction_of(optimizer, masking=momentum_masking) if corrects else None
     named = _named(optimizer, named_parameters)
     lazy = _Lazy(comm, process_set)
-    if error_feedback is not None:
+    if isinstance(error_feedback, StepAhead):
         return StepAheadOptimizer(optimizer, named, compression, lazy.get, lazy.is_active, error_feedback)
-    _layout(compression, [item for item in named if item[1].requires_grad])
-    return distribute(
+    layout = _layout(compression, [item for item in named if item[1].requires_grad])
+    distributed = distribute(
         optimizer,
         named,
         partial(_exchange, compression, lazy, op == Average),
@@ -114,6 +117,9 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         correction=correction,
         attributes={"op": op, "process_set": process_set, "_groups": groups},
     )
+    if error_feedback is None:
+        return distributed
+    return AnticipatingOptimizer(distributed, named, layout, lazy.is_active, error_feedback)
 
 
 def _check_arguments(

@@ -1,0 +1,152 @@
+"""Error feedback that anticipates: gradients are taken where the unsent ones will have taken the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.exchange import Exchange
+from hvd_sketch.layout import Layout
+from hvd_sketch.methods.ahead import AheadOptimizer
+
+
+@dataclass(frozen=True)
+class Anticipate:
+    """Anticipating error feedback, for ``DistributedOptimizer(…, error_feedback=Anticipate())``.
+
+    With model x, unsent gradients e_i of rank i, compressor C, and P(e), how far the wrapped
+    optimizer will in the end move the model for a gradient e::
+
+        z_i = x - a P(e_i)                    where forward and backward run
+        d_i = e_i + g_i(z_i)                  c_i = C(d_i)          e_i <- d_i - c_i
+        x  <- the wrapped optimizer's step with the gradient mean_i c_i
+
+        P(e) = lr e / (1 - m)                                     SGD with momentum m
+        P(e) = lr e / (sqrt((v + (1 - b2) e^2) / (1 - b2^t)) + eps)     Adam, AdamW
+
+    The exchange is the ordinary one, of gradients, so the second moments of Adam are of the mean
+    gradient and the same on all ranks. `StepAhead` in contrast exchanges each rank's own steps. SGD
+    may have Nesterov's momentum, for which P is the same, and dampening d, by which P is ``1 - d``
+    times as large. With ``Compression.sharded`` an owner's memory holds the server's error as
+    well, and counts by its share 1/W there.
+
+    Sent: what the compressor sends. Source: the step ahead of arXiv 2008.05823, here by the whole
+    response of the optimizer to the memory.
+
+    Attributes:
+        coefficient: a, above 0 and at most 1.
+    """
+
+    coefficient: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.coefficient <= 1.0:
+            raise ConfigurationError(f"Anticipate coefficient must be above 0 and at most 1, got {self.coefficient}")
+
+
+class AnticipatingOptimizer(AheadOptimizer):
+    """The optimizer that `Anticipate` asks for; used as `AheadOptimizer` says.
+
+    ``optimizer`` is the distributed one, whose methods all work here too.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        named_parameters: list[tuple[str, Tensor]],
+        layout: Layout,
+        is_active: Callable[[], bool],
+        settings: Anticipate,
+    ) -> None:
+        named = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
+        super().__init__(optimizer, named, layout, is_active)
+        self._distributed: Any = optimizer
+        self._settings, self._moved = settings, self._flat.new()
+
+    @property
+    def exchange(self) -> Exchange:
+        """The exchange, for its ``stats``; its memory's residual is e_i."""
+        exchange: Exchange = self._distributed.exchange
+        return exchange
+
+    def synchronize(self) -> None:
+        """Exchange the step's gradients; ``p.grad`` of every parameter then is the global update."""
+        self._distributed.synchronize()
+
+    def skip_synchronize(self) -> Any:
+        """Let `step` inside the block leave the gradients alone, after a `synchronize` by hand."""
+        return self._distributed.skip_synchronize()
+
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        """Accumulate so many backward passes before an exchange."""
+        self._distributed.set_backward_passes_per_step(passes)
+
+    def flush(self) -> None:
+        """Send everything in the next step; then the model alone is a checkpoint for any number of ranks."""
+        self._distributed.flush()
+
+    def memory_state_dict(self) -> dict[str, Any]:
+        """What this rank has not sent yet; save it on every rank, beside ``state_dict()``."""
+        self._refuse_saving()
+        state: dict[str, Any] = self._distributed.memory_state_dict()
+        return state
+
+    def load_memory_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore this rank's memory, after ``load_state_dict``."""
+        self._distributed.load_memory_state_dict(state)
+
+    def _advance(self) -> None:
+        self._distributed.step()
+
+    def _point(self) -> None:
+        memory, owned = self.exchange.memory.residual, self.exchange.owned
+        self._moved.vector.copy_(memory)
+        self._moved.vector[owned] /= self.exchange.comm.size
+        errors = dict(zip(self._flat.parameters, self._moved.views, strict=True))
+        for group in self.optimizer.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter in errors]
+            respond(self.optimizer, group, parameters, [errors[parameter] for parameter in parameters])
+        self._ahead.vector.sub_(self._moved.vector, alpha=self._settings.coefficient)
+
+
+def respond(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameters: list[Tensor], errors: list[Tensor]
+) -> None:
+    """Replace gradients of a group's parameters by P of them, in place: how far they will move the model."""
+    rate = -float(group["lr"]) if group.get("maximize") else float(group["lr"])
+    if isinstance(optimizer, torch.optim.SGD):
+        torch._foreach_mul_(errors, rate * (1.0 - group["dampening"]) / (1.0 - group["momentum"]))
+        return
+    states = [optimizer.state[parameter] for parameter in parameters]
+    errors = [error for error, state in zip(errors, states, strict=True) if state]
+    states = [state for state in states if state]  # a parameter without one was never stepped: nothing is unsent
+    if not errors:
+        return
+    second = group["betas"][1]
+    sizes = [state["exp_avg_sq"].to(error.dtype) for error, state in zip(errors, states, strict=True)]
+    sizes = list(torch._foreach_addcmul(sizes, errors, errors, value=1.0 - second))
+    torch._foreach_sqrt_(sizes)
+    torch._foreach_div_(sizes, math.sqrt(1.0 - second ** float(states[0]["step"])))
+    torch._foreach_add_(sizes, group["eps"])
+    torch._foreach_div_(errors, sizes)
+    torch._foreach_mul_(errors, rate)
+
+
+def check_anticipate(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse optimizers whose response to a gradient is not known.
+
+    Raises:
+        ConfigurationError: naming those whose is.
+    """
+    adam = isinstance(optimizer, torch.optim.Adam) and not any(group["amsgrad"] for group in optimizer.param_groups)
+    if not adam and not isinstance(optimizer, torch.optim.SGD):
+        raise ConfigurationError(
+            "error_feedback=Anticipate knows how SGD, Adam and AdamW (without amsgrad) respond to a gradient, "
+            f"not how {type(optimizer).__name__} does; use StepAhead, or one of those"
+        )
