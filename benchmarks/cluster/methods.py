@@ -179,6 +179,7 @@ METHODS: Mapping[str, Method] = {
     "topk-40": Method(lambda: Sparsified("topk", 40.0)),
     "sketch-10": Method(lambda: Sparsified("sketch", 10.0)),
     "sketch-40": Method(lambda: Sparsified("sketch", 40.0)),
+    "sharded-40": Method(lambda: Sparsified("sharded", 40.0)),
     "ddp": Method(lambda: Ddp(), warmup=2),
     "ddp-powersgd-1": Method(lambda: Ddp(1), warmup=4),
     "ddp-powersgd-2": Method(lambda: Ddp(2), warmup=4),

@@ -11,6 +11,7 @@ from benchmarks.cluster.pictures import draw
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "benchmarks" / "cluster.md"
 
+OURS = ("sketch", "topk", "sharded")
 _BASELINE = "horovod"
 _HEAD = """\
 # Steps over slow links, measured
@@ -111,7 +112,7 @@ def _lost(measured: dict[Cell, Row]) -> str:
     lines = []
     for (hosts, mbit, model), group in groupby(measured, lambda cell: (cell.hosts, cell.mbit, cell.model)):
         cells = sorted(group, key=lambda cell: float(measured[cell]["seconds_step"]))
-        ours = [cell for cell in cells if cell.method.startswith(("sketch", "topk"))]
+        ours = [cell for cell in cells if cell.method.startswith(OURS)]
         if not ours or cells[0] in ours:
             continue
         best, own = measured[cells[0]], measured[ours[0]]

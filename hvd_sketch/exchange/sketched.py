@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch import wire
-from hvd_sketch.comm.base import Communicator
+from hvd_sketch.comm.base import Communicator, Pending
 from hvd_sketch.errors import RankMismatchError
 from hvd_sketch.exchange.base import Exchange
 from hvd_sketch.exchange.plan import SketchPlan
@@ -33,13 +33,13 @@ class SketchExchange(Exchange):
         round 2   x_j = sum_i v_i[j], j in C       allreduce of P k exact values
                   update = x at its k largest, divided by W;  v_i loses what it sent
 
-    The sketch is linear, so it is built while backward runs: what the memory carries and the
-    fresh gradients go to two tables as `submit` is called, and the local clip factor, known
-    only at the end, multiplies the second before they are added.
+    The sketch is linear: what the memory carries into the next step is sketched while round 2 is
+    under way, and only the gradient is left to add, in one pass over the whole vector.
 
     In half precision cells and values carry a shared power-of-two scale, and what rounding cut
     off stays in the memory. Buckets and signs are drawn anew in every step.
-    A digest of C rides in round 2: if ranks chose differently, all raise `RankMismatchError`.
+    A digest of C rides in round 2: if ranks chose differently, all raise `RankMismatchError`, and
+    the memory holds the step's gradients, unsent.
     """
 
     def __init__(
@@ -70,35 +70,25 @@ class SketchExchange(Exchange):
         self._dense_scale: float | None = None
         self._plan: SketchPlan | None = None
         self._chosen: Tensor | None = None
+        self._dense = slice(layout.compressed, layout.total)
+        self._carried: tuple[int, ...] = ()
         self._prepare()
 
     def _prepare(self) -> None:
-        """Sizes, empty tables and fresh hashes for the coming step."""
+        """Sizes, table and messages for the coming step."""
         plan = self._planner(self.layout, self.step)
-        seed = (self._seed << 32) + self.step
         if plan is not None and plan != self._plan:
             device = self.gradient.device
-            self._carried, self._fresh = (
-                CountSketch(self.layout.compressed, plan.rows, plan.cols, seed, device=device) for _ in range(2)
-            )
+            self._sketch = CountSketch(self.layout.compressed, plan.rows, plan.cols, device=device)
+            self._carried = ()
             cells = plan.rows * plan.cols
             self._message = torch.zeros(wire.HEADER + cells + self.layout.dense, dtype=self._dtype, device=device)
             lanes = wire.HEADER + wire.DIGEST_BITS + plan.candidates
             self._answer = torch.zeros(lanes, dtype=self._dtype, device=device)
-        elif plan is not None:
-            self._carried.reset(seed)
-            self._fresh.reset(seed)
         self._plan = plan
 
     def _is_dense_step(self) -> bool:
         return self._plan is None
-
-    def _on_submit(self, start: int, stop: int) -> None:
-        if self._plan is None or start >= self.layout.compressed:
-            return
-        with self.stats.phase("sketch"):
-            self._fresh.add(self.gradient[start:stop], start)
-            self.memory.sketch_carried(self._carried, start, stop)
 
     def run(self) -> None:
         try:
@@ -109,34 +99,67 @@ class SketchExchange(Exchange):
     def _send_selected(self, clip: float, finite: bool) -> bool:
         plan, memory = self._plan, self.memory
         assert plan is not None
-        dense = slice(self.layout.compressed, self.layout.total)
         with self.stats.phase("sketch"):
-            self._carried.table.add_(self._fresh.table, alpha=memory.gain * clip)
-            dense_values = memory.computed(self.gradient, clip, dense)
+            self._sketch_computed(clip)
+            dense_values = memory.computed(self.gradient, clip, self._dense)
         dense_left = self._sum_tables(dense_values, finite)
         if dense_left is None:
             self._chosen = None
             return False
         with self.stats.phase("select"):
-            candidates, estimates = self._carried.top_k(plan.candidates)
+            candidates, estimates = self._sketch.top_k(plan.candidates)
             computed = memory.computed(self.gradient, clip, candidates)
-        sums, left = self._sum_exact(candidates, computed, float(estimates.abs().max()))
-        with self.stats.phase("memory"):
+            norm = self._sketch.l2_norm()
+        pending, scale, left = self._start_exact(candidates, computed, float(estimates.abs().max()))
+        if plan.k == plan.candidates:  # what will be sent is known: the memory moves on while the values travel
+            self._advance(clip, dense_left, candidates, left)
+        if not self._finish_exact(pending, scale, sums := torch.empty_like(computed)):
             if plan.k < plan.candidates:
-                kept = torch.sort(sums.abs(), descending=True, stable=True).indices[: plan.k]
-                candidates, sums, left = candidates[kept], sums[kept], left[kept]
-            memory.absorb(self.gradient, clip)
-            memory.keep(dense, dense_left, mask=False)
-            memory.keep(candidates, left, mask=True)
-            self._write_update(candidates, sums)
+                memory.absorb(self.gradient, clip)
+            memory.keep(self._dense, dense_values, mask=False)
+            memory.keep(candidates, computed, mask=False)
+            raise RankMismatchError(self._mismatch())
+        if plan.k < plan.candidates:
+            kept = torch.sort(sums.abs(), descending=True, stable=True).indices[: plan.k]
+            candidates, sums, left = candidates[kept], sums[kept], left[kept]
+            self._advance(clip, dense_left, candidates, left)
+        with self.stats.phase("memory"):
+            self._write_update(candidates, sums, norm)
         return True
 
+    def _sketch_computed(self, clip: float) -> None:
+        """Complete the table of this step's computed memory: what is carried, and the gradient."""
+        if self._carried != self._carried_into(self.step):
+            self._sketch_carried(self.step)
+        self._carried = ()
+        self._sketch.add(self.gradient[: self.layout.compressed], scale=self.memory.gain * clip)
+
+    def _sketch_carried(self, step: int) -> None:
+        """Draw the buckets and signs of a step, and sketch what the memory carries into it."""
+        self._sketch.reset((self._seed << 32) + step)
+        self.memory.sketch_carried(self._sketch, 0, self.layout.compressed)
+        self._carried = self._carried_into(step)
+
+    def _carried_into(self, step: int) -> tuple[int, ...]:
+        """Tells whether a table made ahead still is that of the memory, which others may change between steps."""
+        memory = self.memory
+        return (step, memory.residual._version, 0 if memory.velocity is None else memory.velocity._version)
+
+    def _advance(self, clip: float, dense_left: Tensor, sent: Tensor, left: Tensor) -> None:
+        """Take the gradient in, keep what was not sent, and sketch that for the next step."""
+        with self.stats.phase("memory"):
+            self.memory.absorb(self.gradient, clip)
+            self.memory.keep(self._dense, dense_left, mask=False)
+            self.memory.keep(sent, left, mask=True)
+        with self.stats.phase("sketch"):
+            self._sketch_carried(self.step + self._all_present)
+
     def _sum_tables(self, dense_values: Tensor, finite: bool) -> Tensor | None:
-        """Round 1. Leaves the summed table in ``_carried`` and the dense update in place.
+        """Round 1. Leaves the summed table in ``_sketch`` and the dense update in place.
 
         Returns what rounding left behind of the dense values, or None if some rank is not finite.
         """
-        ranks, cells = self.comm.size, self._carried.table.view(-1)
+        ranks, cells = self.comm.size, self._sketch.table.view(-1)
         message = self._message if self._cell_scale else self._message.to(torch.float32)
         table_lanes = message[wire.HEADER : wire.HEADER + cells.numel()]
         dense_lanes = message[wire.HEADER + cells.numel() :]
@@ -152,26 +175,32 @@ class SketchExchange(Exchange):
         update.mul_(1.0 / self._mean_divisor())
         return dense_values - sent
 
-    def _sum_exact(self, candidates: Tensor, computed: Tensor, largest: float) -> tuple[Tensor, Tensor]:
-        """Round 2. The candidates' sums over the ranks, and what rounding left behind here."""
+    def _start_exact(self, candidates: Tensor, computed: Tensor, largest: float) -> tuple[Pending, float, Tensor]:
+        """Begin round 2: the collective, the scale of its values, and what rounding leaves behind of them here."""
         ranks, message = self.comm.size, self._answer
         scale = wire.shared_scale(largest / ranks, ranks, message.dtype)
-        digest = message[wire.HEADER : wire.HEADER + wire.DIGEST_BITS]
         lanes = message[wire.HEADER + wire.DIGEST_BITS :]
         with self.stats.phase("exchange"):
             wire.write_header(message, True)
-            wire.write_digest(digest, candidates)
+            wire.write_digest(message[wire.HEADER : wire.HEADER + wire.DIGEST_BITS], candidates)
             wire.pack(lanes, computed.clone(), scale, ranks)
             left = computed - wire.unpack(lanes, scale, torch.empty_like(computed))
-            self.comm.allreduce(message, self._name("values"))
-        if not wire.digests_agree(digest, message[1]):
-            raise RankMismatchError(
-                f"hvd_sketch: in step {self.step} the ranks selected different coordinates from the same sum, seen "
-                f"on rank {self.comm.rank} and all others. The backend's allreduce does not give all ranks the same "
-                "bits, or they run different builds: use one build of hvd_sketch and PyTorch on all ranks, and a "
-                "deterministic allreduce algorithm"
-            )
-        return wire.unpack(lanes, scale, torch.empty_like(computed)), left
+            return self.comm.start_allreduce(message, self._name("values")), scale, left
+
+    def _finish_exact(self, pending: Pending, scale: float, sums: Tensor) -> bool:
+        """End round 2: fill in the candidates' sums over the ranks; False if ranks chose differently."""
+        with self.stats.phase("exchange"):
+            pending.wait()
+            wire.unpack(self._answer[wire.HEADER + wire.DIGEST_BITS :], scale, sums)
+        return wire.digests_agree(self._answer[wire.HEADER : wire.HEADER + wire.DIGEST_BITS], self._answer[1])
+
+    def _mismatch(self) -> str:
+        return (
+            f"hvd_sketch: in step {self.step} the ranks selected different coordinates from the same sum, seen "
+            f"on rank {self.comm.rank} and all others. The backend's allreduce does not give all ranks the same "
+            "bits, or they run different builds: use one build of hvd_sketch and PyTorch on all ranks, and a "
+            "deterministic allreduce algorithm"
+        )
 
     def _rescale(self, largest_cell: float, largest_dense: float) -> None:
         """Scales of the next step's half-precision messages, from means that all ranks know; none from zeros."""
@@ -182,15 +211,13 @@ class SketchExchange(Exchange):
         self._cell_scale = wire.shared_scale(largest_cell, ranks, self._dtype) if known else None
         self._dense_scale = wire.shared_scale(largest_dense, ranks, self._dtype) if known else None
 
-    def _write_update(self, chosen: Tensor, sums: Tensor) -> None:
+    def _write_update(self, chosen: Tensor, sums: Tensor, norm: float) -> None:
         if self._chosen is None:
             self.update[: self.layout.compressed].zero_()
         else:
-            self.update[self._chosen] = 0.0
-        values = sums * (1.0 / self._mean_divisor())
-        self.update[chosen] = values
+            self.update.index_fill_(0, self._chosen, 0.0)
+        self.update.index_copy_(0, chosen, sums * (1.0 / self._mean_divisor()))
         self._chosen = chosen
-        norm = self._carried.l2_norm()
         energy = float(torch.linalg.vector_norm(sums)) ** 2
         self.stats.captured_energy = min(1.0, energy / norm**2) if norm > 0 else 1.0
 

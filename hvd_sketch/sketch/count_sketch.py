@@ -145,5 +145,5 @@ class CountSketch:
 
     def l2_norm(self) -> float:
         """Estimate of ``||v||``: the square root of the median over rows of the row's energy."""
-        energy = self.table.to(torch.float64).square().sum(dim=1)
-        return float(energy.quantile(0.5).sqrt())
+        norms = torch.linalg.vector_norm(self.table, dim=1, dtype=torch.float64)
+        return float(norms.square().quantile(0.5).sqrt())
