@@ -7,7 +7,7 @@ PYTEST ?= python -m pytest
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: help env demo test check cluster-bench clean
+.PHONY: help env demo test check bench cluster-bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,7 +15,7 @@ help: ## list the targets
 env: ## create the environment in .venv, or bring it up to date
 	@environment/create
 
-demo test check cluster-bench: export PATH := $(CURDIR)/.venv/bin:$(PATH)
+demo test check bench cluster-bench: export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 demo: env ## train a small transformer on 2 processes, dense and sketched, and compare
 	$(DEMO)
@@ -27,6 +27,9 @@ check: env ## lint and type-check
 	ruff check
 	ruff format --check
 	mypy
+
+bench: env ## time the kernels against one copy of the vector: some minutes
+	python -m benchmarks.kernels
 
 cluster-bench: env ## time the methods on a cluster of network namespaces on this machine (root)
 	python -m benchmarks.cluster

@@ -1,8 +1,8 @@
 """``python -m benchmarks.kernels``: the kernels of the sketch against one copy of the vector, in the same run.
 
-Writes ``benchmarks/results/kernels.json``, a row for each measurement: what was done (``op``) by what
-(``impl``) on which ``device``, the size of the vector ``d`` and of the table (``rows``, ``cols``), the choice
-``k``, ``threads``, and the medians of its ``seconds`` and of ``clone_seconds``, those of
+Writes ``docs/benchmarks/kernels.md`` and ``benchmarks/results/kernels.json``, a row for each measurement: what was
+done (``op``) by what (``impl``) on which ``device``, the size of the vector ``d`` and of the table (``rows``,
+``cols``), the choice ``k``, ``threads``, and the medians of its ``seconds`` and of ``clone_seconds``, those of
 ``torch.Tensor.clone`` of the same vector, which takes its turn after each of the others. All float32.
 
 - ``add``: sketch the vector; ``add_slices``: the same vector as 100 slices in one call, ``add_each``: in 100;
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.kernels_page import write
 from hvd_sketch.sketch import CountSketch, native
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.json"
@@ -46,7 +47,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
     parser.add_argument("--seconds", type=float, default=2.0, help="about how long each measurement takes")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--report", action="store_true", help="only write the page again, from the rows in --out")
     options = parser.parse_args(arguments)
+    if options.report:
+        write(json.loads(options.out.read_text()))
+        return 0
     if not native.available():
         return 1
     rows = []
@@ -55,6 +60,8 @@ def main(arguments: Sequence[str]) -> int:
         rows.append(row)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    if options.out == RESULTS:
+        write(rows)
     return 0
 
 
