@@ -56,7 +56,7 @@ def draw(path: Path, records: Sequence[Record]) -> None:
             ax.yaxis.set_minor_formatter("{x:g}" if TOP[task] < 10 * least else "")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=76)
     pyplot.close(figure)
 
 
