@@ -46,6 +46,7 @@ _METHODS = {
     "DecentLaM": "decentlam",
     "DmSGD": "decentlam",
     "EnergyTarget": "energy_target",
+    "Guard": "guard",
     "LEAD": "lead",
     "LocalSGD": "local_sgd",
     "OverlapLocalSGD": "overlap",
