@@ -94,9 +94,9 @@ class Guard(AdaptiveSchedule):
             self._ceiling, self._calm = self._ratio if self._calm else self._ceiling, False
             if exchange.comm.rank == 0:
                 warnings.warn(
-                    f"hvd_sketch: after step {exchange.step} {self.backlog:.0f} steps' gradients are unsent, and gradients "
-                    f"are {self.growth:.1f} times their lowest norm of late; the ratio backs off to {self._ratio:g}. "
-                    "Lower the ratio or the learning rate, or use error_feedback=Anticipate()",
+                    f"hvd_sketch: after step {exchange.step} {self.backlog:.0f} steps' gradients are unsent, and "
+                    f"gradients are {self.growth:.1f} times their lowest norm of late; the ratio backs off to "
+                    f"{self._ratio:g}. Lower the ratio or the learning rate, or use error_feedback=Anticipate()",
                     stacklevel=2,
                 )
 
