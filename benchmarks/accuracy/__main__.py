@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import itertools
 import json
 import time
@@ -13,12 +14,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.accuracy.methods import METHODS, POWERSGD_RANKS, powersgd
+from benchmarks.accuracy.methods import METHODS, POWERSGD, POWERSGD_RANKS, make
 from benchmarks.accuracy.report import write_page
 from benchmarks.accuracy.simulate import train
 from benchmarks.accuracy.tasks import TASKS
 from hvd_sketch import ConfigurationError
-from hvd_sketch.compressor import Compressor
 
 RESULTS = Path("benchmarks/results/accuracy.json")
 Key = tuple[str, str, float, int, int, int]
@@ -27,46 +27,52 @@ Key = tuple[str, str, float, int, int, int]
 def main() -> None:
     """Train what is still missing, append each row as it is done, then write the page and the plots."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one seed, ratios 40 and 100, half as many steps")
+    parser.add_argument("--quick", action="store_true", help="one seed, ratios 40 and 100, half of the steps")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--ranks", type=int, default=8, help="simulated ranks (default: 8)")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind (default: 3)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many minutes")
     parser.add_argument("--page-only", action="store_true", help="only write the page from the rows that are there")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     if not options.page_only:
-        _run_missing(rows, options)
-    write_page(rows, Path("docs/benchmarks"))
+        _run_missing(options)
+    write_page(_read(), Path("docs/benchmarks"))
 
 
-def _run_missing(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+def _run_missing(options: argparse.Namespace) -> None:
     deadline = time.monotonic() + 60 * options.minutes
-    done = {_key(row) for row in rows}
     for task, method, setting, seed, steps in tqdm(list(_runs(options)), unit="run"):
-        if (task, method, setting, options.ranks, seed, steps) in done or time.monotonic() > deadline:
-            continue
-        rows.append(_row(task, method, setting, options.ranks, seed, steps, rows))
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+        rows, key = _read(), (task, method, setting, options.ranks, seed, steps)
+        if key not in map(_key, rows) and time.monotonic() < deadline:
+            _append(_row(task, method, setting, options.ranks, seed, steps, rows))
+
+
+def _read() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    return rows
+
+
+def _append(row: dict[str, Any]) -> None:
+    """Add a row; several of these programs may run at a time."""
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    with RESULTS.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = [*_read(), row]
+        fresh = RESULTS.with_suffix(".new")
+        fresh.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+        fresh.replace(RESULTS)
 
 
 def _runs(options: argparse.Namespace) -> Iterator[tuple[str, str, float, int, int]]:
-    """(task, method, ratio or PowerSGD rank, seed, steps), dense first."""
-    seeds = (0,) if options.quick else (0, 1, 2)
-    ratios = (40.0, 100.0) if options.quick else (10.0, 40.0, 100.0, 400.0)
-    settings = [("dense", 1.0), *itertools.product(METHODS, ratios)]
-    settings += [("powersgd", float(rank)) for rank in POWERSGD_RANKS]
-    for task, seed, (method, setting) in itertools.product(options.tasks, seeds, settings):
-        yield task, method, setting, seed, TASKS[task].steps // (2 if options.quick else 1)
-
-
-def _compressor(method: str, setting: float, steps: int) -> Compressor | None:
-    if method == "dense":
-        return None
-    if method == "powersgd":
-        return powersgd(int(setting), steps // 20)
-    return METHODS[method](setting, steps // 10)
+    """(task, method, ratio or PowerSGD rank, seed, steps), dense first, what matters most before the rest."""
+    settings = [("dense", 1.0), *((method, ratio) for ratio in (40.0, 100.0) for method in METHODS)]
+    settings += [(POWERSGD, float(rank)) for rank in POWERSGD_RANKS]
+    rest = [] if options.quick else [(method, ratio) for ratio in (10.0, 400.0) for method in METHODS]
+    seeds = range(1 if options.quick else options.seeds)
+    for chosen, seed, task in itertools.product((settings, rest), seeds, options.tasks):
+        for method, setting in chosen:
+            yield task, method, setting, seed, TASKS[task].steps // (2 if options.quick else 1)
 
 
 def _row(
@@ -75,7 +81,7 @@ def _row(
     dense = [row for row in rows if _key(row) == (task, "dense", 1.0, ranks, seed, steps)]
     row = {"task": task, "method": method, "setting": setting, "ranks": ranks, "seed": seed, "steps": steps}
     try:
-        outcome = train(TASKS[task], _compressor(method, setting, steps), ranks=ranks, seed=seed, steps=steps)
+        outcome = train(TASKS[task], make(method, setting), ranks=ranks, seed=seed, steps=steps)
     except ConfigurationError as error:
         return {**row, "refused": str(error)}
     dense_bytes = dense[0]["bytes_per_rank"] if dense else outcome.losses[-1][1]

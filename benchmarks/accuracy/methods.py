@@ -1,25 +1,65 @@
-"""The methods compared, and which of them exist at which ratio."""
+"""The methods compared: what each makes of a rank's optimizer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from hvd_sketch import Compression
-from hvd_sketch.compressor import Compressor
+import torch
+from torch import nn
 
-Maker = Callable[[float, int], Compressor]
-"""Makes a compressor from a ratio and the number of warm-up steps."""
+import hvd_sketch
+from hvd_sketch import Anticipate, Compression
+from hvd_sketch.comm import Communicator
 
-METHODS: dict[str, Maker] = {
-    "sketch": lambda ratio, warmup: Compression.sketch(ratio=ratio, warmup_steps=warmup),
-    "topk": lambda ratio, warmup: Compression.topk(ratio=ratio, warmup_steps=warmup),
-    "sharded": lambda ratio, warmup: Compression.sharded(ratio=ratio, warmup_steps=warmup),
+Wrap = Callable[[torch.optim.Optimizer, nn.Module, Communicator], Any]
+"""Makes the distributed optimizer of one rank."""
+
+LOCAL_PERIOD = 8
+
+
+def exchanged(compression: Any, error_feedback: Anticipate | None = None) -> Wrap:
+    """Gradients are exchanged in every step."""
+
+    def wrap(optimizer: torch.optim.Optimizer, model: nn.Module, comm: Communicator) -> Any:
+        return hvd_sketch.DistributedOptimizer(
+            optimizer, model.named_parameters(), compression, comm=comm, error_feedback=error_feedback
+        )
+
+    return wrap
+
+
+def local(compression: Any, period: int) -> Wrap:
+    """Models are exchanged after every ``period`` steps."""
+
+    def wrap(optimizer: torch.optim.Optimizer, model: nn.Module, comm: Communicator) -> Any:
+        return hvd_sketch.LocalSGD(optimizer, model, comm, compression=compression, period=period)
+
+    return wrap
+
+
+DENSE = exchanged(Compression.none)
+
+METHODS: dict[str, Callable[[float], Wrap]] = {
+    "sketch": lambda ratio: exchanged(Compression.sketch(ratio=ratio, warmup_steps=0)),
+    "topk": lambda ratio: exchanged(Compression.topk(ratio=ratio, warmup_steps=0)),
+    "sharded": lambda ratio: exchanged(Compression.sharded(ratio=ratio, warmup_steps=0)),
+    "sharded, anticipate": lambda ratio: exchanged(Compression.sharded(ratio=ratio, warmup_steps=0), Anticipate()),
+    "local SGD": lambda ratio: local(
+        Compression.sharded(ratio=ratio / LOCAL_PERIOD, warmup_steps=0, clip_norm=None), LOCAL_PERIOD
+    ),
 }
+"""By name, of the ratio; none has dense steps at first, so that the ratio is that of the whole run."""
 
+POWERSGD = "powersgd"
 POWERSGD_RANKS = (8, 4, 2, 1)
 """PowerSGD's ratio follows from its rank; its rows carry the ratio that came out."""
 
 
-def powersgd(rank: int, warmup: int) -> Compressor:
-    """PowerSGD of a rank, dense for the warm-up steps, clipped like the others."""
-    return Compression.powersgd(rank=rank, start_step=warmup)
+def make(method: str, setting: float) -> Wrap:
+    """The method of that name at a ratio, or at a rank for PowerSGD."""
+    if method == "dense":
+        return DENSE
+    if method == POWERSGD:
+        return exchanged(Compression.powersgd(rank=int(setting), start_step=0))
+    return METHODS[method](setting)

@@ -1,20 +1,26 @@
-"""One training with many ranks' worth of batches in one process, through the real exchange."""
+"""One training with many ranks in one process: a thread, a model and an optimizer each, and the real exchange."""
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.accuracy.tasks import Task
+from benchmarks.accuracy.methods import Wrap
+from benchmarks.accuracy.tasks import Batch, Task
+from hvd_sketch.comm import Communicator
 from hvd_sketch.comm.in_process import InProcessGroup
-from hvd_sketch.compressor import Compressor
-from hvd_sketch.exchange import Exchange
 
 DIVERGED = 50.0
+MOMENTS = 12
+"""How often a run is evaluated."""
 
 
 @dataclass
@@ -30,81 +36,67 @@ class Outcome:
         return self.losses[-1][2]
 
 
-def train(task: Task, compressor: Compressor | None, *, ranks: int, seed: int, steps: int) -> Outcome:
-    """Train on ``ranks`` batches a step, dense (``compressor=None``) or through one exchange a rank.
-
-    All ranks hold the same parameters after every step, so one model serves all; BatchNorm's
-    running statistics see every rank's batch.
-    """
+def train(task: Task, wrap: Wrap, *, ranks: int, seed: int, steps: int) -> Outcome:
+    """Train from one start on ``ranks`` batches a step; what rank 0 saw, of the average model where models differ."""
     torch.manual_seed(seed)
-    model = task.model()
-    optimizer = task.optimizer(model)
-    warmup = max(1, steps // 20)
+    start, generator = task.model(), torch.Generator().manual_seed(seed + 1)
+    batches = [task.batch(generator, ranks * task.batch_size) for _ in range(steps)]
+    models = [copy.deepcopy(start) for _ in range(ranks)]  # here, for modules draw from the global generator
+
+    def on_rank(comm: Communicator) -> Outcome:
+        def share(step: int) -> Batch:
+            inputs, targets = batches[step]
+            return inputs.chunk(ranks)[comm.rank], targets.chunk(ranks)[comm.rank]
+
+        return train_rank(task, wrap, models[comm.rank], comm, share, steps)
+
+    return InProcessGroup(ranks).run(on_rank)[0]
+
+
+def train_rank(
+    task: Task, wrap: Wrap, model: nn.Module, comm: Communicator, share: Callable[[int], Batch], steps: int
+) -> Outcome:
+    """One rank's part of a training."""
+    optimizer, warmup = wrap(task.optimizer(model), model, comm), max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1.0, (step + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / steps)),
+        optimizer, lambda step: min(1.0, (step + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
     )
-    group = InProcessGroup(ranks)
-    exchanges = _exchanges(compressor, model, group) if compressor is not None else []
-    generator = torch.Generator().manual_seed(seed + 1)
-    outcome = Outcome()
+    outcome, before = Outcome(), comm.bytes_sent
     for step in range(steps):
-        images, labels = task.batch(generator, ranks * task.batch_size)
-        if exchanges:
-            _exchanged_gradients(model, images.chunk(ranks), labels.chunk(ranks), exchanges, group)
-        else:
-            optimizer.zero_grad()
-            for inputs, targets in zip(images.chunk(ranks), labels.chunk(ranks), strict=True):
-                (F.cross_entropy(model(inputs), targets) / ranks).backward()
-        if task.clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), task.clip)
-        optimizer.step()
+        _step(task, optimizer, model, *share(step))
         schedule.step()
-        if (step + 1) % max(1, steps // 12) == 0 or step == steps - 1:
-            loss = _validate(model, task)
-            sent = exchanges[0].stats.bytes_sent if exchanges else _dense_bytes(model, ranks) * (step + 1)
+        if (step + 1) % max(1, steps // MOMENTS) == 0 or step == steps - 1:
+            sent = comm.bytes_sent - before
+            loss = _validate(model, task, optimizer)
             outcome.losses.append((step + 1, sent, loss))
-            if not loss < DIVERGED:
-                outcome.diverged = True
+            outcome.diverged = any(comm.allgather_object(not loss < DIVERGED, "diverged"))
+            if outcome.diverged:
                 break
+            before = comm.bytes_sent - sent  # what the evaluation sent is no part of the training
     return outcome
 
 
-def _exchanges(compressor: Compressor, model: nn.Module, group: InProcessGroup) -> list[Exchange]:
-    layout = compressor.layout(model.named_parameters())
-    return [
-        compressor.exchange(layout, comm, average=True, device=torch.device("cpu")) for comm in group.communicators
-    ]
+def _step(task: Task, optimizer: Any, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
+    optimizer.zero_grad()
+    with getattr(optimizer, "step_ahead", nullcontext)():
+        F.cross_entropy(model(inputs), targets).backward()
+    if task.clip is None:
+        optimizer.step()
+    elif hasattr(optimizer, "synchronize"):
+        optimizer.synchronize()
+        nn.utils.clip_grad_norm_(model.parameters(), task.clip)
+        with optimizer.skip_synchronize():
+            optimizer.step()
+    else:
+        nn.utils.clip_grad_norm_(model.parameters(), task.clip)
+        optimizer.step()
 
 
-def _exchanged_gradients(
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
-    targets: tuple[Tensor, ...],
-    exchanges: list[Exchange],
-    group: InProcessGroup,
-) -> None:
-    positions = exchanges[0].layout.index()
-    for exchange, own_inputs, own_targets in zip(exchanges, inputs, targets, strict=True):
-        model.zero_grad()
-        F.cross_entropy(model(own_inputs), own_targets).backward()
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                exchange.submit(positions[name], parameter.grad)
-    group.run(lambda comm: exchanges[comm.rank].run())
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            parameter.grad.copy_(exchanges[0].update_of(positions[name]))
-
-
-def _validate(model: nn.Module, task: Task) -> float:
-    model.eval()
-    inputs, targets = task.held_out()
-    with torch.no_grad():
-        loss = float(F.cross_entropy(model(inputs), targets))
-    model.train()
+def _validate(model: nn.Module, task: Task, optimizer: Any) -> float:
+    with getattr(optimizer, "average_model", nullcontext)():
+        model.eval()
+        inputs, targets = task.held_out()
+        with torch.no_grad():
+            loss = float(F.cross_entropy(model(inputs), targets))
+        model.train()
     return loss if math.isfinite(loss) else math.inf
-
-
-def _dense_bytes(model: nn.Module, ranks: int) -> int:
-    return 2 * (ranks - 1) * 4 * sum(parameter.numel() for parameter in model.parameters()) // ranks

@@ -155,7 +155,7 @@ TASKS = {
         Task(
             "transformer-adamw",
             Transformer,
-            lambda model: torch.optim.AdamW(model.parameters(), lr=3e-3),
+            lambda model: torch.optim.AdamW(model.parameters(), lr=6e-3),
             _text_batch,
             _text_held_out,
             batch_size=4,
@@ -164,7 +164,7 @@ TASKS = {
         Task(
             "lstm-sgd-clip",
             Recurrent,
-            lambda model: torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9),
+            lambda model: torch.optim.SGD(model.parameters(), lr=2.0, momentum=0.9),
             _text_batch,
             _text_held_out,
             batch_size=4,
@@ -174,7 +174,7 @@ TASKS = {
         Task(
             "cnn-batchnorm",
             convolutional,
-            lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4),
+            lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4),
             _digits_batch,
             _digits_held_out,
             batch_size=8,
