@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.codec import SparseCodec
+from hvd_sketch.exchange.select import heaviest
 from hvd_sketch.exchange.sparse import SparseExchange
 
 
@@ -47,7 +48,7 @@ class ShardedExchange(SparseExchange):
 
     def _send_up(self, shards: Tensor, codec: SparseCodec) -> Tensor:
         with self.stats.phase("select"):
-            rows, values = _heaviest(shards.t(), codec.count)
+            rows, values = _heaviest(shards.t().contiguous(), codec.count)
             self.stats.note_captured(values, shards)
             code, decoded = codec.encode(rows, values)
             others = torch.arange(self.comm.size, device=rows.device) != self.comm.rank
@@ -89,5 +90,5 @@ class ShardedExchange(SparseExchange):
 
 def _heaviest(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Indices (ascending) and values of the ``count`` largest magnitudes of each row."""
-    indices = rows.abs().topk(count, dim=1, sorted=False).indices.sort(dim=1).values
+    indices = torch.stack([heaviest(row, count) for row in rows])
     return indices, rows.gather(1, indices)

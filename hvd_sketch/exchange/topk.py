@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hvd_sketch.comm.base import Communicator
 from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.exchange.select import heaviest
 from hvd_sketch.exchange.sparse import SparseExchange
 from hvd_sketch.layout import Layout
 
@@ -31,7 +32,7 @@ class TopKExchange(SparseExchange):
     def _send_pairs(self, count: int) -> None:
         with self.stats.phase("select"):
             residual = self.memory.residual[: self.layout.compressed]
-            chosen = residual.abs().topk(count, sorted=False).indices
+            chosen = heaviest(residual, count)
             values = residual[chosen]
             pairs = torch.cat([chosen.to(torch.int32), values.view(torch.int32)])
             self.stats.note_captured(values, residual)

@@ -1,0 +1,28 @@
+"""The heaviest coordinates of a vector."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+_SAMPLE = 1 << 14
+_MARGIN = 1.2
+
+
+def heaviest(vector: Tensor, count: int) -> Tensor:
+    """Indices (int64, ascending) of the ``count`` entries of largest magnitude; of equal ones any.
+
+    A sample gives a threshold that a few more entries than wanted exceed; those alone are ranked.
+    Should it be too high, all are.
+    """
+    magnitudes = vector.abs()
+    stride = magnitudes.numel() // _SAMPLE
+    if stride > 1:
+        sample = magnitudes[::stride]
+        rank = int(_MARGIN * count / stride) + 32
+        if 2 * rank < sample.numel():
+            threshold = sample.topk(rank, sorted=False).values.min()
+            candidates = (magnitudes >= threshold).nonzero().squeeze(1)
+            if candidates.numel() >= count:
+                ranked = magnitudes[candidates].topk(count, sorted=False).indices
+                return candidates[ranked.sort().values]
+    return magnitudes.topk(count, sorted=False).indices.sort().values
