@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,32 +37,28 @@ class Outcome:
 
 def train(task: Task, wrap: Wrap, *, ranks: int, seed: int, steps: int) -> Outcome:
     """Train from one start on ``ranks`` batches a step; what rank 0 saw, of the average model where models differ."""
+    start, batches = begin(task, ranks, seed, steps)
+    models = [copy.deepcopy(start) for _ in range(ranks)]
+    return InProcessGroup(ranks).run(lambda comm: train_rank(task, wrap, models[comm.rank], comm, batches))[0]
+
+
+def begin(task: Task, ranks: int, seed: int, steps: int) -> tuple[nn.Module, list[Batch]]:
+    """The model before the first step, and the batches of all ranks for every step."""
     torch.manual_seed(seed)
     start, generator = task.model(), torch.Generator().manual_seed(seed + 1)
-    batches = [task.batch(generator, ranks * task.batch_size) for _ in range(steps)]
-    models = [copy.deepcopy(start) for _ in range(ranks)]  # here, for modules draw from the global generator
-
-    def on_rank(comm: Communicator) -> Outcome:
-        def share(step: int) -> Batch:
-            inputs, targets = batches[step]
-            return inputs.chunk(ranks)[comm.rank], targets.chunk(ranks)[comm.rank]
-
-        return train_rank(task, wrap, models[comm.rank], comm, share, steps)
-
-    return InProcessGroup(ranks).run(on_rank)[0]
+    return start, [task.batch(generator, ranks * task.batch_size) for _ in range(steps)]
 
 
-def train_rank(
-    task: Task, wrap: Wrap, model: nn.Module, comm: Communicator, share: Callable[[int], Batch], steps: int
-) -> Outcome:
-    """One rank's part of a training."""
+def train_rank(task: Task, wrap: Wrap, model: nn.Module, comm: Communicator, batches: list[Batch]) -> Outcome:
+    """One rank's part of a training, on its share of every batch."""
+    steps = len(batches)
     optimizer, warmup = wrap(task.optimizer(model), model, comm), max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
     )
     outcome, before = Outcome(), comm.bytes_sent
-    for step in range(steps):
-        _step(task, optimizer, model, *share(step))
+    for step, (inputs, targets) in enumerate(batches):
+        _step(task, optimizer, model, inputs.chunk(comm.size)[comm.rank], targets.chunk(comm.size)[comm.rank])
         schedule.step()
         if (step + 1) % max(1, steps // MOMENTS) == 0 or step == steps - 1:
             sent = comm.bytes_sent - before
