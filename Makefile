@@ -7,7 +7,7 @@ PYTEST ?= python -m pytest
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: help env demo test check bench cluster-bench clean
+.PHONY: help env demo test check bench cluster-bench accuracy clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,7 +15,7 @@ help: ## list the targets
 env: ## create the environment in .venv, or bring it up to date
 	@environment/create
 
-demo test check bench cluster-bench: export PATH := $(CURDIR)/.venv/bin:$(PATH)
+demo test check bench cluster-bench accuracy: export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 demo: env ## train a small transformer on 2 processes, dense and sketched, and compare
 	$(DEMO)
@@ -33,6 +33,9 @@ bench: env ## time the kernels against one copy of the vector: some minutes
 
 cluster-bench: env ## time the methods on a cluster of network namespaces on this machine (root)
 	python -m benchmarks.cluster
+
+accuracy: env ## train dense and with every method on three tasks, 8 simulated ranks: hours, resumable run by run
+	python -m benchmarks.accuracy $(ACCURACY)
 
 clean: ## remove what was built, except for the environment
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis hvd_sketch/sketch/_kernel.so
