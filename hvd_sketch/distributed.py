@@ -51,8 +51,8 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     given, it trains as if it were not there.
 
     With ``Compression.none`` and ``fp16`` under Horovod this *is* Horovod's own optimizer. With
-    a sparsifying compressor gradients are sketched while backward runs, and `synchronize` does
-    both rounds of the exchange in one fixed order, whatever the order of hooks.
+    a compressor of ours gradients are gathered while backward runs, and `synchronize` does the
+    whole exchange in one fixed order, whatever the order of hooks.
 
     Args:
         optimizer: the optimizer to wrap, before or after loading its state.
