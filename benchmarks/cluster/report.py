@@ -26,11 +26,14 @@ Measured on {machine}; {software}.
 - **step**: seconds of a whole training step, the median of the runs; the slowest host counts.
 - **compute**: the same step without any exchange, all hosts at the same time.
 - **exchange**: step minus compute, so all that the method costs: its arithmetic, its messages and its waiting.
-- **wire**, for our methods: the part of the exchange spent inside collectives, waiting for slower hosts included.
+- **wire**, for our methods: the part of the exchange spent waiting for collectives, slower hosts included. What
+  `sketch` computes while its second collective is under way is not in it, so it may be below the limit.
 - **limit**: what the link needs for the bytes that a rank sends, `8 bytes / rate`. Headers of Ethernet, IP and TCP and
   their acknowledgements add 7 % that nobody can avoid; they are not in the bytes, and not in the limit.
 - **counted**: TCP payload by the counters of the host's interface, over the bytes that the method itself reports.
 - **load**: processes that wanted a core in the minute before the row, those of the row before it included.
+  The ranks themselves make about twice the number of hosts; with more, other programs were running, over which the
+  ranks have priority, but with which they share caches and memory.
 - **faster**: the step of plain Horovod over this one.
 
 All hosts share {cores} cores. With more hosts than cores they compute, sketch and select one after the other, so every
@@ -102,7 +105,7 @@ def _goal(measured: dict[Cell, Row]) -> str:
         lines.append(
             f"- {model}: {dense['seconds_exchange'] / ours['seconds_exchange']:.1f} times less exchange than plain "
             f"Horovod; the exchange takes {ours['seconds_exchange'] / limit:.2f} times the wire's limit, "
-            f"its collectives alone {ours['seconds_wire'] / limit:.2f} times.{_same_bytes(model, measured)}\n"
+            f"waiting for its collectives {ours['seconds_wire'] / limit:.2f} times.{_same_bytes(model, measured)}\n"
         )
     head = (
         "## The aim\n\nAt 100 Mbit/s, 4 hosts, 10 M parameters and ratio 40: 20 times less exchange, "
