@@ -71,7 +71,7 @@ def _table(rows: list[Row]) -> str:
             continue
         losses = [row["final_loss"] for row in group]
         gaps = [100 * (row["final_loss"] / row["dense_loss"] - 1) for row in group]
-        spread = f"{max(losses) - min(losses):.3f}" if len(group) > 1 else "–"
+        spread = f"{max(losses) - min(losses):.3f}" if len(group) > 1 else "-"
         lines.append(
             f"| {method} | {setting:g} | {group[0]['ratio']:.1f} | {statistics.mean(losses):.3f} | "
             f"{statistics.mean(gaps):+.1f} | {spread} | {len(group)} |"
