@@ -99,20 +99,19 @@ class Exchange(ABC):
         if parameter is not None:
             staged.view(slot.shape).add_(parameter.detach(), alpha=weight_decay)
         self._submitted[position] = True
-        self._on_submit(slot.offset, slot.stop)
 
     def submit_all(self, vector: Tensor) -> None:
         """Hand in the whole vector, in the layout's order, in place of one `submit` a slot."""
         self.gradient.copy_(vector)
         self._submitted = [True] * len(self._submitted)
-        self._on_submit(0, self.layout.compressed)
 
     def run(self) -> None:
         """Exchange the step's gradients; afterwards `update` is the same on all ranks.
 
         Raises:
-            RankMismatchError: alike on all ranks, when they differ in settings, parameters or
-                selection; the memory is then as before the step.
+            RankMismatchError: alike on all ranks, when they differ in settings or parameters, and
+                the memory is then as before the step; or in what they selected, and the memory
+                then holds the step's gradient too, unsent.
             ConfigurationError: alike on all ranks, when any of them called `fail_together`.
         """
         before = self.comm.bytes_sent
@@ -220,10 +219,6 @@ class Exchange(ABC):
     def _is_dense_step(self) -> bool:
         return False
 
-    def _on_submit(self, start: int, stop: int) -> None:
-        """Called when the gradient of coordinates start … stop has arrived."""
-        return
-
     def _extra_state(self) -> dict[str, Any]:
         return {}
 
@@ -286,7 +281,6 @@ class Exchange(ABC):
             if not submitted:
                 slot = self.layout.slots[position]
                 self.gradient[slot.offset : slot.stop].zero_()
-                self._on_submit(slot.offset, slot.stop)
             self._submitted[position] = False
 
     def _fingerprint(self) -> int:
