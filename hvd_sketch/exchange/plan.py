@@ -78,7 +78,7 @@ def sharded_plan(layout: Layout, ratio: float, ranks: int, *, lane_bytes: int) -
     universe = -(-layout.compressed // ranks)
     dense_bytes = lane_bytes * (wire.HEADER + layout.dense)
     budget = int((4 * layout.total / ratio - dense_bytes) / ranks)
-    fitting = range(1, universe + 1)
+    fitting = range(1, layout.compressed // ranks + 1)  # the least shard
     count = bisect_right(fitting, budget, key=lambda pairs: SparseCodec(universe, pairs).nbytes)
     if count < 1:
         least = (dense_bytes + ranks * SparseCodec(universe, 1).nbytes) // 4

@@ -14,7 +14,7 @@ class ShardedExchange(SparseExchange):
     """Each coordinate has an owner, who receives, sums, selects again and tells everybody.
 
     Coordinate i belongs to rank ``i mod W``, so every owner gets a fair sample of all layers. With
-    computed memory v_i on rank i, and ``Q`` the top-k with eight-bit values::
+    computed memory v_i on rank i, and ``Q`` the top-k with four-bit values::
 
         up     c_ij = Q(v_i on shard j)              alltoall;   v_i loses c_ij, for every j != i
         owner  s_j = v_j on shard j + sum_i c_ij     its own part needs no compression
@@ -36,59 +36,49 @@ class ShardedExchange(SparseExchange):
 
     def _send_pairs(self, count: int) -> None:
         codec = SparseCodec(-(-self.layout.compressed // self.comm.size), count)
-        shards = self._by_owner(codec.universe)
-        received = self._send_up(shards, codec)
-        self._send_down(shards, received, codec)
+        self._send_down(self._send_up(codec), codec)
 
-    def _by_owner(self, universe: int) -> Tensor:
-        """The memory as ``(universe, ranks)``, column j the shard of rank j; zeros at the end."""
-        padded = torch.zeros(universe * self.comm.size, dtype=torch.float32, device=self.gradient.device)
-        padded[: self.layout.compressed] = self.memory.residual[: self.layout.compressed]
-        return padded.view(universe, self.comm.size)
-
-    def _send_up(self, shards: Tensor, codec: SparseCodec) -> Tensor:
+    def _send_up(self, codec: SparseCodec) -> Tensor:
         with self.stats.phase("select"):
-            rows, values = _heaviest(shards.t().contiguous(), codec.count)
-            self.stats.note_captured(values, shards)
+            rows, values = _heaviest([self._shard(owner) for owner in range(self.comm.size)], codec.count)
+            self.stats.note_captured(values, self.memory.residual[: self.layout.compressed])
             code, decoded = codec.encode(rows, values)
             others = torch.arange(self.comm.size, device=rows.device) != self.comm.rank
-            owners = torch.arange(self.comm.size, device=rows.device).unsqueeze(1).expand_as(rows)
-            where = (rows * self.comm.size + owners)[others]
-            self._keep(where, (values - decoded)[others])
+            where, left = self._coordinates(rows)[others], (values - decoded)[others]
+            self.memory.keep(where.flatten(), left.flatten(), mask=True)
         with self.stats.phase("exchange"):
             return self.comm.alltoall(code, self._name("up"))
 
-    def _send_down(self, shards: Tensor, received: Tensor, codec: SparseCodec) -> None:
-        ranks, rank = self.comm.size, self.comm.rank
+    def _send_down(self, received: Tensor, codec: SparseCodec) -> None:
         with self.stats.phase("select"):
-            total = shards[:, rank].clone()
+            own = self._shard(self.comm.rank)
+            total = own.clone(memory_format=torch.contiguous_format)
             rows, values = codec.decode(received)
-            for sender in range(ranks):
-                if sender != rank:
+            for sender in range(self.comm.size):
+                if sender != self.comm.rank:
                     total.index_add_(0, rows[sender], values[sender])
-            rows, values = _heaviest(total.unsqueeze(0), codec.count)
+            rows, values = _heaviest([total], codec.count)
             code, decoded = codec.encode(rows, values)
-            total[rows[0]] -= decoded[0]
-            own = torch.arange(rank, self.layout.compressed, ranks, device=rows.device)
-            self.memory.residual[own] = total[: own.numel()]
-            inside = rows[0] * ranks + rank
-            inside = inside[inside < self.layout.compressed]
-            self.memory.keep(inside, self.memory.residual[inside], mask=True)
+            own.copy_(total)
+            sent = rows[0] * self.comm.size + self.comm.rank
+            self.memory.keep(sent, (values - decoded)[0], mask=True)
         with self.stats.phase("exchange"):
             gathered = self.comm.allgather(code[0], self._name("down"))
         with self.stats.phase("memory"):
             rows, values = codec.decode(gathered)
-            where = rows * ranks + torch.arange(ranks, device=rows.device).unsqueeze(1)
-            valid = where < self.layout.compressed
             self.update[: self.layout.compressed].zero_()
-            self.update[where[valid]] = values[valid]
+            self.update.index_copy_(0, self._coordinates(rows).flatten(), values.flatten())
 
-    def _keep(self, where: Tensor, left: Tensor) -> None:
-        valid = where < self.layout.compressed
-        self.memory.keep(where[valid], left[valid], mask=True)
+    def _shard(self, owner: int) -> Tensor:
+        """The memory of what a rank owns: a view."""
+        return self.memory.residual[owner : self.layout.compressed : self.comm.size]
+
+    def _coordinates(self, rows: Tensor) -> Tensor:
+        """Where in the vector the rows of every owner's shard are, ``(ranks, count)``."""
+        return rows * self.comm.size + torch.arange(self.comm.size, device=rows.device).unsqueeze(1)
 
 
-def _heaviest(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Indices (ascending) and values of the ``count`` largest magnitudes of each row."""
-    indices = torch.stack([heaviest(row, count) for row in rows])
-    return indices, rows.gather(1, indices)
+def _heaviest(shards: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """Indices (ascending) and values of the ``count`` largest magnitudes of each."""
+    rows = [heaviest(shard, count) for shard in shards]
+    return torch.stack(rows), torch.stack([shard[chosen] for shard, chosen in zip(shards, rows, strict=True)])
