@@ -134,6 +134,8 @@ def test_a_second_cluster_of_the_name_is_refused_and_the_first_stays(cluster: Cl
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_takes_everything_down(name: str, number: signal.Signals) -> None:
+    if signal.getsignal(number) == signal.SIG_IGN:  # as in a shell's background job, whose children inherit it
+        signal.signal(number, signal.SIG_DFL)
     process = sleeping(name)
     until_up(process, name)
     process.send_signal(number)
