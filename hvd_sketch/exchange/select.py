@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 _SAMPLE = 1 << 14
@@ -21,8 +22,12 @@ def heaviest(vector: Tensor, count: int) -> Tensor:
         rank = int(_MARGIN * count / stride) + 32
         if 2 * rank < sample.numel():
             threshold = sample.topk(rank, sorted=False).values.min()
-            candidates = (magnitudes >= threshold).nonzero().squeeze(1)
-            if candidates.numel() >= count:
+            candidates = (magnitudes >= threshold if threshold > 0 else magnitudes).nonzero().squeeze(1)
+            missing = count - candidates.numel()
+            if missing > 0 and threshold == 0:  # everything that is not zero, and some zeros
+                zeros = (magnitudes == 0).nonzero().squeeze(1)[:missing]
+                return torch.cat([candidates, zeros]).sort().values
+            if missing <= 0:
                 ranked = magnitudes[candidates].topk(count, sorted=False).indices
                 return candidates[ranked.sort().values]
     return magnitudes.topk(count, sorted=False).indices.sort().values
