@@ -32,7 +32,7 @@ class TopKExchange(SparseExchange):
     def _send_pairs(self, count: int) -> None:
         with self.stats.phase("select"):
             residual = self.memory.residual[: self.layout.compressed]
-            chosen = heaviest(residual, count)
+            chosen = self._choose(residual, count)
             values = residual[chosen]
             pairs = torch.cat([chosen.to(torch.int32), values.view(torch.int32)])
             self.stats.note_captured(values, residual)
@@ -41,6 +41,10 @@ class TopKExchange(SparseExchange):
         with self.stats.phase("memory"):
             self.memory.keep(chosen, 0.0, mask=True)
             self._write_update(gathered)
+
+    def _choose(self, residual: Tensor, count: int) -> Tensor:
+        """Which ``count`` coordinates of the memory's compressed part to send."""
+        return heaviest(residual, count)
 
     def _write_update(self, gathered: Tensor) -> None:
         indices, values = gathered.view(self.comm.size, 2, -1).unbind(1)

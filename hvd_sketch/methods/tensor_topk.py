@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvd_sketch import wire
 from hvd_sketch.comm.base import Communicator
 from hvd_sketch.compressor import Sparsifier
 from hvd_sketch.exchange.base import Exchange
+from hvd_sketch.exchange.select import heaviest
+from hvd_sketch.exchange.topk import TopKExchange
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
 from hvd_sketch.methods.accordion import Accordion
@@ -43,6 +45,7 @@ class TensorTopK(Sparsifier):
             average=average,
             clip_norm=self.clip_norm,
             momentum=momentum,
+            dtype=torch.float32,
             device=device,
         )
 
@@ -52,7 +55,7 @@ class TensorTopK(Sparsifier):
         return [self.ratio_at(step)] * tensors
 
 
-class TensorTopKExchange(Exchange):
+class TensorTopKExchange(TopKExchange):
     """See `TensorTopK`; ``ratios`` maps the number of tensors and the step to one ratio a tensor."""
 
     def __init__(
@@ -61,48 +64,23 @@ class TensorTopKExchange(Exchange):
         comm: Communicator,
         settings: str,
         ratios: Callable[[int, int], list[float]],
-        *,
-        average: bool,
-        clip_norm: float | None,
-        momentum: Momentum | None,
-        device: torch.device,
+        **others: Any,
     ) -> None:
-        super().__init__(
-            layout, comm, settings, average=average, clip_norm=clip_norm, momentum=momentum, device=device
-        )
+        super().__init__(layout, comm, settings, self._pairs, **others)
         self._ratios = ratios
         self._parts = [slice(slot.offset, slot.stop) for slot in layout.slots if slot.stop <= layout.compressed]
 
-    def _is_dense_step(self) -> bool:
-        return max(self._ratios(len(self._parts), self.step)) <= 1.0
+    def _pairs(self, layout: Layout, step: int, ranks: int) -> int | None:
+        ratios = self._ratios(len(self._parts), step)
+        return None if max(ratios) <= 1.0 else sum(self._counts(ratios))
 
-    def _send_selected(self, clip: float, finite: bool) -> bool:
-        dense = slice(self.layout.compressed, self.layout.total)
-        message = self.gradient.new_empty(wire.HEADER + self.layout.dense)
-        message[wire.HEADER :] = self.memory.computed(self.gradient, clip, dense)
-        if not self._sum(message, finite, "dense"):
-            return False
-        with self.stats.phase("select"):
-            self.memory.absorb(self.gradient, clip)
-            chosen = self._choose()
-            values = self.memory.residual[chosen]
-            self.stats.note_captured(values, self.memory.residual[: self.layout.compressed])
-        with self.stats.phase("exchange"):
-            pairs = torch.cat([chosen.to(torch.int32), values.view(torch.int32)])
-            gathered = self.comm.allgather(pairs, self._name("pairs")).view(self.comm.size, 2, -1)
-        with self.stats.phase("memory"):
-            self.memory.keep(dense, 0.0, mask=False)
-            self.memory.keep(chosen, 0.0, mask=True)
-            self.update[: self.layout.compressed].zero_()
-            for indices, sent in gathered:
-                self.update.index_add_(0, indices.long(), sent.contiguous().view(torch.float32))
-            self.update[dense] = message[wire.HEADER :]
-            self.update.mul_(1.0 / self._mean_divisor())
-        return True
+    def _counts(self, ratios: list[float]) -> list[int]:
+        return [
+            max(1, int((part.stop - part.start) / (ratio * self.comm.size)))
+            for part, ratio in zip(self._parts, ratios, strict=True)
+        ]
 
-    def _choose(self) -> Tensor:
-        magnitudes, chosen = self.memory.residual[: self.layout.compressed].abs(), []
-        for part, ratio in zip(self._parts, self._ratios(len(self._parts), self.step), strict=True):
-            k = max(1, int((part.stop - part.start) / (ratio * self.comm.size)))
-            chosen.append(magnitudes[part].topk(k, sorted=False).indices.add_(part.start))
-        return torch.cat(chosen)
+    def _choose(self, residual: Tensor, count: int) -> Tensor:
+        counts = self._counts(self._ratios(len(self._parts), self.step))
+        chosen = zip(self._parts, counts, strict=True)
+        return torch.cat([heaviest(residual[part], k).add_(part.start) for part, k in chosen])
