@@ -20,6 +20,7 @@ from hvd_sketch.exchange import DenseExchange, Exchange
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
 from hvd_sketch.methods.anticipate import Anticipate, AnticipatingOptimizer, check_anticipate
+from hvd_sketch.methods.common_share import CommonShare
 from hvd_sketch.methods.step_ahead import StepAhead, StepAheadOptimizer, check_step_ahead
 from hvd_sketch.optimizer import distribute
 
@@ -106,10 +107,12 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     if isinstance(error_feedback, StepAhead):
         return StepAheadOptimizer(optimizer, named, compression, lazy.get, lazy.is_active, error_feedback)
     layout = _layout(compression, [item for item in named if item[1].requires_grad])
+    measures = isinstance(error_feedback, Anticipate) and error_feedback.coefficient is None
+    shares = CommonShare() if measures else None
     distributed = distribute(
         optimizer,
         named,
-        partial(_exchange, compression, lazy, op == Average),
+        partial(_exchange, compression, lazy, op == Average, shares),
         lazy.is_active,
         backward_passes_per_step=backward_passes_per_step,
         sparse_as_dense=sparse_as_dense,
@@ -119,7 +122,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     )
     if error_feedback is None:
         return distributed
-    return AnticipatingOptimizer(distributed, named, layout, lazy.is_active, error_feedback)
+    return AnticipatingOptimizer(distributed, named, layout, lazy.is_active, shares, error_feedback)
 
 
 def _check_arguments(
@@ -173,15 +176,24 @@ class _Lazy:
 
 
 def _exchange(
-    compression: Any, lazy: _Lazy, average: bool, parameters: dict[str, Tensor], momentum: Momentum | None
+    compression: Any,
+    lazy: _Lazy,
+    average: bool,
+    shares: CommonShare | None,
+    parameters: dict[str, Tensor],
+    momentum: Momentum | None,
 ) -> Exchange:
     comm = lazy.get()
     device = next(iter(parameters.values())).device
     layout = _layout(compression, parameters.items())
     if isinstance(compression, Compressor):
-        return compression.exchange(layout, comm, average=average, device=device, momentum=momentum)
-    dtype = torch.float16 if compression is HalfPrecision else torch.float32
-    return DenseExchange(layout, comm, average=average, device=device, dtype=dtype)
+        exchange = compression.exchange(layout, comm, average=average, device=device, momentum=momentum)
+    else:
+        dtype = torch.float16 if compression is HalfPrecision else torch.float32
+        exchange = DenseExchange(layout, comm, average=average, device=device, dtype=dtype)
+    if shares is not None:
+        shares.attach(exchange)
+    return exchange
 
 
 def _layout(compression: Any, named_parameters: Iterable[tuple[str, Tensor]]) -> Layout:

@@ -23,13 +23,13 @@ def small_or_named(dense_below: int, exclude: Sequence[str] = ()) -> DensePredic
     """The usual rule: 1-D tensors, tensors below ``dense_below`` elements, and names that match.
 
     Args:
-        dense_below: smallest number of elements worth compressing.
+        dense_below: smallest number of elements worth compressing; 0 for all tensors, 1-D ones as well.
         exclude: shell-style patterns of parameter names, as in ``"*.embedding.weight"``.
     """
 
     def is_dense(name: str, parameter: Tensor) -> bool:
         named = any(fnmatchcase(name, pattern) for pattern in exclude)
-        return named or parameter.dim() <= 1 or parameter.numel() < dense_below
+        return named or (parameter.dim() <= 1 and dense_below > 0) or parameter.numel() < dense_below
 
     return is_dense
 

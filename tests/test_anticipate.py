@@ -36,7 +36,7 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
 def run(
     size: int, compressor: Compressor, make: Make, feedback: Anticipate | None, steps: int = 12
 ) -> list[list[Seen]]:
-    """The details of a step are the memory after it, and the point where its gradient was taken."""
+    """The details of a step: the memory after it, where its gradient was taken, and measured shares."""
 
     def body(comm: Communicator, model: Model) -> Callable[[int], Any]:
         optimizer: Any = hvd_sketch.DistributedOptimizer(
@@ -53,7 +53,8 @@ def run(
                     point = vector(model)
                     loss(model, comm.rank, number).backward()
             optimizer.step()
-            return optimizer.exchange.memory.residual.double().clone(), point
+            shares = [observer.shares.double() for observer in optimizer.exchange.observers]
+            return optimizer.exchange.memory.residual.double().clone(), point, *shares
 
         return step
 
@@ -70,11 +71,21 @@ def test_the_gradient_is_taken_where_sgd_will_end_with_the_memory(coefficient: f
 
 
 def test_an_owner_counts_its_share_of_the_servers_error() -> None:
-    for rank, steps in enumerate(run(4, SHARDED, sgd, Anticipate())):
+    for rank, steps in enumerate(run(4, SHARDED, sgd, Anticipate(1.0))):
         for before, after in pairwise(steps):
             error = before.detail[0].clone()
             error[rank:2000:4] /= 4
             torch.testing.assert_close(after.detail[1], before.model - LR / (1 - 0.9) * error, rtol=1e-9, atol=1e-9)
+
+
+def test_by_default_each_parameter_counts_by_what_the_ranks_have_in_common() -> None:
+    for steps in run(3, TOPK, sgd, Anticipate()):
+        for before, after in pairwise(steps):
+            error, _, shares = before.detail
+            weight, bias = shares
+            ahead = LR / (1 - 0.9) * torch.cat([weight * error[:2000], bias * error[2000:]])
+            torch.testing.assert_close(after.detail[1], before.model - ahead, rtol=1e-9, atol=1e-12)
+        assert 1 / 4 < float(weight) < 1
 
 
 @pytest.mark.parametrize(("momentum", "dampening", "nesterov"), [(0.0, 0, False), (0.9, 0, True), (0.8, 0.5, False)])

@@ -197,8 +197,8 @@ class Exchange(ABC):
                 )
         if len(state["observers"]) != len(self.observers):
             raise ConfigurationError(
-                f"the saved memory has {len(state['observers'])} adaptive schedules, this compressor has "
-                f"{len(self.observers)}; use the schedule it was saved with"
+                f"the saved memory is of {len(state['observers'])} adaptive schedules and measuring error feedbacks, "
+                f"this optimizer has {len(self.observers)}; use the schedule and error_feedback it was saved with"
             )
         self.memory.load_state_dict(state["memory"])
         for observer, saved in zip(self.observers, state["observers"], strict=True):

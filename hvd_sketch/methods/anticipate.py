@@ -14,6 +14,7 @@ from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.layout import Layout
 from hvd_sketch.methods.ahead import AheadOptimizer
+from hvd_sketch.methods.common_share import CommonShare
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Anticipate:
     With model x, unsent gradients e_i of rank i, compressor C, and P(e), how far the wrapped
     optimizer will in the end move the model for a gradient e::
 
-        z_i = x - a P(e_i)                    where forward and backward run
+        z_i = x - P(a e_i)                    where forward and backward run
         d_i = e_i + g_i(z_i)                  c_i = C(d_i)          e_i <- d_i - c_i
         x  <- the wrapped optimizer's step with the gradient mean_i c_i
 
@@ -36,24 +37,28 @@ class Anticipate:
     times as large. With ``Compression.sharded`` an owner's memory holds the server's error as
     well, and counts by its share 1/W there.
 
-    Sent: what the compressor sends. Source: the step ahead of arXiv 2008.05823, here by the whole
-    response of the optimizer to the memory.
+    The model will move by the mean of all memories, of which a rank's own is a noisy guess: a is
+    the factor that makes it the best one, see `CommonShare`, measured for each parameter on the way.
+
+    Sent: what the compressor sends, and what `CommonShare` does. Source: the step ahead of arXiv
+    2008.05823, here by the whole response of the optimizer to the memory.
 
     Attributes:
-        coefficient: a, above 0 and at most 1.
+        coefficient: a by hand, for all parameters, above 0 and at most 1; None to measure it.
     """
 
-    coefficient: float = 1.0
+    coefficient: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.coefficient <= 1.0:
+        if self.coefficient is not None and not 0.0 < self.coefficient <= 1.0:
             raise ConfigurationError(f"Anticipate coefficient must be above 0 and at most 1, got {self.coefficient}")
 
 
 class AnticipatingOptimizer(AheadOptimizer):
     """The optimizer that `Anticipate` asks for; used as `AheadOptimizer` says.
 
-    ``optimizer`` is the distributed one, whose methods all work here too.
+    ``optimizer`` is the distributed one, whose methods all work here too; ``shares`` follows its
+    exchange, where the coefficient is to be measured.
     """
 
     def __init__(
@@ -62,12 +67,13 @@ class AnticipatingOptimizer(AheadOptimizer):
         named_parameters: list[tuple[str, Tensor]],
         layout: Layout,
         is_active: Callable[[], bool],
+        shares: CommonShare | None,
         settings: Anticipate,
     ) -> None:
         named = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
         super().__init__(optimizer, named, layout, is_active)
         self._distributed: Any = optimizer
-        self._settings, self._moved = settings, self._flat.new()
+        self._settings, self._shares, self._moved = settings, shares, self._flat.new()
 
     @property
     def exchange(self) -> Exchange:
@@ -108,11 +114,18 @@ class AnticipatingOptimizer(AheadOptimizer):
         memory, owned = self.exchange.memory.residual, self.exchange.owned
         self._moved.vector.copy_(memory)
         self._moved.vector[owned] /= self.exchange.comm.size
+        self._scale()
         errors = dict(zip(self._flat.parameters, self._moved.views, strict=True))
         for group in self.optimizer.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter in errors]
             respond(self.optimizer, group, parameters, [errors[parameter] for parameter in parameters])
-        self._ahead.vector.sub_(self._moved.vector, alpha=self._settings.coefficient)
+        self._ahead.vector.sub_(self._moved.vector)
+
+    def _scale(self) -> None:
+        if self._settings.coefficient is not None:
+            self._moved.vector.mul_(self._settings.coefficient)
+        elif self._shares is not None and self._shares.shares is not None:
+            torch._foreach_mul_(self._moved.views, list(self._shares.shares.to(self._flat.dtype).unbind()))
 
 
 def respond(
