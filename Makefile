@@ -38,5 +38,5 @@ accuracy: env ## train dense and with every method on three tasks, 8 simulated r
 	python -m benchmarks.accuracy $(ACCURACY)
 
 clean: ## remove what was built, except for the environment
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis hvd_sketch/sketch/_kernel.so
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis hvd_sketch/native/_kernel.so
 	find . -name __pycache__ -prune -exec rm -rf {} +

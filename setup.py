@@ -9,11 +9,11 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
-SOURCES = Path("hvd_sketch", "sketch")
+SOURCES = Path("hvd_sketch", "native")
 KERNEL = Extension(
-    "hvd_sketch.sketch._kernel",
-    [str(SOURCES / "kernel.cpp")],
-    depends=[str(header) for header in sorted(SOURCES.glob("kernel/*.hpp"))],
+    "hvd_sketch.native._kernel",
+    [str(source) for source in sorted(SOURCES.glob("*.cpp"))],
+    depends=[str(header) for header in sorted(SOURCES.rglob("*.hpp"))],
 )
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-fPIC", "-shared", "-Wno-psabi")
 
@@ -61,7 +61,9 @@ class BuildKernel(build_ext):
         library = self.get_ext_fullpath(ext.name)
         Path(library).parent.mkdir(parents=True, exist_ok=True)
         if subprocess.run([compiler, *FLAGS, *ext.sources, "-o", library], check=False).returncode:
-            raise SystemExit(f"hvd_sketch: {compiler} could not compile {ext.sources[0]}; its messages are above")
+            raise SystemExit(
+                f"hvd_sketch: {compiler} could not compile {' '.join(ext.sources)}; its messages are above"
+            )
 
 
 setup(

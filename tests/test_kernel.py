@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import hvd_sketch.native
 from hvd_sketch.sketch import CountSketch, Geometry, native, reference
 from hvd_sketch.sketch.geometry import TILE_WIDTH
 
@@ -246,15 +247,15 @@ def test_without_the_kernel_the_reference_serves(
     vector = numbers(10_000)
     expected = CountSketch(10_000, 3, 100)
     expected.add(vector)
-    native._load.cache_clear()
+    hvd_sketch.native._load.cache_clear()
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-        patch.setattr(native, "EXTENSION_SUFFIXES", [])
+        patch.setattr(hvd_sketch.native, "EXTENSION_SUFFIXES", [])
         assert not native.available()
         sketch = CountSketch(10_000, 3, 100)
         sketch.add_many([vector[:5000], vector[5000:]], [0, 5000])
         assert torch.equal(sketch.table, expected.table)
         estimates, (indices, values) = sketch.estimate(), sketch.top_k(100)
-    native._load.cache_clear()
+    hvd_sketch.native._load.cache_clear()
     assert len(caplog.records) == 1
     assert "pip install" in caplog.text
     assert torch.equal(estimates, expected.estimate())

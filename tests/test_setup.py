@@ -68,7 +68,7 @@ def installed(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_wheel_holds_every_module_and_the_kernel(sources: Path, installed: Path) -> None:
     modules = {str(file.relative_to(sources)) for file in (sources / "hvd_sketch").rglob("*.py")}
     files = {str(file.relative_to(installed)) for file in (installed / "hvd_sketch").rglob("*") if file.is_file()}
-    assert files == modules | {"hvd_sketch/py.typed", "hvd_sketch/sketch/_kernel.so"}
+    assert files == modules | {"hvd_sketch/py.typed", "hvd_sketch/native/_kernel.so"}
 
 
 def test_a_wheel_works_from_another_directory(installed: Path, tmp_path: Path) -> None:

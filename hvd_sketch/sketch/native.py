@@ -1,4 +1,4 @@
-"""The CPU kernel: a binding of ``kernel.cpp`` by raw pointers, not linked against PyTorch.
+"""The CPU kernel: a binding of ``native/sketch.cpp`` by raw pointers.
 
 Same functions and, for tables without NaN, same results to the last bit as `hvd_sketch.sketch.reference`,
 whatever the number of threads; it uses ``torch.get_num_threads()`` of them, as of the time of the call.
@@ -7,55 +7,17 @@ whatever the number of threads; it uses ``torch.get_num_threads()`` of them, as 
 from __future__ import annotations
 
 import ctypes
-import functools
-import logging
 from collections.abc import Sequence
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from hvd_sketch.native import available, library
 from hvd_sketch.sketch.geometry import Geometry
 
+__all__ = ["add", "add_many", "available", "estimate_all", "limit_lanes", "top_k"]
+
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
-_int64, _pointer = ctypes.c_int64, ctypes.c_void_p
-_SKETCH = [_int64, _int64, ctypes.c_uint64, _pointer]
-_SIGNATURES = {
-    "sketch_add": [*_SKETCH, _pointer, _int64, ctypes.c_float, _int64],
-    "sketch_estimate_all": [*_SKETCH, _int64, _pointer, _int64],
-    "sketch_top_k": [*_SKETCH, _int64, _int64, _pointer, _pointer, _int64],
-    "sketch_limit_lanes": [_int64],
-}
-
-
-@functools.cache
-def _load() -> ctypes.CDLL | None:
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_kernel{suffix}")
-        if path.exists():
-            library = ctypes.CDLL(str(path))
-            for name, arguments in _SIGNATURES.items():
-                getattr(library, name).argtypes = arguments
-            return library
-    logging.getLogger(__name__).warning(
-        "hvd_sketch: the native kernel is not built; the reference serves in its place, many times slower. "
-        "To build it, install a C++ compiler and run `pip install --no-build-isolation .` again"
-    )
-    return None
-
-
-def available() -> bool:
-    """Whether the kernel is built; if not, the first call logs a warning."""
-    return _load() is not None
-
-
-def _library() -> ctypes.CDLL:
-    library = _load()
-    if library is None:
-        raise RuntimeError("the native kernel is not built")
-    return library
 
 
 def add(geometry: Geometry, seed: int, table: Tensor, vector: Tensor, offset: int, scale: float) -> None:
@@ -75,12 +37,12 @@ def add_many(
 
 
 def _add_segments(geometry: Geometry, seed: int, table: Tensor, segments: Sequence[int], scale: float) -> None:
-    _library().sketch_add(
+    library().sketch_add(
         geometry.rows,
         geometry.cols,
         seed,
         table.data_ptr(),
-        (_int64 * len(segments))(*segments),
+        (ctypes.c_int64 * len(segments))(*segments),
         len(segments) // 4,
         scale,
         torch.get_num_threads(),
@@ -90,7 +52,7 @@ def _add_segments(geometry: Geometry, seed: int, table: Tensor, segments: Sequen
 def estimate_all(geometry: Geometry, seed: int, table: Tensor) -> Tensor:
     """The estimates (float32) of all ``geometry.dim`` coordinates."""
     estimates = torch.empty(geometry.dim, dtype=torch.float32)
-    _library().sketch_estimate_all(
+    library().sketch_estimate_all(
         geometry.rows,
         geometry.cols,
         seed,
@@ -105,7 +67,7 @@ def estimate_all(geometry: Geometry, seed: int, table: Tensor) -> Tensor:
 def top_k(geometry: Geometry, seed: int, table: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """As `reference.top_k`, in memory of O(k) and a tile beyond the table."""
     indices, estimates = torch.empty(k, dtype=torch.int64), torch.empty(k, dtype=torch.float32)
-    _library().sketch_top_k(
+    library().sketch_top_k(
         geometry.rows,
         geometry.cols,
         seed,
@@ -124,4 +86,4 @@ def limit_lanes(most: int) -> int:
 
     The results do not depend on it, so this is of use to tests and measurements only.
     """
-    return int(_library().sketch_limit_lanes(most))
+    return int(library().sketch_limit_lanes(most))

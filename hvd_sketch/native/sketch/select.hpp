@@ -7,7 +7,7 @@
 #include "estimate.hpp"
 #include "finds.hpp"
 #include "sieve.hpp"
-#include "split.hpp"
+#include "../split.hpp"
 
 namespace sketch {
 

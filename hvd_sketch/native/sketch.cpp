@@ -1,15 +1,15 @@
-// The CPU kernel of the sketch, as a plain shared library. See geometry.py for the definition and reference.py for the
-// results, which these functions reproduce to the last bit with any number of threads.
+// The CPU kernel of the sketch, as a plain shared library. See hvd_sketch/sketch: geometry.py for the definition and
+// reference.py for the results, which these functions reproduce to the last bit with any number of threads.
 //
 // The same code is compiled for each instruction set, and the widest one that the processor has is taken: one library
 // serves them all, and other architectures get the plain one.
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a function boundary: all is inlined
 
-#include "kernel/add.hpp"
-#include "kernel/estimate.hpp"
-#include "kernel/pool.hpp"
-#include "kernel/select.hpp"
+#include "pool.hpp"
+#include "sketch/add.hpp"
+#include "sketch/estimate.hpp"
+#include "sketch/select.hpp"
 
 namespace {
 

@@ -1,22 +1,13 @@
 // Where a coordinate goes: geometry.py in C++, word for word. See there for the definition.
 #pragma once
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <memory>
-
-// Everything between an entry point and its innermost loop is inlined into the entry point, which alone names the
-// instruction set; so one source serves all of them.
-#define INLINE inline __attribute__((always_inline))
+#include "../basics.hpp"
 
 namespace sketch {
 
 constexpr int64_t kTileWidth = 2048;
 constexpr int64_t kMaxWidth = 2 * kTileWidth;  // of a tile: cols / (cols / kTileWidth) stays below
 constexpr int kLanes = 16;  // of 32 bits, in the widest register
-constexpr size_t kLine = 128;  // bytes that processors fetch together
-constexpr uint32_t kSignBit = 0x80000000u;
 constexpr uint64_t kSignStream = 1 << 20, kRotationStream = 1 << 21;
 
 // N lanes of 32 bits: one register of the instruction set.
@@ -45,33 +36,6 @@ INLINE typename Lanes<N>::Word lane_numbers() {
     typename Lanes<N>::Word value = {};
     for (int lane = 0; lane < N; lane++) value[lane] = uint32_t(lane);
     return value;
-}
-
-// Memory that grows to the largest size asked for and is kept; its content is not. It is never so small that two
-// threads' buffers could share a cache line.
-template <class T>
-class Buffer {
-public:
-    T* reserve(int64_t size) {
-        if (size > size_) {
-            size_ = std::max(size, int64_t(2 * kLine / sizeof(T)));
-            data_.reset(new T[size_]);
-        }
-        return data_.get();
-    }
-    T* data() const { return data_.get(); }
-
-private:
-    std::unique_ptr<T[]> data_;
-    int64_t size_ = 0;
-};
-
-template <class To, class From>
-INLINE To bit_cast(From from) {
-    static_assert(sizeof(To) == sizeof(From));
-    To to;
-    std::memcpy(&to, &from, sizeof to);
-    return to;
 }
 
 INLINE uint64_t mix64(uint64_t x) {

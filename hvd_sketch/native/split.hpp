@@ -3,7 +3,7 @@
 
 #include <atomic>
 
-#include "layout.hpp"
+#include "basics.hpp"
 
 namespace sketch {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "layout.hpp"
-#include "split.hpp"
+#include "../split.hpp"
 
 namespace sketch {
 

@@ -5,9 +5,6 @@
 
 namespace sketch {
 
-// Magnitudes are compared as the integers that their bits are; that puts NaN above infinity.
-INLINE uint32_t magnitude(float value) { return bit_cast<uint32_t>(value) & ~kSignBit; }
-
 // An estimate reaches a threshold only if at least half of its cells do, whatever their signs. One bit for each cell of
 // a tile makes this a few operations on 64 coordinates at once, before anything is hashed.
 class Sieve {

@@ -1,0 +1,54 @@
+"""The native code for processors: one shared library with a C interface, linked against neither Python nor PyTorch.
+
+Each function equals a reference in Python, which serves in its place where the library is not built.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+_int64, _pointer = ctypes.c_int64, ctypes.c_void_p
+_SKETCH = [_int64, _int64, ctypes.c_uint64, _pointer]
+_SIGNATURES = {
+    "sketch_add": [*_SKETCH, _pointer, _int64, ctypes.c_float, _int64],
+    "sketch_estimate_all": [*_SKETCH, _int64, _pointer, _int64],
+    "sketch_top_k": [*_SKETCH, _int64, _int64, _pointer, _pointer, _int64],
+    "sketch_limit_lanes": [_int64],
+}
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | None:
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_kernel{suffix}")
+        if path.exists():
+            library = ctypes.CDLL(str(path))
+            for name, arguments in _SIGNATURES.items():
+                getattr(library, name).argtypes = arguments
+            return library
+    logging.getLogger(__name__).warning(
+        "hvd_sketch: the native kernel is not built; the reference serves in its place, many times slower. "
+        "To build it, install a C++ compiler and run `pip install --no-build-isolation .` again"
+    )
+    return None
+
+
+def library() -> ctypes.CDLL:
+    """The functions of the kernel, to be called with numbers and raw pointers.
+
+    Raises:
+        RuntimeError: when it is not built.
+    """
+    loaded = _load()
+    if loaded is None:
+        raise RuntimeError("the native kernel is not built")
+    return loaded
+
+
+def available() -> bool:
+    """Whether the kernel is built; if not, the first call logs a warning."""
+    return _load() is not None
