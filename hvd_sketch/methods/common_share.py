@@ -12,7 +12,8 @@ from hvd_sketch.sketch import CountSketch
 
 _COLS = 32
 _EVERY = 10
-_SMOOTHING = 0.7
+_AT_FIRST = 4
+_WEIGHT = 0.3
 
 
 class CommonShare:
@@ -26,7 +27,7 @@ class CommonShare:
     a quarter, and smoothed. Where an owner's memory is the sum of what all left out, see
     `Exchange.owned`, e_i is its share 1/W.
 
-    Sent: 33 floats a parameter in every tenth step.
+    Sent: 33 floats a parameter in the first four steps, and in every tenth.
     """
 
     def __init__(self) -> None:
@@ -52,10 +53,11 @@ class CommonShare:
         exchange.observers.append(self)
 
     def observe(self, exchange: Exchange) -> None:
-        """Measure after the first step, and after every tenth from there."""
-        if self._count % _EVERY == 0:
+        """Measure, when it is time."""
+        if self._count < _AT_FIRST or self._count % _EVERY == 0:
             fresh, old = self._measure(exchange), self._smoothed
-            self._smoothed = fresh if old is None else _SMOOTHING * old + (1.0 - _SMOOTHING) * fresh
+            weight = max(_WEIGHT, 1.0 / (self._count + 1))
+            self._smoothed = fresh if old is None else (1.0 - weight) * old + weight * fresh
         self._count += 1
 
     def _measure(self, exchange: Exchange) -> Tensor:
