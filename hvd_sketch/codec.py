@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hvd_sketch import native
+
 _LEVELS = 8
 _NEGATIVE = 8
 
@@ -59,6 +61,33 @@ class SparseCodec:
 
         Returns the code, uint8 of shape ``(m, nbytes)``, and the values as they will be decoded.
         """
+        if not _is_native(values):
+            return self._encode(indices, values)
+        indices, values = indices.contiguous(), values.contiguous()
+        code = torch.empty(len(values), self.nbytes, dtype=torch.uint8)
+        decoded = torch.empty_like(values)
+        pointers = (tensor.data_ptr() for tensor in (indices, values, code, decoded))
+        native.library().sparse_encode(self.universe, self.count, len(values), *pointers, torch.get_num_threads())
+        return code, decoded
+
+    def decode(self, code: Tensor) -> tuple[Tensor, Tensor]:
+        """The ``(m, count)`` indices and values behind a code of shape ``(m, nbytes)``.
+
+        Raises:
+            ValueError: when these bytes cannot have come from `encode`.
+        """
+        if not _is_native(code):
+            return self._decode(code)
+        code = code.contiguous()
+        indices = torch.empty(len(code), self.count, dtype=torch.int64)
+        values = torch.empty(len(code), self.count, dtype=torch.float32)
+        pointers = (tensor.data_ptr() for tensor in (code, indices, values))
+        threads = torch.get_num_threads()
+        if not native.library().sparse_decode(self.universe, self.count, len(code), *pointers, threads):
+            raise ValueError(self._no_code())
+        return indices, values
+
+    def _encode(self, indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         magnitudes = values.abs()
         levels = _levels_of(magnitudes)
         shape = (len(values), _LEVELS)
@@ -70,8 +99,7 @@ class SparseCodec:
         code = torch.cat([means.view(torch.uint8), packed, self._pack(indices)], dim=1)
         return code, _values(nibbles, means)
 
-    def decode(self, code: Tensor) -> tuple[Tensor, Tensor]:
-        """The ``(m, count)`` indices and values behind a code of shape ``(m, nbytes)``."""
+    def _decode(self, code: Tensor) -> tuple[Tensor, Tensor]:
         means = code[:, : 4 * _LEVELS].flatten().clone().view(torch.float32).view(-1, _LEVELS)
         packed = code[:, 4 * _LEVELS : self._value_bytes]
         nibbles = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)[:, : self.count]
@@ -91,17 +119,29 @@ class SparseCodec:
         bits = self.count * self._low_bits
         low = np.unpackbits(packed[:, : self._low_bytes], axis=1)[:, :bits].reshape(len(packed), self.count, -1)
         unary = np.unpackbits(packed[:, self._low_bytes :], axis=1)[:, : self._high_bits]
+        if (unary.sum(axis=1, dtype=np.int64) != self.count).any():
+            raise ValueError(self._no_code())
         high = np.flatnonzero(unary).reshape(len(packed), self.count) % self._high_bits - np.arange(self.count)
         weights = np.left_shift(1, np.arange(self._low_bits), dtype=np.int64)
-        return torch.from_numpy((high << self._low_bits) + low @ weights).to(code.device)
+        indices = (high << self._low_bits) + low @ weights
+        if indices.max() >= self.universe:
+            raise ValueError(self._no_code())
+        return torch.from_numpy(indices).to(code.device)
+
+    def _no_code(self) -> str:
+        return f"these {self.nbytes} bytes are no code of {self.count} of {self.universe} coordinates"
+
+
+def _is_native(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and native.available()
 
 
 def _levels_of(magnitudes: Tensor) -> Tensor:
     largest = magnitudes.amax(dim=1, keepdim=True)
     least = magnitudes.where(magnitudes > 0, largest).amin(dim=1, keepdim=True)
     first = torch.maximum(least, largest / 2 ** (_LEVELS - 1)).clamp_min_(torch.finfo(torch.float32).tiny)
-    octaves = (magnitudes / first).log2_().floor_().clamp_(0, _LEVELS - 2)
-    return torch.where(magnitudes > 0, octaves + 1, 0.0).to(torch.int64)
+    bounds = first * torch.exp2(torch.arange(1, _LEVELS - 1, device=magnitudes.device))
+    return torch.searchsorted(bounds, magnitudes, right=True) + (magnitudes > 0)
 
 
 def _values(nibbles: Tensor, means: Tensor) -> Tensor:

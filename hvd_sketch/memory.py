@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.shards import Rows
 from hvd_sketch.sketch import CountSketch
 
 
@@ -73,11 +74,11 @@ class Memory:
         nesterov = self._momentum is not None and self._momentum.nesterov
         self.velocity.mul_(self._factor).add_(gradient, alpha=clip * (self._factor if nesterov else 1.0))
 
-    def keep(self, where: Tensor | slice, left: Tensor | float, *, mask: bool) -> None:
+    def keep(self, where: Tensor | slice | Rows, left: Tensor | float, *, mask: bool) -> None:
         """Leave ``left`` behind of what was sent; ``mask`` marks coordinates open to masking."""
-        self.residual[where] = left
+        _put(self.residual, where, left)
         if mask and self._momentum is not None and self._momentum.masking and self.velocity is not None:
-            self.velocity[where] = 0.0
+            _put(self.velocity, where, 0.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the tensors of this rank."""
@@ -112,3 +113,15 @@ class Memory:
 def _at(values: Tensor, where: Tensor | slice) -> Tensor:
     """``values[where]``; a tensor's indices are taken in a quarter of the time of general indexing."""
     return values.index_select(0, where) if isinstance(where, Tensor) else values[where]
+
+
+def _put(values: Tensor, where: Tensor | slice | Rows, left: Tensor | float) -> None:
+    """``values[where] = left``, likewise."""
+    if isinstance(where, slice):
+        values[where] = left
+    elif isinstance(where, Rows):
+        where.put(values, left)
+    elif isinstance(left, Tensor):
+        values.index_copy_(0, where, left)
+    else:
+        values.index_fill_(0, where, left)

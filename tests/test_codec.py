@@ -1,5 +1,7 @@
 """The code for sparse vectors: what comes out is what went in, in as many bytes as promised."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hvd_sketch.codec import SparseCodec
+from tests.without_kernel import without_kernel
 
 
 def draw(codec: SparseCodec, vectors: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -66,3 +69,50 @@ def test_large_universes_do_not_overflow() -> None:
     indices = torch.tensor([[5, 2**33 + 1, 2**40 - 1]])
     found, _ = codec.decode(codec.encode(indices, torch.ones(1, 3))[0])
     assert torch.equal(found, indices)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 20_000), st.data(), st.integers(1, 3), st.integers(0, 2**31))
+def test_the_kernel_writes_the_bytes_of_the_reference(
+    universe: int, data: st.DataObject, vectors: int, seed: int
+) -> None:
+    codec = SparseCodec(universe, data.draw(st.integers(1, universe)))
+    indices, values = draw(codec, vectors, seed)
+    values *= data.draw(st.sampled_from([1.0, 2.0**-126, 2.0**-140, 1e30]))
+    values[:, :: data.draw(st.integers(2, 9))] = data.draw(st.sampled_from([0.0, -0.0, 4.0, -1e-30]))
+    ours = codec.encode(indices, values)
+    with without_kernel():
+        reference = codec.encode(indices, values)
+        decoded = codec.decode(reference[0])
+    for one, other in zip((*ours, *codec.decode(ours[0])), (*reference, *decoded), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_levels_begin_at_octaves_of_the_least() -> None:
+    least = torch.tensor(1.1)
+    octaves = least * 2.0 ** torch.arange(6)
+    values = torch.cat([octaves, octaves.nextafter(torch.tensor(0.0))[1:]]).unsqueeze(0)
+    _, decoded = SparseCodec(11, 11).encode(torch.arange(11).unsqueeze(0), values)
+    below = values[:, 6:]
+    torch.testing.assert_close(decoded[:, :5], (values[:, :5] + below) / 2, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(decoded[:, 6:], (values[:, :5] + below) / 2, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("by", ["kernel", "reference"])
+def test_what_is_no_code_is_refused(by: str) -> None:
+    codec = SparseCodec(1000, 37)
+    code, _ = codec.encode(*draw(codec, 2, 0))
+    damages = (code.clone(), code.clone(), code.clone())
+    damages[0][1, -10:] = 255  # too many indices
+    damages[1][0, -10:] = 0  # too few
+    wrong = SparseCodec(1500, 37)  # of as many bytes or more, and larger indices
+    indices = torch.arange(1463, 1500).unsqueeze(0)
+    larger, _ = wrong.encode(indices, torch.ones(1, 37))
+    assert larger.shape[1] >= codec.nbytes
+    damages[2][:] = larger[:, : codec.nbytes]
+    for damaged in damages:
+        with (
+            without_kernel() if by == "reference" else nullcontext(),
+            pytest.raises(ValueError, match="no code of 37"),
+        ):
+            codec.decode(damaged)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hvd_sketch.exchange.select import heaviest
+from hvd_sketch.exchange.select import heaviest, heaviest_of_shards
+from tests.without_kernel import without_kernel
 
 
 def vectors(size: int) -> dict[str, Tensor]:
@@ -33,6 +34,46 @@ def test_the_heaviest_are_chosen(size: int, share: float) -> None:
         assert others.max() <= least, name
 
 
-def test_equal_and_zero_entries() -> None:
-    assert heaviest(torch.zeros(100_000), 500).unique().numel() == 500
-    assert heaviest(torch.ones(100_000), 500).unique().numel() == 500
+def test_of_equal_entries_the_first_are_chosen() -> None:
+    first = torch.arange(500)
+    for size in (1000, 100_000):
+        assert torch.equal(heaviest(torch.zeros(size), 500), first)
+        assert torch.equal(heaviest(-torch.ones(size), 500), first)
+        some = torch.zeros(size)
+        some[7::50] = 3.0
+        chosen = heaviest(some, size // 50 + 2)
+        assert torch.equal(chosen, torch.cat([torch.tensor([0, 1]), torch.arange(7, size, 50)]))
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 8])
+def test_every_shard_is_ranked_by_itself_and_by_the_kernel_as_by_the_reference(shards: int) -> None:
+    for size in (shards, 1000, 300_001):
+        for name, vector in vectors(size).items():
+            for count in {1, max(1, size // shards // 50), size // shards}:
+                compare(vector, shards, count, name)
+                compare(vector.repeat_interleave(3)[1::3], shards, count, name)
+
+
+def compare(vector: Tensor, shards: int, count: int, name: str) -> None:
+    rows, values = heaviest_of_shards(vector, shards, count)
+    for shard in range(shards):
+        assert torch.equal(rows[shard], heaviest(vector[shard::shards], count)), name
+        assert torch.equal(values[shard], vector[shard::shards][rows[shard]]), name
+    with without_kernel():
+        expected = heaviest_of_shards(vector, shards, count)
+    assert torch.equal(rows, expected[0]), name
+    assert torch.equal(values, expected[1]), name
+
+
+def test_any_number_of_threads_chooses_the_same() -> None:
+    vector = torch.randn(1_000_003)
+    expected = heaviest_of_shards(vector, 4, 20_000)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 4, 5):
+            torch.set_num_threads(threads)
+            rows, values = heaviest_of_shards(vector, 4, 20_000)
+            assert torch.equal(rows, expected[0])
+            assert torch.equal(values, expected[1])
+    finally:
+        torch.set_num_threads(before)

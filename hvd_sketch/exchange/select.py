@@ -1,33 +1,65 @@
-"""The heaviest coordinates of a vector."""
+"""The heaviest coordinates of a vector, and of each shard of one."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from hvd_sketch import native
+
 _SAMPLE = 1 << 14
 _MARGIN = 1.2
 
 
 def heaviest(vector: Tensor, count: int) -> Tensor:
-    """Indices (int64, ascending) of the ``count`` entries of largest magnitude; of equal ones any.
+    """Rows (int64, ascending) of the ``count`` entries of largest magnitude; of equal ones the first."""
+    return heaviest_of_shards(vector, 1, count)[0].squeeze(0)
 
-    A sample gives a threshold that a few more entries than wanted exceed; those alone are ranked.
-    Should it be too high, all are.
+
+def heaviest_of_shards(vector: Tensor, shards: int, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` entries of largest magnitude of every shard; of equal ones the first.
+
+    Entry i belongs to shard ``i mod shards``, as its row ``i div shards``. The vector (float32) need not be
+    contiguous. Returns rows (int64, ascending) and values, both ``(shards, count)``.
     """
-    magnitudes = vector.abs()
+    if vector.device.type != "cpu" or vector.numel() >= 2**32 or not native.available():
+        rows = torch.stack([_reference(vector[shard::shards], count) for shard in range(shards)])
+        return rows, torch.stack([vector[shard::shards][chosen] for shard, chosen in enumerate(rows)])
+    rows = torch.empty(shards, count, dtype=torch.int64)
+    values = torch.empty(shards, count, dtype=torch.float32)
+    native.library().sparse_heaviest(
+        vector.data_ptr(),
+        vector.numel(),
+        vector.stride(0),
+        shards,
+        count,
+        rows.data_ptr(),
+        values.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return rows, values
+
+
+def _reference(vector: Tensor, count: int) -> Tensor:
+    """A sample gives a threshold that a few more entries than wanted exceed; those alone are ranked.
+
+    Should it be too high, all are. Magnitudes are compared as the integers that their bits are.
+    """
+    magnitudes = vector.view(torch.int32) & 0x7FFFFFFF
     stride = magnitudes.numel() // _SAMPLE
     if stride > 1:
         sample = magnitudes[::stride]
         rank = int(_MARGIN * count / stride) + 32
         if 2 * rank < sample.numel():
-            threshold = sample.topk(rank, sorted=False).values.min()
-            candidates = (magnitudes >= threshold if threshold > 0 else magnitudes).nonzero().squeeze(1)
-            missing = count - candidates.numel()
-            if missing > 0 and threshold == 0:  # everything that is not zero, and some zeros
-                zeros = (magnitudes == 0).nonzero().squeeze(1)[:missing]
-                return torch.cat([candidates, zeros]).sort().values
-            if missing <= 0:
-                ranked = magnitudes[candidates].topk(count, sorted=False).indices
-                return candidates[ranked.sort().values]
-    return magnitudes.topk(count, sorted=False).indices.sort().values
+            candidates = (magnitudes >= sample.topk(rank, sorted=False).values.min()).nonzero().squeeze(1)
+            if candidates.numel() >= count:
+                return candidates[_rank(magnitudes[candidates], count)]
+    return _rank(magnitudes, count)
+
+
+def _rank(magnitudes: Tensor, count: int) -> Tensor:
+    least = magnitudes.topk(count, sorted=False).values.min()
+    above = magnitudes > least
+    equal = (magnitudes == least).nonzero().squeeze(1)
+    above[equal[: count - int(above.sum())]] = True
+    return above.nonzero().squeeze(1)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hvd_sketch.codec import SparseCodec
-from hvd_sketch.exchange.select import heaviest
+from hvd_sketch.exchange.select import heaviest_of_shards
 from hvd_sketch.exchange.sparse import SparseExchange
+from hvd_sketch.shards import Rows, add
 
 
 class ShardedExchange(SparseExchange):
@@ -40,45 +40,28 @@ class ShardedExchange(SparseExchange):
 
     def _send_up(self, codec: SparseCodec) -> Tensor:
         with self.stats.phase("select"):
-            rows, values = _heaviest([self._shard(owner) for owner in range(self.comm.size)], codec.count)
-            self.stats.note_captured(values, self.memory.residual[: self.layout.compressed])
+            residual, rank = self.memory.residual[: self.layout.compressed], self.comm.rank
+            rows, values = heaviest_of_shards(residual, self.comm.size, codec.count)
+            self.stats.note_captured(values, residual)
             code, decoded = codec.encode(rows, values)
-            others = torch.arange(self.comm.size, device=rows.device) != self.comm.rank
-            where, left = self._coordinates(rows)[others], (values - decoded)[others]
-            self.memory.keep(where.flatten(), left.flatten(), mask=True)
+            left = values.sub_(decoded)
+            for first, others in ((0, slice(rank)), (rank + 1, slice(rank + 1, None))):
+                self.memory.keep(Rows(self.comm.size, first, rows[others]), left[others], mask=True)
         with self.stats.phase("exchange"):
             return self.comm.alltoall(code, self._name("up"))
 
     def _send_down(self, received: Tensor, codec: SparseCodec) -> None:
+        size, rank = self.comm.size, self.comm.rank
         with self.stats.phase("select"):
-            own = self._shard(self.comm.rank)
-            total = own.clone(memory_format=torch.contiguous_format)
             rows, values = codec.decode(received)
-            for sender in range(self.comm.size):
-                if sender != self.comm.rank:
-                    total.index_add_(0, rows[sender], values[sender])
-            rows, values = _heaviest([total], codec.count)
+            for others in (slice(rank), slice(rank + 1, None)):
+                add(self.memory.residual, size, rank, rows[others], values[others])
+            rows, values = heaviest_of_shards(self.memory.residual[self.owned], 1, codec.count)
             code, decoded = codec.encode(rows, values)
-            own.copy_(total)
-            sent = rows[0] * self.comm.size + self.comm.rank
-            self.memory.keep(sent, (values - decoded)[0], mask=True)
+            self.memory.keep(Rows(size, rank, rows), values.sub_(decoded), mask=True)
         with self.stats.phase("exchange"):
             gathered = self.comm.allgather(code[0], self._name("down"))
         with self.stats.phase("memory"):
             rows, values = codec.decode(gathered)
             self.update[: self.layout.compressed].zero_()
-            self.update.index_copy_(0, self._coordinates(rows).flatten(), values.flatten())
-
-    def _shard(self, owner: int) -> Tensor:
-        """The memory of what a rank owns: a view."""
-        return self.memory.residual[owner : self.layout.compressed : self.comm.size]
-
-    def _coordinates(self, rows: Tensor) -> Tensor:
-        """Where in the vector the rows of every owner's shard are, ``(ranks, count)``."""
-        return rows * self.comm.size + torch.arange(self.comm.size, device=rows.device).unsqueeze(1)
-
-
-def _heaviest(shards: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """Indices (ascending) and values of the ``count`` largest magnitudes of each."""
-    rows = [heaviest(shard, count) for shard in shards]
-    return torch.stack(rows), torch.stack([shard[chosen] for shard, chosen in zip(shards, rows, strict=True)])
+            Rows(size, 0, rows).put(self.update, values.mul_(1.0 / self._mean_divisor()))

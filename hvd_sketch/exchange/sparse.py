@@ -49,7 +49,7 @@ class SparseExchange(Exchange):
 
     @abstractmethod
     def _send_pairs(self, count: int) -> None:
-        """Send ``count`` coordinates of the memory, which has the step's gradient; fill `update` with the sums."""
+        """Send ``count`` coordinates of the memory, which has the step's gradient; fill `update` with the means."""
 
     def _is_dense_step(self) -> bool:
         return self._planner(self.layout, self.step, self.comm.size) is None
@@ -60,7 +60,7 @@ class SparseExchange(Exchange):
         if not self._sum_dense(clip, finite):
             return False
         self._send_pairs(count)
-        self.update.mul_(1.0 / self._mean_divisor())
+        self.update[self._dense].mul_(1.0 / self._mean_divisor())
         return True
 
     def _sum_dense(self, clip: float, finite: bool) -> bool:

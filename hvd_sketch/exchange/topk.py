@@ -51,3 +51,4 @@ class TopKExchange(SparseExchange):
         self.update[: self.layout.compressed].zero_()
         for rank_indices, rank_values in zip(indices, values, strict=True):
             self.update.index_add_(0, rank_indices.to(torch.int64), rank_values.contiguous().view(torch.float32))
+        self.update[: self.layout.compressed].mul_(1.0 / self._mean_divisor())

@@ -13,11 +13,17 @@ from pathlib import Path
 
 _int64, _pointer = ctypes.c_int64, ctypes.c_void_p
 _SKETCH = [_int64, _int64, ctypes.c_uint64, _pointer]
+_SCATTER = [_pointer, *[_int64] * 6, _pointer, _pointer]
 _SIGNATURES = {
     "sketch_add": [*_SKETCH, _pointer, _int64, ctypes.c_float, _int64],
     "sketch_estimate_all": [*_SKETCH, _int64, _pointer, _int64],
     "sketch_top_k": [*_SKETCH, _int64, _int64, _pointer, _pointer, _int64],
     "sketch_limit_lanes": [_int64],
+    "sparse_heaviest": [_pointer, *[_int64] * 4, _pointer, _pointer, _int64],
+    "sparse_encode": [*[_int64] * 3, *[_pointer] * 4, _int64],
+    "sparse_decode": [*[_int64] * 3, *[_pointer] * 3, _int64],
+    "sparse_put": _SCATTER,
+    "sparse_add": _SCATTER,
 }
 
 

@@ -1,0 +1,139 @@
+// The code of a sparse vector: codec.py in C++. See there for the definition.
+#pragma once
+
+#include "bits.hpp"
+
+namespace sparse {
+
+using sketch::Buffer;
+using sketch::bit_cast;
+using sketch::kSignBit;
+using sketch::magnitude;
+
+constexpr int kLevels = 8;
+constexpr uint8_t kNegative = 8;
+
+// One lane for each level.
+typedef float Sums __attribute__((vector_size(4 * kLevels)));
+typedef int32_t Flags __attribute__((vector_size(4 * kLevels)));
+
+struct Code {
+    int64_t universe, count;
+    int low_bits;
+    int64_t value_bytes, low_bytes, high_bytes;
+
+    Code(int64_t universe, int64_t count) : universe(universe), count(count), low_bits(0) {
+        while (universe / count >> low_bits > 1) low_bits++;
+        value_bytes = 4 * kLevels + (count + 1) / 2;
+        low_bytes = (count * low_bits + 7) / 8;
+        high_bytes = (count + (universe >> low_bits) + 1 + 7) / 8;
+    }
+
+    int64_t nbytes() const { return value_bytes + low_bytes + high_bytes; }
+
+    void encode(const int64_t* rows, const float* values, uint8_t* code, float* decoded, Buffer<uint8_t>& kept) const {
+        uint8_t* const nibbles = kept.reserve(count + 1);
+        fill_nibbles(values, nibbles);
+        float meaning[2 * kLevels];
+        weigh(values, nibbles, meaning);
+        std::memcpy(code, meaning, 4 * kLevels);
+        nibbles[count] = 0;
+        for (int64_t i = 0; i < (count + 1) / 2; i++)
+            code[4 * kLevels + i] = uint8_t(nibbles[2 * i] | nibbles[2 * i + 1] << 4);
+        for (int64_t i = 0; i < count; i++) decoded[i] = meaning[nibbles[i]];
+        write_rows(rows, code + value_bytes);
+    }
+
+    // Whether these bytes are a code; if not, they may have been read in part.
+    bool decode(const uint8_t* code, int64_t* rows, float* values) const {
+        float meaning[2 * kLevels];
+        std::memcpy(meaning, code, 4 * kLevels);
+        negate(meaning);
+        const uint8_t* const nibbles = code + 4 * kLevels;
+        for (int64_t i = 0; i < count / 2; i++) {
+            values[2 * i] = meaning[nibbles[i] & 15];
+            values[2 * i + 1] = meaning[nibbles[i] >> 4];
+        }
+        if (count % 2) values[count - 1] = meaning[nibbles[count / 2] & 15];
+        return read_rows(code + value_bytes, rows);
+    }
+
+private:
+    static void negate(float* meaning) {
+        for (int level = 0; level < kLevels; level++) meaning[kNegative + level] = -meaning[level];
+    }
+
+    // The lower bounds of the levels from 2 on.
+    void bounds(const float* values, float* bound) const {
+        int32_t largest = 0, least = INT32_MAX;
+        for (int64_t i = 0; i < count; i++) {
+            const int32_t its = int32_t(magnitude(values[i]));
+            largest = std::max(largest, its);
+            least = std::min(least, its ? its : INT32_MAX);
+        }
+        least = std::min(least, largest);
+        const float seventh = bit_cast<float>(largest) / (1 << (kLevels - 1));
+        float first = std::max({bit_cast<float>(least), seventh, 0x1p-126f});
+        for (int i = 0; i < kLevels - 2; i++) bound[i] = first *= 2;
+    }
+
+    void fill_nibbles(const float* values, uint8_t* nibbles) const {
+        float bound[kLevels - 2];
+        bounds(values, bound);
+        for (int64_t i = 0; i < count; i++) {
+            const float its = bit_cast<float>(magnitude(values[i]));
+            int nibble = (values[i] < 0) * kNegative + (its > 0);
+            for (int j = 0; j < kLevels - 2; j++) nibble += its >= bound[j];
+            nibbles[i] = uint8_t(nibble);
+        }
+    }
+
+    // What each nibble stands for: the mean magnitude of its level, summed in the order of the values.
+    void weigh(const float* values, const uint8_t* nibbles, float* meaning) const {
+        Sums sums = {};
+        Flags counts = {};
+        const Flags levels = {0, 1, 2, 3, 4, 5, 6, 7};
+        for (int64_t i = 0; i < count; i++) {
+            const Flags its = levels == int32_t(nibbles[i] & (kNegative - 1));
+            const Flags magnitudes = Flags{} + int32_t(magnitude(values[i]));
+            sums += bit_cast<Sums>(Flags(magnitudes & its));
+            counts -= its;
+        }
+        for (int level = 0; level < kLevels; level++)
+            meaning[level] = sums[level] / std::max(1.0f, float(counts[level]));
+        negate(meaning);
+    }
+
+    void write_rows(const int64_t* rows, uint8_t* low) const {
+        BitWriter writer(low);
+        uint8_t* const high = low + low_bytes;
+        std::fill_n(high, high_bytes, uint8_t(0));
+        for (int64_t i = 0; i < count; i++) {
+            writer.put(uint64_t(rows[i]), low_bits);
+            const int64_t bit = (rows[i] >> low_bits) + i;
+            high[bit / 8] |= uint8_t(0x80 >> bit % 8);
+        }
+        writer.close();
+    }
+
+    bool read_rows(const uint8_t* low, int64_t* rows) const {
+        const uint8_t* const high = low + low_bytes;
+        BitReader reader(low, high);
+        int64_t found = 0, largest = 0;
+        for (int64_t byte = 0; byte < high_bytes; byte += 8) {
+            uint64_t word = 0;
+            const int bytes = int(std::min<int64_t>(8, high_bytes - byte));
+            for (int i = 0; i < bytes; i++) word |= uint64_t(high[byte + i]) << (56 - 8 * i);
+            for (; word; found++) {
+                if (found == count) return false;
+                const int ahead = __builtin_clzll(word);
+                word ^= uint64_t(1) << 63 >> ahead;
+                rows[found] = (8 * byte + ahead - found) << low_bits | int64_t(reader.get(low_bits));
+                largest = std::max(largest, rows[found]);
+            }
+        }
+        return found == count && largest < universe;
+    }
+};
+
+}  // namespace sparse
