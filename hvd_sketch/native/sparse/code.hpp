@@ -13,9 +13,9 @@ using sketch::magnitude;
 constexpr int kLevels = 8;
 constexpr uint8_t kNegative = 8;
 
-// One lane for each level.
-typedef float Sums __attribute__((vector_size(4 * kLevels)));
-typedef int32_t Flags __attribute__((vector_size(4 * kLevels)));
+// One lane for each of four levels: the widest register that every processor has.
+typedef float Sums __attribute__((vector_size(16)));
+typedef int32_t Flags __attribute__((vector_size(16)));
 
 struct Code {
     int64_t universe, count;
@@ -69,9 +69,9 @@ private:
         for (int64_t i = 0; i < count; i++) {
             const int32_t its = int32_t(magnitude(values[i]));
             largest = std::max(largest, its);
-            least = std::min(least, its ? its : INT32_MAX);
+            least = std::min(least, (its - 1) & INT32_MAX);  // zero counts as the largest
         }
-        least = std::min(least, largest);
+        least = std::min(least + (least < INT32_MAX), largest);
         const float seventh = bit_cast<float>(largest) / (1 << (kLevels - 1));
         float first = std::max({bit_cast<float>(least), seventh, 0x1p-126f});
         for (int i = 0; i < kLevels - 2; i++) bound[i] = first *= 2;
@@ -90,17 +90,23 @@ private:
 
     // What each nibble stands for: the mean magnitude of its level, summed in the order of the values.
     void weigh(const float* values, const uint8_t* nibbles, float* meaning) const {
-        Sums sums = {};
-        Flags counts = {};
-        const Flags levels = {0, 1, 2, 3, 4, 5, 6, 7};
-        for (int64_t i = 0; i < count; i++) {
-            const Flags its = levels == int32_t(nibbles[i] & (kNegative - 1));
-            const Flags magnitudes = Flags{} + int32_t(magnitude(values[i]));
-            sums += bit_cast<Sums>(Flags(magnitudes & its));
-            counts -= its;
-        }
+        Flags only[kLevels][2];
         for (int level = 0; level < kLevels; level++)
-            meaning[level] = sums[level] / std::max(1.0f, float(counts[level]));
+            for (int half = 0; half < 2; half++) only[level][half] = Flags{0, 1, 2, 3} + 4 * half == level;
+        Sums low = {}, high = {};
+        Flags low_count = {}, high_count = {};
+        for (int64_t i = 0; i < count; i++) {
+            const Flags* its = only[nibbles[i] & (kNegative - 1)];
+            const Flags all = Flags{} + int32_t(magnitude(values[i]));
+            low += bit_cast<Sums>(all & its[0]);
+            high += bit_cast<Sums>(all & its[1]);
+            low_count -= its[0];
+            high_count -= its[1];
+        }
+        for (int level = 0; level < 4; level++) {
+            meaning[level] = low[level] / std::max(1.0f, float(low_count[level]));
+            meaning[level + 4] = high[level] / std::max(1.0f, float(high_count[level]));
+        }
         negate(meaning);
     }
 
