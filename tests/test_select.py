@@ -17,6 +17,8 @@ def vectors(size: int) -> dict[str, Tensor]:
         "ascending": sorted_,
         "all weight in a few": normal * (torch.arange(size) % 997 == 3),
         "heavy where nobody looks": normal + 100.0 * (torch.arange(size) % (size // 2**14 or 1) == 1),
+        "light where everybody looks": normal * (1.0 + 99.0 * (torch.arange(size) % (size // 2**14 or 1) != 0)),
+        "heavy at the end": normal * (1.0 + 99.0 * (torch.arange(size) > 0.8 * size)),
         "half precision": normal.half().float(),
     }
 

@@ -21,9 +21,13 @@ struct Entry {
     INLINE uint64_t key() const { return uint64_t(magnitude(value)) << 32 | uint32_t(~row); }
 };
 
+// Entries of a shard in ascending order, among them all that may yet be chosen.
 struct Found {
     Entry *begin, *end;
-    uint32_t floor;  // no smaller magnitude was looked at
+    uint32_t least;  // no magnitude among them is smaller
+    uint32_t floor;  // no smaller magnitude is looked at
+
+    int64_t size() const { return end - begin; }
 };
 
 // What a thread works with, in memory that is kept from call to call.
@@ -35,7 +39,8 @@ struct Finder {
     Histogram histogram;
 };
 
-// A sample gives a threshold that a few more entries than wanted exceed; those alone are ranked.
+// A sample gives a threshold that a few more entries than wanted exceed; those alone are ranked. Should they be too few,
+// everything is looked at again; should they become too many, all but the best of them are given up.
 struct Heaviest {
     const float* vector;
     int64_t stride;  // from one entry of the vector to the next
@@ -46,21 +51,22 @@ struct Heaviest {
 
     void choose(int64_t begin, int64_t end, Finder& finder) const {
         Found* const found = finder.found.reserve(end - begin);
-        int64_t room = 0;
-        for (int64_t shard = begin; shard < end; shard++) room += all.rows(shard) + 1;
-        Entry* entries = finder.entries.reserve(room);
-        for (int64_t shard = begin; shard < end; entries += all.rows(shard++) + 1)
-            found[shard - begin] = {entries, entries, guess(shard, finder.sample)};
-        all.by_block(begin, 1, end - begin, [&](int64_t i, int64_t first, int64_t last) {
-            collect(begin + i, first, last, found[i]);
-        });
-        for (int64_t shard = begin; shard < end; shard++) {
-            Found& its = found[shard - begin];
-            if (its.end - its.begin < count) {
-                its = {its.begin, its.begin, 0};
-                collect(shard, 0, all.rows(shard), its);
+        Entry* const entries = finder.entries.reserve((end - begin) * room());
+        for (int64_t i = 0; i < end - begin; i++) {
+            const uint32_t floor = guess(begin + i, finder.sample);
+            found[i] = {entries + i * room(), entries + i * room(), floor, floor};
+        }
+        gather(begin, end - begin, found, finder);
+        for (int64_t i = 0; i < end - begin; i++) {
+            if (found[i].size() < count) {
+                found[i] = {found[i].begin, found[i].begin, 0, 0};
+                gather(begin + i, 1, found + i, finder);
             }
-            rank(shard, its, finder);
+            keep_heaviest(found[i], finder);
+            for (int64_t j = 0; j < count; j++) {
+                rows[(begin + i) * count + j] = found[i].begin[j].row;
+                values[(begin + i) * count + j] = found[i].begin[j].value;
+            }
         }
     }
 
@@ -83,6 +89,15 @@ private:
         return sample[rank - 1];
     }
 
+    int64_t room() const { return 2 * count + all.block() + 1; }
+
+    void gather(int64_t shard, int64_t shards, Found* found, Finder& finder) const {
+        all.by_block(shard, 1, shards, [&](int64_t i, int64_t first, int64_t last) {
+            if (found[i].size() > 2 * count) keep_heaviest(found[i], finder);
+            collect(shard + i, first, last, found[i]);
+        });
+    }
+
     INLINE void collect(int64_t shard, int64_t first, int64_t last, Found& found) const {
         Entry* to = found.end;
         const float* from = entry(shard, first);
@@ -93,26 +108,32 @@ private:
         found.end = to;
     }
 
-    void rank(int64_t shard, const Found& found, Finder& finder) const {
+    // Leaves `count` of at least as many. Of those to come, whose rows are larger, only a larger magnitude matters.
+    void keep_heaviest(Found& found, Finder& finder) const {
+        const uint64_t last = last_key(found, finder);
+        Entry* to = found.begin;
+        for (const Entry* e = found.begin; e < found.end; e++) {
+            *to = *e;
+            to += e->key() >= last;
+        }
+        found = {found.begin, to, uint32_t(last >> 32), uint32_t(last >> 32) + 1};
+    }
+
+    // The key of the last one chosen of these.
+    uint64_t last_key(const Found& found, Finder& finder) const {
         Histogram& histogram = finder.histogram;
-        histogram.start(found.floor);
+        histogram.start(found.least);
         for (const Entry* e = found.begin; e < found.end; e++) histogram.add(e->value);
-        int64_t left = count;
-        const uint32_t bin = histogram.find(left);
-        uint64_t* const edge = finder.edge.reserve(found.end - found.begin + 1);
+        int64_t rank = count;
+        const uint32_t bin = histogram.find(rank);
+        uint64_t* const edge = finder.edge.reserve(found.size() + 1);
         uint64_t* end = edge;
         for (const Entry* e = found.begin; e < found.end; e++) {
             *end = e->key();
             end += histogram.bin(e->value) == bin;
         }
-        std::nth_element(edge, edge + left - 1, end, std::greater<uint64_t>());
-        const uint64_t last = edge[left - 1];
-        int64_t to = shard * count;
-        for (const Entry* e = found.begin; to < (shard + 1) * count; e++) {
-            rows[to] = e->row;
-            values[to] = e->value;
-            to += e->key() >= last;
-        }
+        std::nth_element(edge, edge + rank - 1, end, std::greater<uint64_t>());
+        return edge[rank - 1];
     }
 };
 

@@ -10,14 +10,16 @@ struct Shards {
 
     INLINE int64_t rows(int64_t shard) const { return (size - shard + shards - 1) / shards; }
 
+    // Rows at once.
+    INLINE int64_t block() const { return std::max<int64_t>(kBlock / shards, 64); }
+
     // Calls visit(i, first, last) for all rows of the shards first_shard, first_shard + step, … of `lists` lists, in
     // blocks that all of them see while the block is in the processor's cache.
     template <class Visit>
     INLINE void by_block(int64_t first_shard, int64_t step, int64_t lists, Visit visit) const {
-        const int64_t block = std::max<int64_t>(kBlock / shards, 64);
-        for (int64_t first = 0; first * shards < size; first += block)
+        for (int64_t first = 0; first * shards < size; first += block())
             for (int64_t i = 0; i < lists; i++)
-                visit(i, first, std::min(first + block, rows(first_shard + i * step)));
+                visit(i, first, std::min(first + block(), rows(first_shard + i * step)));
     }
 
 private:
