@@ -176,9 +176,12 @@ class Sharded(Sparsifier):
     through to their owner, where they are summed before the second selection.
 
     Attributes:
+        dense_below: 0, so that 1-D tensors are compressed like the others: on small models they would
+            take a large part of the bytes.
         half: the dense part travels as float16; what rounding cuts off stays in the memory.
     """
 
+    dense_below: int = 0
     half: bool = True
 
     def _exchange(

@@ -30,7 +30,7 @@ class Compressor(ABC):
         clip_norm: each rank's gradient is scaled down to this L2 norm before it enters the
             memory; None to leave it. An unclipped spike stays in the memory for many steps.
         momentum: momentum correction, for an inner optimizer that has none.
-        dense_below: tensors of fewer elements, and all 1-D ones, are sent whole.
+        dense_below: tensors of fewer elements, and all 1-D ones, are sent whole; 0 to compress all.
         exclude: shell-style patterns of parameter names that are sent whole as well.
     """
 

@@ -107,8 +107,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     if isinstance(error_feedback, StepAhead):
         return StepAheadOptimizer(optimizer, named, compression, lazy.get, lazy.is_active, error_feedback)
     layout = _layout(compression, [item for item in named if item[1].requires_grad])
-    measures = isinstance(error_feedback, Anticipate) and error_feedback.coefficient is None
-    shares = CommonShare() if measures else None
+    shares = CommonShare() if error_feedback is not None else None
     distributed = distribute(
         optimizer,
         named,
@@ -120,7 +119,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         correction=correction,
         attributes={"op": op, "process_set": process_set, "_groups": groups},
     )
-    if error_feedback is None:
+    if error_feedback is None or shares is None:
         return distributed
     return AnticipatingOptimizer(distributed, named, layout, lazy.is_active, shares, error_feedback)
 

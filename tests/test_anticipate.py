@@ -61,31 +61,28 @@ def run(
     return simulate(size, steps, body)
 
 
+def ahead(coefficient: float, error: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    weight, bias = shares
+    return coefficient * LR / (1 - 0.9) * torch.cat([weight * error[:2000], bias * error[2000:]])
+
+
 @pytest.mark.parametrize("coefficient", [1.0, 0.3])
-def test_the_gradient_is_taken_where_sgd_will_end_with_the_memory(coefficient: float) -> None:
+def test_the_gradient_is_taken_where_sgd_will_end_with_what_the_ranks_have_in_common(coefficient: float) -> None:
     for steps in run(3, TOPK, sgd, Anticipate(coefficient)):
         for before, after in pairwise(steps):
-            ahead = coefficient * LR / (1 - 0.9) * before.detail[0]
-            torch.testing.assert_close(after.detail[1], before.model - ahead, rtol=1e-9, atol=1e-12)
+            error, _, shares = before.detail
+            point = before.model - ahead(coefficient, error, shares)
+            torch.testing.assert_close(after.detail[1], point, rtol=1e-9, atol=1e-12)
         assert steps[3].detail[0].any()
+        assert 1 / 4 < float(shares[0]) < 1
 
 
 def test_an_owner_counts_its_share_of_the_servers_error() -> None:
     for rank, steps in enumerate(run(4, SHARDED, sgd, Anticipate(1.0))):
         for before, after in pairwise(steps):
-            error = before.detail[0].clone()
-            error[rank:2000:4] /= 4
-            torch.testing.assert_close(after.detail[1], before.model - LR / (1 - 0.9) * error, rtol=1e-9, atol=1e-9)
-
-
-def test_by_default_each_parameter_counts_by_what_the_ranks_have_in_common() -> None:
-    for steps in run(3, TOPK, sgd, Anticipate()):
-        for before, after in pairwise(steps):
             error, _, shares = before.detail
-            weight, bias = shares
-            ahead = LR / (1 - 0.9) * torch.cat([weight * error[:2000], bias * error[2000:]])
-            torch.testing.assert_close(after.detail[1], before.model - ahead, rtol=1e-9, atol=1e-12)
-        assert 1 / 4 < float(weight) < 1
+            error[rank:2000:4] /= 4
+            torch.testing.assert_close(after.detail[1], before.model - ahead(1.0, error, shares), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("momentum", "dampening", "nesterov"), [(0.0, 0, False), (0.9, 0, True), (0.8, 0.5, False)])

@@ -24,7 +24,7 @@ class Anticipate:
     With model x, unsent gradients e_i of rank i, compressor C, and P(e), how far the wrapped
     optimizer will in the end move the model for a gradient e::
 
-        z_i = x - P(a e_i)                    where forward and backward run
+        z_i = x - P(a c e_i)                  where forward and backward run
         d_i = e_i + g_i(z_i)                  c_i = C(d_i)          e_i <- d_i - c_i
         x  <- the wrapped optimizer's step with the gradient mean_i c_i
 
@@ -37,28 +37,28 @@ class Anticipate:
     times as large. With ``Compression.sharded`` an owner's memory holds the server's error as
     well, and counts by its share 1/W there.
 
-    The model will move by the mean of all memories, of which a rank's own is a noisy guess: a is
+    The model will move by the mean of all memories, of which a rank's own is a noisy guess: c is
     the factor that makes it the best one, see `CommonShare`, measured for each parameter on the way.
+    And not all of it will be sent: later gradients take some of it back. That is what a is for.
 
     Sent: what the compressor sends, and what `CommonShare` does. Source: the step ahead of arXiv
     2008.05823, here by the whole response of the optimizer to the memory.
 
     Attributes:
-        coefficient: a by hand, for all parameters, above 0 and at most 1; None to measure it.
+        coefficient: a, above 0 and at most 1.
     """
 
-    coefficient: float | None = None
+    coefficient: float = 0.6
 
     def __post_init__(self) -> None:
-        if self.coefficient is not None and not 0.0 < self.coefficient <= 1.0:
+        if not 0.0 < self.coefficient <= 1.0:
             raise ConfigurationError(f"Anticipate coefficient must be above 0 and at most 1, got {self.coefficient}")
 
 
 class AnticipatingOptimizer(AheadOptimizer):
     """The optimizer that `Anticipate` asks for; used as `AheadOptimizer` says.
 
-    ``optimizer`` is the distributed one, whose methods all work here too; ``shares`` follows its
-    exchange, where the coefficient is to be measured.
+    ``optimizer`` is the distributed one, whose methods all work here too; ``shares`` follows its exchange.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class AnticipatingOptimizer(AheadOptimizer):
         named_parameters: list[tuple[str, Tensor]],
         layout: Layout,
         is_active: Callable[[], bool],
-        shares: CommonShare | None,
+        shares: CommonShare,
         settings: Anticipate,
     ) -> None:
         named = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
@@ -114,18 +114,14 @@ class AnticipatingOptimizer(AheadOptimizer):
         memory, owned = self.exchange.memory.residual, self.exchange.owned
         self._moved.vector.copy_(memory)
         self._moved.vector[owned] /= self.exchange.comm.size
-        self._scale()
+        if self._shares.shares is not None:
+            factors = self._settings.coefficient * self._shares.shares.to(self._flat.dtype)
+            torch._foreach_mul_(self._moved.views, list(factors.unbind()))
         errors = dict(zip(self._flat.parameters, self._moved.views, strict=True))
         for group in self.optimizer.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter in errors]
             respond(self.optimizer, group, parameters, [errors[parameter] for parameter in parameters])
         self._ahead.vector.sub_(self._moved.vector)
-
-    def _scale(self) -> None:
-        if self._settings.coefficient is not None:
-            self._moved.vector.mul_(self._settings.coefficient)
-        elif self._shares is not None and self._shares.shares is not None:
-            torch._foreach_mul_(self._moved.views, list(self._shares.shares.to(self._flat.dtype).unbind()))
 
 
 def respond(
