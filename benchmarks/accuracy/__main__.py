@@ -21,6 +21,7 @@ from benchmarks.accuracy.tasks import TASKS
 from hvd_sketch import ConfigurationError
 
 RESULTS = Path("benchmarks/results/accuracy.json")
+NAMES = ["dense", *METHODS, POWERSGD]
 Key = tuple[str, str, float, int, int, int]
 
 
@@ -29,6 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one seed, ratios 40 and 100, half of the steps")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--ranks", type=int, default=8, help="simulated ranks (default: 8)")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind (default: 3)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many minutes")
@@ -71,7 +73,7 @@ def _runs(options: argparse.Namespace) -> Iterator[tuple[str, str, float, int, i
     rest = [] if options.quick else [(method, ratio) for ratio in (10.0, 400.0) for method in METHODS]
     seeds = range(1 if options.quick else options.seeds)
     for chosen, seed, task in itertools.product((settings, rest), seeds, options.tasks):
-        for method, setting in chosen:
+        for method, setting in (each for each in chosen if each[0] in options.methods):
             yield task, method, setting, seed, TASKS[task].steps // (2 if options.quick else 1)
 
 
