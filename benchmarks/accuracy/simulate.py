@@ -52,10 +52,8 @@ def begin(task: Task, ranks: int, seed: int, steps: int) -> tuple[nn.Module, lis
 def train_rank(task: Task, wrap: Wrap, model: nn.Module, comm: Communicator, batches: list[Batch]) -> Outcome:
     """One rank's part of a training, on its share of every batch."""
     steps = len(batches)
-    optimizer, warmup = wrap(task.optimizer(model), model, comm), max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
-    )
+    optimizer = wrap(task.optimizer(model), model, comm)
+    schedule = learning_rate(optimizer, steps)
     outcome, before = Outcome(), comm.bytes_sent
     for step, (inputs, targets) in enumerate(batches):
         _step(task, optimizer, model, inputs.chunk(comm.size)[comm.rank], targets.chunk(comm.size)[comm.rank])
@@ -69,6 +67,14 @@ def train_rank(task: Task, wrap: Wrap, model: nn.Module, comm: Communicator, bat
                 break
             before = comm.bytes_sent - sent  # what the evaluation sent is no part of the training
     return outcome
+
+
+def learning_rate(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """A warm-up over a twentieth of the steps, then half a cosine, down to a tenth."""
+    warmup = max(1, steps // 20)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+    )
 
 
 def _step(task: Task, optimizer: Any, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
