@@ -79,3 +79,12 @@ def test_any_number_of_threads_chooses_the_same() -> None:
             assert torch.equal(values, expected[1])
     finally:
         torch.set_num_threads(before)
+
+
+def test_what_cannot_be_chosen_is_refused() -> None:
+    with pytest.raises(ValueError, match="between 1 and 3, got 4"):
+        heaviest_of_shards(torch.zeros(7), 2, 4)
+    with pytest.raises(ValueError, match="between 1 and 7, got 0"):
+        heaviest(torch.zeros(7), 0)
+    with pytest.raises(ValueError, match="must be float32, got torch.float64"):
+        heaviest(torch.zeros(7, dtype=torch.float64), 1)

@@ -21,7 +21,14 @@ def heaviest_of_shards(vector: Tensor, shards: int, count: int) -> tuple[Tensor,
 
     Entry i belongs to shard ``i mod shards``, as its row ``i div shards``. The vector (float32) need not be
     contiguous. Returns rows (int64, ascending) and values, both ``(shards, count)``.
+
+    Raises:
+        ValueError: when the vector is not float32, or some shard has fewer entries.
     """
+    if vector.dtype != torch.float32:
+        raise ValueError(f"vector must be float32, got {vector.dtype}")
+    if not 1 <= count <= vector.numel() // shards:
+        raise ValueError(f"count must be between 1 and {vector.numel() // shards}, got {count}")
     if vector.device.type != "cpu" or vector.numel() >= 2**32 or not native.available():
         rows = torch.stack([_reference(vector[shard::shards], count) for shard in range(shards)])
         return rows, torch.stack([vector[shard::shards][chosen] for shard, chosen in enumerate(rows)])

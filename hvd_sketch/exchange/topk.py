@@ -12,6 +12,7 @@ from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.select import heaviest
 from hvd_sketch.exchange.sparse import SparseExchange
 from hvd_sketch.layout import Layout
+from hvd_sketch.shards import add
 
 
 class TopKExchange(SparseExchange):
@@ -33,7 +34,7 @@ class TopKExchange(SparseExchange):
         with self.stats.phase("select"):
             residual = self.memory.residual[: self.layout.compressed]
             chosen = self._choose(residual, count)
-            values = residual[chosen]
+            values = residual.index_select(0, chosen)
             pairs = torch.cat([chosen.to(torch.int32), values.view(torch.int32)])
             self.stats.note_captured(values, residual)
         with self.stats.phase("exchange"):
@@ -48,7 +49,6 @@ class TopKExchange(SparseExchange):
 
     def _write_update(self, gathered: Tensor) -> None:
         indices, values = gathered.view(self.comm.size, 2, -1).unbind(1)
-        self.update[: self.layout.compressed].zero_()
-        for rank_indices, rank_values in zip(indices, values, strict=True):
-            self.update.index_add_(0, rank_indices.to(torch.int64), rank_values.contiguous().view(torch.float32))
-        self.update[: self.layout.compressed].mul_(1.0 / self._mean_divisor())
+        update = self.update[: self.layout.compressed].zero_()
+        add(update, 1, 0, indices.to(torch.int64), values.contiguous().view(torch.float32))
+        update.mul_(1.0 / self._mean_divisor())
