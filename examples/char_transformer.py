@@ -1,7 +1,7 @@
 """Train a small character-level transformer on the sources of the Python standard library.
 
-    mpirun -np 2 --bind-to none python examples/char_transformer.py --compression sketch --ratio 20 --plot curves.png
-    horovodrun -np 2 python examples/char_transformer.py --compression topk
+    mpirun -np 2 --bind-to none python examples/char_transformer.py --compression sharded --ratio 40 --anticipate
+    horovodrun -np 2 python examples/char_transformer.py --compression sketch --ratio 20 --plot curves.png
     python examples/char_transformer.py
 
 Each rank reads its own share of the files. Every tenth file is kept for validation.
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import sysconfig
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import harness
 import torch
@@ -61,12 +63,15 @@ def train(options: argparse.Namespace) -> harness.Record:
 
     torch.manual_seed(options.seed)
     model = CharTransformer()
-    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9)
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9)
 
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     hvd.broadcast_optimizer_state(optimizer, root_rank=0)
     optimizer = hvd.DistributedOptimizer(
-        optimizer, named_parameters=model.named_parameters(), compression=harness.compression_of(options)
+        optimizer,
+        named_parameters=model.named_parameters(),
+        compression=harness.compression_of(options),
+        error_feedback=harness.error_feedback_of(options),
     )
 
     run = harness.Run(options, model, optimizer, lambda: evaluate(model, validation), "validation loss")
@@ -75,8 +80,9 @@ def train(options: argparse.Namespace) -> harness.Record:
             group["lr"] = options.lr * min(1.0, (step + 1) / LR_WARMUP)
         text, following = random_windows(training, options.batch_size, options.seed, step)
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(text).flatten(0, 1), following.flatten())
-        loss.backward()
+        with optimizer.step_ahead() if options.anticipate else nullcontext():
+            loss = F.cross_entropy(model(text).flatten(0, 1), following.flatten())
+            loss.backward()
         optimizer.step()
     return run.record
 

@@ -1,6 +1,6 @@
-"""Train the character transformer on 2 processes, without compression and sketched, and compare: ``make demo``.
+"""Train the character transformer on 2 processes, without compression and with, and compare: ``make demo``.
 
-Further options go to the example: ``python examples/demo.py --ratio 40 --steps 1000``.
+Further options go to the example: ``python examples/demo.py --ratio 100 --steps 1000``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 RUNS = Path("runs/demo")
-OPTIONS = "--compression sketch --ratio 20 --warmup-steps 60 --steps 600"
+OPTIONS = "--compression sharded --ratio 40 --anticipate --warmup-steps 0 --steps 600"
 
 
 def main() -> int:

@@ -10,6 +10,8 @@ The digits come with scikit-learn: 1797 images of 8 x 8 pixels, every fifth of t
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
+from typing import Any
 
 import harness
 import torch
@@ -49,12 +51,15 @@ def train(options: argparse.Namespace) -> harness.Record:
 
     torch.manual_seed(options.seed)
     model = DigitsCNN()
-    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9)
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9)
 
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     hvd.broadcast_optimizer_state(optimizer, root_rank=0)
     optimizer = hvd.DistributedOptimizer(
-        optimizer, named_parameters=model.named_parameters(), compression=harness.compression_of(options)
+        optimizer,
+        named_parameters=model.named_parameters(),
+        compression=harness.compression_of(options),
+        error_feedback=harness.error_feedback_of(options),
     )
 
     def validate() -> float:
@@ -64,8 +69,9 @@ def train(options: argparse.Namespace) -> harness.Record:
     for step in run.steps():
         chosen = sample(len(training_images), options.batch_size, options.seed, step)
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(training_images[chosen]), training_digits[chosen])
-        loss.backward()
+        with optimizer.step_ahead() if options.anticipate else nullcontext():
+            loss = F.cross_entropy(model(training_images[chosen]), training_digits[chosen])
+            loss.backward()
         optimizer.step()
     return run.record
 

@@ -15,8 +15,9 @@ def parser(description: str, *, steps: int, lr: float, batch_size: int) -> argpa
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     add = options.add_argument
-    add("--compression", choices=("none", "fp16", "sketch", "topk"), default="none", help="what travels")
-    add("--ratio", type=float, default=20.0, help="dense bytes over bytes sent, for sketch and topk")
+    add("--compression", choices=("none", "fp16", "sketch", "sharded", "topk"), default="none", help="what travels")
+    add("--ratio", type=float, default=20.0, help="dense bytes over bytes sent, for sketch, sharded and topk")
+    add("--anticipate", action="store_true", help="take gradients where what is unsent will have taken the model")
     add("--warmup-steps", type=int, default=100, help="steps in which the ratio grows from 1")
     add("--steps", type=int, default=steps, help="optimizer steps")
     add("--lr", type=float, default=lr, help="learning rate, the same for all kinds of compression")
@@ -39,13 +40,20 @@ def compression_of(options: argparse.Namespace) -> Any:
     return member(ratio=options.ratio, warmup_steps=options.warmup_steps)
 
 
+def error_feedback_of(options: argparse.Namespace) -> hvd.Anticipate | None:
+    """What `hvd.DistributedOptimizer` is to do about what is unsent, besides keeping it."""
+    return hvd.Anticipate() if options.anticipate else None
+
+
 def label_of(options: argparse.Namespace) -> str:
     """What to call a run in the table and the picture."""
     if options.compression in ("none", "fp16"):
         return {"none": "dense", "fp16": "fp16"}[options.compression]
-    return f"{options.compression}, ratio {options.ratio:g}"
+    return f"{options.compression}, ratio {options.ratio:g}{', anticipating' if options.anticipate else ''}"
 
 
 def without_compression(options: argparse.Namespace) -> argparse.Namespace:
     """The same run, dense, and without checkpoints."""
-    return argparse.Namespace(**{**vars(options), "compression": "none", "save": None, "resume": None})
+    return argparse.Namespace(
+        **{**vars(options), "compression": "none", "anticipate": False, "save": None, "resume": None}
+    )

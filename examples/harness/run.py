@@ -16,7 +16,8 @@ from harness import checkpoint
 from harness.options import label_of
 from harness.record import Record
 
-_NOT_A_SETTING = ("compression", "ratio", "warmup_steps", "save", "resume", "results", "baseline", "plot")
+_OF_THE_METHOD = ("compression", "ratio", "warmup_steps", "anticipate")
+_FILES = ("save", "resume", "results", "baseline", "plot")
 
 
 class Run:
@@ -80,7 +81,7 @@ class Run:
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """What two runs must have in common to be compared."""
-    settings = {name: value for name, value in vars(options).items() if name not in _NOT_A_SETTING}
+    settings = {name: value for name, value in vars(options).items() if name not in (*_OF_THE_METHOD, *_FILES)}
     return {"ranks": hvd.size(), **settings}
 
 
