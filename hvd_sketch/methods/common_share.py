@@ -11,7 +11,7 @@ from hvd_sketch.exchange import Exchange
 from hvd_sketch.sketch import CountSketch
 
 _COLS = 32
-_EVERY = 20
+_EVERY = 10
 _AT_FIRST = 4
 _WEIGHT = 0.3
 
@@ -27,7 +27,7 @@ class CommonShare:
     a quarter, and smoothed. Where an owner's memory is the sum of what all left out, see
     `Exchange.owned`, e_i is its share 1/W.
 
-    Sent: 33 floats a parameter in the first four steps, and in every twentieth.
+    Sent: 33 floats a parameter in the first four steps, and in every tenth.
     """
 
     def __init__(self) -> None:
