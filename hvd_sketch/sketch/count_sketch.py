@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+import logging
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
@@ -13,6 +17,20 @@ from hvd_sketch.sketch import native, reference
 from hvd_sketch.sketch.geometry import Geometry
 
 _INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MOST_ROWS_ON_GPU = 9
+"""The median of more would not fit a GPU's registers; the reference takes it."""
+
+
+@functools.cache
+def _on_gpu() -> ModuleType:
+    """What serves tables on a GPU: Triton is imported when the first of them asks, and never for others."""
+    if importlib.util.find_spec("triton") is not None:
+        return importlib.import_module("hvd_sketch.sketch.cuda")
+    logging.getLogger(__name__).warning(
+        "hvd_sketch: Triton is not installed; the reference serves sketches on the GPU, many times slower and with "
+        "memory for several vectors. To have the kernels, run `pip install 'triton>=3,<4'`"
+    )
+    return reference
 
 
 class CountSketch:
@@ -65,7 +83,11 @@ class CountSketch:
 
     @property
     def _kernel(self) -> ModuleType:
-        return native if self.table.device.type == "cpu" and native.available() else reference
+        if self.table.device.type == "cpu" and native.available():
+            return native
+        if self.table.device.type == "cuda" and self.geometry.rows <= _MOST_ROWS_ON_GPU:
+            return _on_gpu()
+        return reference
 
     def reset(self, seed: int) -> None:
         """Empty the table and draw new buckets and signs."""
@@ -105,11 +127,12 @@ class CountSketch:
                     f"CountSketch.add_many: offset {offset} lies before {stop}, where the last slice ends"
                 )
             stop = offset + vector.numel()
-        if self._kernel is native:
+        kernel = self._kernel
+        if kernel is native:
             native.add_many(self.geometry, self.seed, self.table, vectors, offsets, scale)
         else:
             for vector, offset in zip(vectors, offsets, strict=True):
-                reference.add(self.geometry, self.seed, self.table, vector.view(-1), offset, scale)
+                kernel.add(self.geometry, self.seed, self.table, vector.view(-1), offset, scale)
 
     def _check(self, vector: Tensor, offset: int) -> None:
         if vector.dtype not in _INPUT_DTYPES:
@@ -126,8 +149,9 @@ class CountSketch:
 
     def estimate(self, index: Tensor | None = None) -> Tensor:
         """Estimates (float32) of the coordinates in ``index`` (int64), or of all of them."""
-        if index is None and self._kernel is native:
-            return native.estimate_all(self.geometry, self.seed, self.table)
+        if index is None and (kernel := self._kernel) is not reference:
+            estimates: Tensor = kernel.estimate_all(self.geometry, self.seed, self.table)
+            return estimates
         if index is None:
             index = torch.arange(self.geometry.dim, device=self.table.device)
         return reference.estimate(self.geometry, self.seed, self.table, index)

@@ -1,0 +1,172 @@
+"""The GPU kernels: same functions and, for tables without NaN, same results to the last bit as `reference`.
+
+Importing this module needs Triton. Nothing here waits for the GPU: sizes are known beforehand, and what is found on
+the device stays there. Memory beyond table, vector and results: what is drawn, ``2 + rows`` words of 32 bits for each
+chunk of ``width`` coordinates, and a megabyte to choose with.
+
+**Adding.** Each program keeps some columns of one row of one tile in registers and takes the blocks in ascending
+order: no atomic operation, and the order of additions that the reference defines. A small table has few tiles, so
+the columns of a program are halved, from 512 down to 32, until there are programs enough for a large GPU.
+
+**Choosing.** The estimates are computed anew in each pass over the table, which is small, and never stored:
+
+1. count the upper 16 bits of magnitudes, and find in which of these bins the k-th largest lies;
+2. count the lower 15 bits of those in the bin: now the k-th largest is known;
+3. count, in each run of chunks, those above it and those equal to it;
+4. write them where the counts before say, in ascending order.
+
+Before 1, the same is counted in every eighth chunk: the k-th largest of some is no larger than that of all, so 1 need
+not count what lies below, which saves most of its atomic additions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.sketch import cuda_kernels as kernels
+from hvd_sketch.sketch.geometry import Geometry
+
+_PROGRAMS = 4096
+"""As many as keep a large GPU busy."""
+_WIDEST, _NARROWEST = 512, 32
+_SAMPLE = 8
+_DRAWN_TOGETHER = 256
+_LOW_BITS = 15
+
+
+def add(geometry: Geometry, seed: int, table: Tensor, vector: Tensor, offset: int, scale: float) -> None:
+    """As `reference.add`; ``vector`` is contiguous, of dtype float32, float16 or bfloat16."""
+    if not vector.numel():
+        return
+    first_block = offset // geometry.block
+    blocks = -(-(offset + vector.numel()) // geometry.block) - first_block
+    first = first_block * geometry.tiles
+    cells = geometry.rows * geometry.tiles * geometry.width
+    columns = _columns(geometry)
+    while columns > _NARROWEST and cells < columns * _PROGRAMS:
+        columns //= 2
+    parts = -(-geometry.width // columns)
+    with torch.cuda.device_of(table):
+        draws = _draws(geometry, seed, table.device, first, blocks * geometry.tiles)
+        kernels.add[geometry.rows * parts * geometry.tiles,](
+            table,
+            draws,
+            vector,
+            scale,
+            first,
+            offset,
+            vector.numel(),
+            blocks,
+            geometry.rows,
+            geometry.cols,
+            geometry.width,
+            geometry.tiles,
+            parts,
+            lanes=columns,
+            num_warps=max(1, columns // 128),
+            enable_fp_fusion=False,
+        )
+
+
+def estimate_all(geometry: Geometry, seed: int, table: Tensor) -> Tensor:
+    """The estimates (float32) of all ``geometry.dim`` coordinates."""
+    estimates = torch.empty(geometry.dim, dtype=torch.float32, device=table.device)
+    with torch.cuda.device_of(table):
+        passes = _Passes(geometry, seed, table)
+        passes.launch(kernels.estimate_all, passes.chunks, estimates)
+    return estimates
+
+
+def top_k(geometry: Geometry, seed: int, table: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """As `reference.top_k`, without waiting for the GPU."""
+    indices = torch.empty(k, dtype=torch.int64, device=table.device)
+    estimates = torch.empty(k, dtype=torch.float32, device=table.device)
+    with torch.cuda.device_of(table):
+        passes = _Passes(geometry, seed, table)
+        wanted = torch.full((1,), k, dtype=torch.int64, device=table.device)
+        floor, _ = _find(passes.digits(torch.zeros_like(wanted), stride=_SAMPLE), wanted)
+        upper, within = _find(passes.digits(floor), wanted)
+        lower, ties = _find(passes.digits(upper, lower=True), within)
+        limit = (upper << _LOW_BITS) + lower
+        before_above, before_equal = passes.before(limit)
+        passes.launch(
+            kernels.write,
+            passes.runs,
+            limit,
+            ties,
+            before_above,
+            before_equal,
+            indices,
+            estimates,
+            run=passes.run,
+        )
+    return indices, estimates
+
+
+class _Passes:
+    """What the passes over all estimates of a table have in common."""
+
+    def __init__(self, geometry: Geometry, seed: int, table: Tensor) -> None:
+        self._geometry, self._table = geometry, table
+        self.chunks = -(-geometry.dim // geometry.width)
+        self.run = -(-self.chunks // (2 * _PROGRAMS))
+        self.runs = -(-self.chunks // self.run)
+        self._draws = _draws(geometry, seed, table.device, 0, self.chunks)
+
+    def launch(self, kernel: Any, programs: int, *tensors: Tensor, **numbers: int) -> None:
+        """Run a kernel on the table, with tensors and numbers of its own."""
+        geometry = self._geometry
+        kernel[programs,](
+            self._table,
+            self._draws,
+            *tensors,
+            dim=geometry.dim,
+            cols=geometry.cols,
+            width=geometry.width,
+            chunks=self.chunks,
+            row_count=geometry.rows,
+            lanes=_columns(geometry),
+            **numbers,
+            enable_fp_fusion=False,
+        )
+
+    def digits(self, limit: Tensor, *, lower: bool = False, stride: int = 1) -> Tensor:
+        """How many magnitudes have each value of a digit, from 0 on, as far as the limit lets them count."""
+        counts = torch.zeros(1 << (_LOW_BITS if lower else 31 - _LOW_BITS), dtype=torch.int64, device=limit.device)
+        self.launch(kernels.count_digits, self.runs, counts, limit, stride=stride, lower=lower, low_bits=_LOW_BITS)
+        return counts
+
+    def before(self, limit: Tensor) -> tuple[Tensor, Tensor]:
+        """How many magnitudes before each run of chunks lie above the limit, and how many are equal to it."""
+        counts = torch.empty(2, self.runs, dtype=torch.int64, device=limit.device)
+        self.launch(kernels.weigh, self.runs, limit, counts[0], counts[1], run=self.run)
+        above, equal = counts.cumsum(1) - counts
+        return above, equal
+
+
+def _find(counts: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
+    """The value that the rank-th largest has, by how often each value occurs, and its rank among equal ones.
+
+    ``rank`` and the results are int64 of shape (1,), ranks from 1. If there are fewer, the value is 0.
+    """
+    from_top = counts.flip(0).cumsum(0)
+    place = torch.searchsorted(from_top, rank).clamp_(max=counts.numel() - 1)
+    value = counts.numel() - 1 - place
+    return value, rank - (from_top.gather(0, place) - counts.gather(0, value))
+
+
+def _columns(geometry: Geometry) -> int:
+    """Columns that a program takes at once: a power of two."""
+    return min(_WIDEST, max(_NARROWEST, 1 << (geometry.width - 1).bit_length()))
+
+
+def _draws(geometry: Geometry, seed: int, device: torch.device, first: int, chunks: int) -> Tensor:
+    """What is drawn for the chunks ``first, first + 1, …``; see `hvd_sketch.sketch.cuda_kernels`."""
+    draws = torch.empty(2 + geometry.rows, chunks, dtype=torch.int32, device=device)
+    grid = (-(-chunks // _DRAWN_TOGETHER), 2 + geometry.rows)
+    word = (seed + 2**63) % 2**64 - 2**63
+    kernels.draw[grid](draws, word, first, chunks, geometry.width, geometry.tiles, lanes=_DRAWN_TOGETHER)
+    return draws

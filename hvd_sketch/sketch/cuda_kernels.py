@@ -1,0 +1,284 @@
+"""What runs on the GPU: the Triton kernels that `hvd_sketch.sketch.cuda` launches.
+
+A chunk's 64-bit draws are made once, by `draw`, and kept as ``draws``, int32 of shape ``(2 + rows, chunks)``: the
+tile, the key of the sign words, and each row's offset. The other kernels hash 32 bits for each coordinate and row.
+
+Signs are applied by flipping the sign bit, so no product is followed by a sum that a compiler could fuse with it, and
+every result has the bits of `hvd_sketch.sketch.reference`.
+"""
+
+# mypy: ignore-errors
+# The kernels are written in Triton's language, which has no types that mypy knows.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _mix64(x):
+    x += 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def _mix32(x):
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _drawn(seed, stream, index):
+    start = _mix64(seed.to(tl.uint64) + stream.to(tl.uint64) * 0xD1B54A32D192ED03)
+    return _mix64(start ^ index.to(tl.uint64))
+
+
+@triton.jit
+def _below(bits, bound):
+    return (((bits >> 32) * bound.to(tl.uint64)) >> 32).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["seed", "first", "chunks", "width", "tiles"])
+def draw(
+    draws: tl.tensor,
+    seed: tl.int64,
+    first: tl.int64,
+    chunks: tl.int64,
+    width: tl.int64,
+    tiles: tl.int64,
+    lanes: tl.constexpr,
+):
+    """Fill ``draws`` for the chunks ``first, first + 1, …``. Grid: (cdiv(chunks, lanes), 2 + rows)."""
+    line = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0).to(tl.int64) * lanes + tl.arange(0, lanes)
+    chunk = first + column
+    if line == 0:
+        rotation = _below(_drawn(seed, line + (1 << 21), chunk // tiles), tiles)
+        word = (chunk % tiles + rotation) % tiles
+    elif line == 1:
+        word = _drawn(seed, line - 1 + (1 << 20), chunk).to(tl.int64)
+    else:
+        word = _below(_drawn(seed, line - 2, chunk), width)
+    tl.store(draws + line * chunks + column, word.to(tl.int32), mask=column < chunks)
+
+
+@triton.jit
+def _flip(value, key, position, row):
+    """The value with the sign that this position has in this row."""
+    word = _mix32(key.to(tl.uint32, bitcast=True) + position.to(tl.uint32))
+    sign = ((word >> row.to(tl.uint32)) & 1) << 31
+    return (value.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["first", "offset", "count", "blocks", "rows", "cols", "width", "tiles", "parts"])
+def add(
+    table: tl.tensor,
+    draws: tl.tensor,
+    vector: tl.tensor,
+    scale: tl.float32,
+    first: tl.int64,
+    offset: tl.int64,
+    count: tl.int64,
+    blocks: tl.int64,
+    rows: tl.int64,
+    cols: tl.int64,
+    width: tl.int64,
+    tiles: tl.int64,
+    parts: tl.int64,
+    lanes: tl.constexpr,
+):
+    """Add the vector to the table; ``first`` is the chunk with which ``draws`` begins, and a block too.
+
+    A program keeps lanes columns of one tile and row in registers and adds to them what each block in turn has for
+    them. Programs of one tile follow each other, so they read the same chunks at the same time, from the cache.
+    Grid: rows * parts * tiles.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    row, part, tile = program % rows, program // rows % parts, program // rows // parts
+    span = width.to(tl.int32)
+    column = (part * lanes).to(tl.int32) + tl.arange(0, lanes)
+    inside = column < span
+    cells = table + (row * cols + tile * width) + column
+    sums = tl.load(cells, mask=inside)
+    for block in tl.range(0, blocks, loop_unroll_factor=4):
+        slot = tile - tl.load(draws + block * tiles)
+        chunk = block * tiles + tl.where(slot < 0, slot + tiles, slot)
+        key = tl.load(draws + blocks * tiles + chunk)
+        place = column - tl.load(draws + (2 + row) * blocks * tiles + chunk)
+        position = tl.where(place < 0, place + span, place)
+        base = (first + chunk) * width - offset
+        start = tl.minimum(tl.maximum(-base, 0), width).to(tl.int32)
+        stop = tl.minimum(tl.maximum(count - base, 0), width).to(tl.int32)
+        used = inside & (position >= start) & (position < stop)
+        value = tl.load(vector + base + position, mask=used).to(tl.float32) * scale
+        sums = tl.where(used, sums + _flip(value, key, position, row), sums)
+    tl.store(cells, sums, mask=inside)
+
+
+@triton.jit
+def _median(values, row_count: tl.constexpr):
+    """Of the rows' tensors, as a stable sort has it: only neighbours change places."""
+    for end in tl.static_range(row_count - 1, (row_count - 1) // 2 - 1, -1):
+        for j in tl.static_range(end):
+            low, high = values[j], values[j + 1]
+            swap = high < low
+            pair = (tl.where(swap, high, low), tl.where(swap, low, high))
+            values = values[:j] + pair + values[j + 2 :]
+    if row_count % 2 == 1:
+        return values[row_count // 2]
+    return (values[row_count // 2 - 1] + values[row_count // 2]) * 0.5
+
+
+@triton.jit
+def _estimates(table, draws, dim, cols, width, chunks, chunk, start, row_count: tl.constexpr, lanes: tl.constexpr):
+    """Of the chunk's positions ``start, start + 1, …``: their coordinates, estimates, and which of them there are."""
+    span = width.to(tl.int32)
+    position = (start + tl.arange(0, lanes)).to(tl.int32)
+    inside = position < tl.minimum(width, dim - chunk * width).to(tl.int32)
+    tile = tl.load(draws + chunk).to(tl.int64)
+    key = tl.load(draws + chunks + chunk)
+    values = ()
+    for row in tl.static_range(row_count):
+        place = position + tl.load(draws + (2 + row) * chunks + chunk)
+        column = tl.where(place < span, place, place - span)
+        value = tl.load(table + (row * cols + tile * width) + column, mask=inside, other=0.0)
+        values += (_flip(value, key, position, tl.full((), row, tl.int32)),)
+    return chunk * width + position, _median(values, row_count), inside
+
+
+@triton.jit
+def _magnitude(estimate):
+    """The bits of the absolute value, which are ordered as the values are."""
+    return estimate.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit(do_not_specialize=["dim", "cols", "width", "chunks"])
+def estimate_all(
+    table: tl.tensor,
+    draws: tl.tensor,
+    to: tl.tensor,
+    dim: tl.int64,
+    cols: tl.int64,
+    width: tl.int64,
+    chunks: tl.int64,
+    row_count: tl.constexpr,
+    lanes: tl.constexpr,
+):
+    """Write all estimates. Grid: chunks."""
+    chunk = tl.program_id(0).to(tl.int64)
+    for start in range(0, width, lanes):
+        index, estimate, inside = _estimates(table, draws, dim, cols, width, chunks, chunk, start, row_count, lanes)
+        tl.store(to + index, estimate, mask=inside)
+
+
+@triton.jit(do_not_specialize=["dim", "cols", "width", "chunks", "stride"])
+def count_digits(
+    table: tl.tensor,
+    draws: tl.tensor,
+    counts: tl.tensor,
+    limit: tl.tensor,
+    dim: tl.int64,
+    cols: tl.int64,
+    width: tl.int64,
+    chunks: tl.int64,
+    stride: tl.int64,
+    lower: tl.constexpr,
+    low_bits: tl.constexpr,
+    row_count: tl.constexpr,
+    lanes: tl.constexpr,
+):
+    """Count magnitudes by one digit, the lower low_bits or those above, in the chunks ``0, stride, 2 stride, …``.
+
+    By the upper digit: those in which it is at least ``limit[0]``. By the lower one: those in which the upper is that.
+    """
+    begin = tl.program_id(0).to(tl.int64) * stride
+    wanted = tl.load(limit)
+    for chunk in range(begin, chunks, tl.num_programs(0) * stride):
+        for start in range(0, width, lanes):
+            _, estimate, inside = _estimates(table, draws, dim, cols, width, chunks, chunk, start, row_count, lanes)
+            bits = _magnitude(estimate)
+            upper = bits >> low_bits
+            if lower:
+                tl.atomic_add(
+                    counts + (bits & ((1 << low_bits) - 1)), 1, mask=inside & (upper == wanted), sem="relaxed"
+                )
+            else:
+                tl.atomic_add(counts + upper, 1, mask=inside & (upper >= wanted), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["dim", "cols", "width", "chunks", "run"])
+def weigh(
+    table: tl.tensor,
+    draws: tl.tensor,
+    limit: tl.tensor,
+    above: tl.tensor,
+    equal: tl.tensor,
+    dim: tl.int64,
+    cols: tl.int64,
+    width: tl.int64,
+    chunks: tl.int64,
+    run: tl.int64,
+    row_count: tl.constexpr,
+    lanes: tl.constexpr,
+):
+    """How many magnitudes of each run of chunks lie above the limit, and how many are equal to it."""
+    program = tl.program_id(0).to(tl.int64)
+    begin = program * run
+    least = tl.load(limit)
+    more, same = tl.zeros((), tl.int64), tl.zeros((), tl.int64)
+    for chunk in range(begin, tl.minimum(begin + run, chunks)):
+        for start in range(0, width, lanes):
+            _, estimate, inside = _estimates(table, draws, dim, cols, width, chunks, chunk, start, row_count, lanes)
+            bits = _magnitude(estimate)
+            more += tl.sum((inside & (bits > least)).to(tl.int32))
+            same += tl.sum((inside & (bits == least)).to(tl.int32))
+    tl.store(above + program, more)
+    tl.store(equal + program, same)
+
+
+@triton.jit(do_not_specialize=["dim", "cols", "width", "chunks", "run"])
+def write(
+    table: tl.tensor,
+    draws: tl.tensor,
+    limit: tl.tensor,
+    ties: tl.tensor,
+    above: tl.tensor,
+    equal: tl.tensor,
+    indices: tl.tensor,
+    estimates: tl.tensor,
+    dim: tl.int64,
+    cols: tl.int64,
+    width: tl.int64,
+    chunks: tl.int64,
+    run: tl.int64,
+    row_count: tl.constexpr,
+    lanes: tl.constexpr,
+):
+    """Write what lies above the limit and the first ``ties[0]`` that are equal to it, in ascending order.
+
+    ``above`` and ``equal`` tell how many of either kind lie before each run of chunks.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    begin = program * run
+    least, room = tl.load(limit), tl.load(ties)
+    more, same = tl.load(above + program), tl.load(equal + program)
+    for chunk in range(begin, tl.minimum(begin + run, chunks)):
+        for start in range(0, width, lanes):
+            index, estimate, inside = _estimates(
+                table, draws, dim, cols, width, chunks, chunk, start, row_count, lanes
+            )
+            bits = _magnitude(estimate)
+            is_more = (inside & (bits > least)).to(tl.int64)
+            is_same = (inside & (bits == least)).to(tl.int64)
+            more_before = more + tl.cumsum(is_more) - is_more
+            same_before = same + tl.cumsum(is_same) - is_same
+            taken = (is_more > 0) | ((is_same > 0) & (same_before < room))
+            at = more_before + tl.minimum(same_before, room)
+            tl.store(indices + at, index, mask=taken)
+            tl.store(estimates + at, estimate, mask=taken)
+            more += tl.sum(is_more)
+            same += tl.sum(is_same)

@@ -1,0 +1,249 @@
+"""The GPU kernels equal the reference to the last bit: on Triton's interpreter, as compiled code, and on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hvd_sketch.sketch import CountSketch, Geometry, count_sketch, reference
+from hvd_sketch.sketch.geometry import TILE_WIDTH
+
+INTERPRETED = "TRITON_INTERPRET" in os.environ
+INSTALLED = importlib.util.find_spec("triton") is not None
+on_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, on Triton's interpreter")
+on_gpu = pytest.mark.skipif(
+    INTERPRETED or not INSTALLED or not torch.cuda.is_available(),
+    reason="needs a GPU and Triton: nothing here has one",
+)
+WIDE = 2 * TILE_WIDTH + 5
+"""Columns of two tiles."""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def bits(values: Tensor) -> Tensor:
+    """What tells 0.0 from -0.0."""
+    return values.contiguous().view(torch.int32)
+
+
+def numbers(count: int, seed: int = 0) -> Tensor:
+    """Numbers of many magnitudes, some of them subnormal, 0.0 or -0.0, some of them equal."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(count, generator=generator)
+    kind = torch.randint(4, (count,), generator=generator)
+    values = torch.where(kind == 0, values * 0.0, values)
+    values = torch.where(kind == 1, values.round(), values)
+    return torch.where(kind == 2, values * 10.0 ** (9 * torch.randn(count, generator=generator)).clamp(-44, 4), values)
+
+
+def check_add(geometry: Geometry, seed: int, vector: Tensor, offset: int, scale: float) -> Tensor:
+    """Add to a table that is not empty; returns the table."""
+    from hvd_sketch.sketch import cuda
+
+    ours = numbers(geometry.rows * geometry.cols, 5).view(geometry.rows, geometry.cols).to(vector.device)
+    theirs = ours.cpu()
+    cuda.add(geometry, seed, ours, vector, offset, scale)
+    reference.add(geometry, seed, theirs, vector.cpu(), offset, scale)
+    assert torch.equal(bits(ours.cpu()), bits(theirs))
+    return ours
+
+
+def check_estimates(geometry: Geometry, seed: int, table: Tensor, *choices: int) -> None:
+    """Estimate everything and choose each number of coordinates."""
+    from hvd_sketch.sketch import cuda
+
+    everything = reference.estimate(geometry, seed, table.cpu(), torch.arange(geometry.dim))
+    order = torch.sort(everything.abs(), descending=True, stable=True).indices
+    assert torch.equal(bits(cuda.estimate_all(geometry, seed, table).cpu()), bits(everything))
+    for k in choices:
+        chosen = order[:k].sort().values
+        indices, estimates = cuda.top_k(geometry, seed, table, k)
+        assert torch.equal(indices.cpu(), chosen)
+        assert torch.equal(bits(estimates.cpu()), bits(everything[chosen]))
+
+
+def _in_another_process(tmp_path: Path, *arguments: str, **environment: str) -> None:
+    """The kernels are bound to the interpreter or the compiler when they are imported: once per process."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), **environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(INTERPRETED or not INSTALLED, reason="needs Triton")
+def test_on_the_interpreter(tmp_path: Path) -> None:
+    _in_another_process(tmp_path, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, TRITON_INTERPRET="1")
+
+
+@on_interpreter
+@pytest.mark.parametrize(
+    ("dim", "rows", "cols", "seed", "dtype", "programs"),
+    [
+        (700, 3, 33, 1, torch.float32, 4096),
+        (300, 1, 7, -(2**70), torch.float16, 2),
+        (40, 5, 1, 2**63, torch.bfloat16, 3),
+        (2500, 3, 600, (5 << 32) + 1, torch.bfloat16, 1),
+        (1500, 2, 513, 3, torch.float32, 1),
+        (1200, 9, 512, 4, torch.float16, 1),
+        (9000, 3, WIDE, 5, torch.float32, 1),
+        (3000, 4, 3 * TILE_WIDTH, 6, torch.float32, 1),
+    ],
+)
+def test_any_shape(
+    dim: int,
+    rows: int,
+    cols: int,
+    seed: int,
+    dtype: torch.dtype,
+    programs: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from hvd_sketch.sketch import cuda
+
+    monkeypatch.setattr(cuda, "_PROGRAMS", programs)
+    geometry = Geometry(dim, rows, cols)
+    start = dim // 7
+    vector = numbers(dim - start - dim // 9).clamp(-60_000, 60_000).to(dtype)
+    table = check_add(geometry, seed, vector, start, 0.3)
+    check_estimates(geometry, seed, table, dim // 50 + 1)
+
+
+@on_interpreter
+@pytest.mark.parametrize("rows", [2, 3])
+def test_ties_zeros_and_every_choice(rows: int) -> None:
+    geometry = Geometry(600, rows, 150)
+    check_estimates(geometry, 1, torch.zeros(rows, 150), 1, 599, 600)
+    table = check_add(geometry, 1, (numbers(600) > 0.5).float(), 0, -1.0)
+    check_estimates(geometry, 1, table, 1, 50, 300, 600)
+
+
+@on_interpreter
+def test_infinities_are_chosen_first() -> None:
+    geometry = Geometry(500, 3, 600)
+    vector = numbers(500)
+    vector[[7, 400]] = torch.tensor([float("inf"), float("-inf")])
+    check_estimates(geometry, 1, check_add(geometry, 1, vector, 0, 1.0), 2, 3)
+
+
+@on_interpreter
+@pytest.mark.parametrize("start", [2**31 - 400, 2**33 + 4321])
+def test_offsets_beyond_32_bits(start: int) -> None:
+    geometry = Geometry(start + 800, 3, 9001)
+    check_add(geometry, 5, numbers(800), start, 1.0)
+
+
+@on_interpreter
+def test_the_table_of_a_sum_is_the_sum_of_the_tables() -> None:
+    from hvd_sketch.sketch import cuda
+
+    geometry = Geometry(900, 3, 300)
+    one, two = numbers(900, 1).round().clamp(-99, 99), numbers(900, 2).round().clamp(-99, 99)
+    first, both, total = (torch.zeros(3, 300) for _ in range(3))
+    cuda.add(geometry, 1, first, one, 0, 1.0)
+    cuda.add(geometry, 1, both, one + 3 * two, 0, 1.0)
+    cuda.add(geometry, 1, total, two, 0, 3.0)
+    assert torch.equal(both, first + total)
+
+
+@on_interpreter
+def test_an_empty_vector_changes_nothing() -> None:
+    check_add(Geometry(100, 3, 10), 1, torch.zeros(0), 100, 1.0)
+
+
+_COMPILE = """
+import re, triton
+from triton.backends.compiler import GPUTarget
+from hvd_sketch.sketch import cuda_kernels
+
+table = {"table": "*fp32", "draws": "*i32"}
+counted = dict(table, limit="*i64", above="*i64", equal="*i64")
+shape = {"row_count": 4, "lanes": 512}
+for name, pointers, constants in (
+    ("draw", {"draws": "*i32"}, {"lanes": 256}),
+    ("add", dict(table, vector="*fp16"), {"lanes": 32}),
+    ("estimate_all", dict(table, to="*fp32"), shape),
+    ("count_digits", dict(table, counts="*i64", limit="*i64"), dict(shape, lower=False, low_bits=15)),
+    ("count_digits", dict(table, counts="*i64", limit="*i64"), dict(shape, lower=True, low_bits=15)),
+    ("weigh", counted, shape),
+    ("write", dict(counted, ties="*i64", indices="*i64", estimates="*fp32"), shape),
+):
+    kernel = getattr(cuda_kernels, name)
+    types = {p.name: pointers.get(p.name, p.annotation_type) for p in kernel.params}
+    types |= dict.fromkeys(constants, "constexpr")
+    source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": False})
+    wrong = re.findall(r"fma\\S*|mad\\S*f32|\\S+ftz\\S*", compiled.asm["ptx"])
+    assert not wrong, (name, wrong)
+"""
+
+
+@pytest.mark.skipif(INTERPRETED or not INSTALLED, reason="needs Triton")
+def test_all_kernels_compile_and_nothing_is_fused_or_flushed(tmp_path: Path) -> None:
+    """Neither a fused product and sum nor a subnormal taken for zero: either would change the bits of a result."""
+    _in_another_process(tmp_path, "-c", _COMPILE)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="asked once, in the process without the interpreter")
+def test_a_processor_has_no_use_for_triton(tmp_path: Path) -> None:
+    _in_another_process(
+        tmp_path,
+        "-c",
+        "import sys; from hvd_sketch.sketch import CountSketch; s = CountSketch(99, 3, 10); s.top_k(3); s.estimate()\n"
+        "assert not {'triton', 'hvd_sketch.sketch.cuda'} & set(sys.modules)",
+    )
+
+
+def test_without_triton_the_reference_serves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    count_sketch._on_gpu.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert count_sketch._on_gpu() is reference
+        assert count_sketch._on_gpu() is reference
+    count_sketch._on_gpu.cache_clear()
+    assert len(caplog.records) == 1
+    assert "pip install" in caplog.text
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_on_a_gpu(dtype: torch.dtype) -> None:
+    for rows, cols in ((3, 10_000), (5, 100_000), (4, 3000)):
+        geometry = Geometry(1_000_000, rows, cols)
+        vector = numbers(900_000).clamp(-60_000, 60_000).to(dtype).cuda()
+        table = check_add(geometry, 1, vector, 55_555, 0.3)
+        check_estimates(geometry, 1, table, 1, 1000, 10_000, 1_000_000)
+        check_estimates(geometry, 1, torch.zeros_like(table), 1000)
+
+
+@on_gpu
+def test_nothing_waits_for_the_gpu() -> None:
+    sketch, vector = CountSketch(1_000_000, 3, 10_000, 1, device="cuda"), numbers(1_000_000).cuda()
+    try:
+        for _ in range(2):  # the first round compiles
+            sketch.reset(2)
+            sketch.add(vector)
+            sketch.top_k(1000)
+            torch.cuda.set_sync_debug_mode("error")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
