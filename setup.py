@@ -21,6 +21,7 @@ EXTRAS = {
     "horovod": ["horovod==0.28.1"],  # the collectives; builds as environment/create shows
     "mpi": ["mpi4py>=4,<5"],  # the collectives where Horovod is not installed
     "swarm": ["networkx>=3,<4"],  # graphs of peers
+    "gpu": ["triton>=3.3,<4; sys_platform == 'linux'"],  # the sketch's kernels, and their interpreter for the tests
     "examples": [
         "tqdm>=4.66,<5",  # progress bar
         "matplotlib>=3.8,<4",  # --plot

@@ -8,7 +8,8 @@ done (``op``) by what (``impl``) on which ``device``, the size of the vector ``d
 - ``add``: sketch the vector; ``add_slices``: the same vector as 100 slices in one call, ``add_each``: in 100;
 - ``top_k``: choose k coordinates from the table, and ``estimate``: estimate all of them;
 - by ``index_add``: a classic Count Sketch in PyTorch, with buckets and signs looked up, not hashed;
-- by ``topk``: ``torch.topk`` of the vector itself, of which no sketch was taken.
+- by ``topk``: ``torch.topk`` of the vector itself, of which no sketch was taken;
+- by ``triton``: on the GPU, where there is one, timed by its events; ``threads`` is 0.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     if not native.available():
         return 1
     rows = []
-    for row in measure(options):
+    for row in chain(measure(options), measure_gpu(options)):
         print(_line(row), flush=True)
         rows.append(row)
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +86,24 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
                     if d <= LARGEST_CLASSIC:
                         row = {"op": "add", "impl": "index_add", **shape}
                         yield _time(row, _classic(shape, vector), vector, options.seconds)
+
+
+def measure_gpu(options: argparse.Namespace) -> Iterator[Row]:
+    """The rows of the GPU; none without one, or without Triton."""
+    if not torch.cuda.is_available() or find_spec("triton") is None:
+        return
+    for d in map(int, options.sizes):
+        vector = torch.randn(d, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+        for rows in options.rows:
+            for share in options.columns:
+                sketch = CountSketch(d, rows, int(d * share), seed=1, device="cuda")
+                shape = {"impl": "triton", "device": f"cuda: {torch.cuda.get_device_name()}", "d": d, "rows": rows}
+                shape |= {"cols": int(d * share)}
+                add = partial(sketch.add, vector)
+                yield _time({"op": "add", **shape}, add, vector, options.seconds, _once_on_gpu)
+                for k in (max(1, d // 1000), max(1, d // 100)):
+                    top_k = partial(sketch.top_k, k)
+                    yield _time({"op": "top_k", "k": k, **shape}, top_k, vector, options.seconds, _once_on_gpu)
 
 
 def _native(shape: Row, vector: Tensor, choices: Sequence[int]) -> Iterator[tuple[Row, Callable[[], object]]]:
@@ -119,19 +140,35 @@ def _classic(shape: Row, vector: Tensor) -> Callable[[], object]:
     return add
 
 
-def _time(row: Row, function: Callable[[], object], vector: Tensor, seconds: float) -> Row:
-    """The row with its medians: warm, in turns with the copy, at least 5 of each."""
-    first = _once(function) + _once(vector.clone)
-    turns = [(_once(function), _once(vector.clone)) for _ in range(max(5, min(500, int(seconds / first))))]
-    ours, clone = (statistics.median(column) for column in zip(*turns, strict=True))
-    blank = {"op": "", "impl": "", "device": _device(), "d": 0, "rows": None, "cols": None, "k": None, "threads": 0}
-    return blank | row | {"seconds": ours, "clone_seconds": clone, "runs": len(turns)}
-
-
 def _once(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
+
+
+def _once_on_gpu(function: Callable[[], object]) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    stop.record()
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) / 1e3
+
+
+def _time(
+    row: Row,
+    function: Callable[[], object],
+    vector: Tensor,
+    seconds: float,
+    once: Callable[[Callable[[], object]], float] = _once,
+) -> Row:
+    """The row with its medians: warm, in turns with the copy, at least 5 of each."""
+    once(function)  # the first call may compile
+    first = once(function) + once(vector.clone)
+    turns = [(once(function), once(vector.clone)) for _ in range(max(5, min(500, int(seconds / first))))]
+    ours, clone = (statistics.median(column) for column in zip(*turns, strict=True))
+    blank = {"op": "", "impl": "", "device": _device(), "d": 0, "rows": None, "cols": None, "k": None, "threads": 0}
+    return blank | row | {"seconds": ours, "clone_seconds": clone, "runs": len(turns)}
 
 
 def _device() -> str:

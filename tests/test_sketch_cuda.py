@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,7 +188,7 @@ for name, pointers, constants in (
     ("write", dict(counted, ties="*i64", indices="*i64", estimates="*fp32"), shape),
 ):
     kernel = getattr(cuda_kernels, name)
-    types = {p.name: pointers.get(p.name, p.annotation_type) for p in kernel.params}
+    types = {p.name: pointers.get(p.name, "fp32" if p.name == "scale" else "i64") for p in kernel.params}
     types |= dict.fromkeys(constants, "constexpr")
     source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": False})
@@ -212,12 +213,14 @@ def test_a_processor_has_no_use_for_triton(tmp_path: Path) -> None:
     )
 
 
-def test_without_triton_the_reference_serves(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("triton", [None, SimpleNamespace(__version__="3.2.0", __spec__="any")])
+def test_without_a_triton_new_enough_the_reference_serves(
+    triton: object, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     count_sketch._on_gpu.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        patch.setitem(sys.modules, "triton", triton)
+        patch.setattr(importlib.util, "find_spec", lambda name: getattr(triton, "__spec__", None))
         assert count_sketch._on_gpu() is reference
         assert count_sketch._on_gpu() is reference
     count_sketch._on_gpu.cache_clear()

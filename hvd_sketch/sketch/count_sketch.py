@@ -24,13 +24,18 @@ _MOST_ROWS_ON_GPU = 9
 @functools.cache
 def _on_gpu() -> ModuleType:
     """What serves tables on a GPU: Triton is imported when the first of them asks, and never for others."""
-    if importlib.util.find_spec("triton") is not None:
+    if importlib.util.find_spec("triton") is not None and _version(importlib.import_module("triton")) >= (3, 3):
         return importlib.import_module("hvd_sketch.sketch.cuda")
     logging.getLogger(__name__).warning(
-        "hvd_sketch: Triton is not installed; the reference serves sketches on the GPU, many times slower and with "
-        "memory for several vectors. To have the kernels, run `pip install 'triton>=3,<4'`"
+        "hvd_sketch: Triton 3.3 or newer is not installed; the reference serves sketches on the GPU, many times "
+        "slower and with memory for several vectors. PyTorch 2.7 for CUDA and newer ones bring it; or run "
+        "`pip install 'triton>=3.3,<4'`"
     )
     return reference
+
+
+def _version(module: ModuleType) -> tuple[int, ...]:
+    return tuple(map(int, module.__version__.split(".")[:2]))
 
 
 class CountSketch:
