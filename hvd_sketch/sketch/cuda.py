@@ -66,7 +66,7 @@ def add(geometry: Geometry, seed: int, table: Tensor, vector: Tensor, offset: in
             geometry.tiles,
             parts,
             lanes=columns,
-            num_warps=max(1, columns // 128),
+            num_warps=max(1, columns // 256),
             enable_fp_fusion=False,
         )
 

@@ -156,6 +156,12 @@ def _magnitude(estimate):
     return estimate.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
+@triton.jit
+def _kind(bits, least, inside):
+    """1 for what lies above the limit, 65536 for what is equal to it: one sum of fewer lanes counts both."""
+    return (inside & (bits > least)).to(tl.int32) + ((inside & (bits == least)).to(tl.int32) << 16)
+
+
 @triton.jit(do_not_specialize=["dim", "cols", "width", "chunks"])
 def estimate_all(
     table: tl.tensor,
@@ -234,8 +240,9 @@ def weigh(
         for start in range(0, width, lanes):
             _, estimate, inside = _estimates(table, draws, dim, cols, width, chunks, chunk, start, row_count, lanes)
             bits = _magnitude(estimate)
-            more += tl.sum((inside & (bits > least)).to(tl.int32))
-            same += tl.sum((inside & (bits == least)).to(tl.int32))
+            total = tl.sum(_kind(bits, least, inside))
+            more += total & 0xFFFF
+            same += total >> 16
     tl.store(above + program, more)
     tl.store(equal + program, same)
 
@@ -272,13 +279,14 @@ def write(
                 table, draws, dim, cols, width, chunks, chunk, start, row_count, lanes
             )
             bits = _magnitude(estimate)
-            is_more = (inside & (bits > least)).to(tl.int64)
-            is_same = (inside & (bits == least)).to(tl.int64)
-            more_before = more + tl.cumsum(is_more) - is_more
-            same_before = same + tl.cumsum(is_same) - is_same
-            taken = (is_more > 0) | ((is_same > 0) & (same_before < room))
-            at = more_before + tl.minimum(same_before, room)
-            tl.store(indices + at, index, mask=taken)
-            tl.store(estimates + at, estimate, mask=taken)
-            more += tl.sum(is_more)
-            same += tl.sum(is_same)
+            if tl.max(tl.where(inside, bits, -1)) >= least:
+                kind = _kind(bits, least, inside)
+                before = tl.cumsum(kind) - kind
+                same_before = same + (before >> 16)
+                taken = (kind == 1) | ((kind > 1) & (same_before < room))
+                at = more + (before & 0xFFFF) + tl.minimum(same_before, room)
+                tl.store(indices + at, index, mask=taken)
+                tl.store(estimates + at, estimate, mask=taken)
+                total = tl.sum(kind)
+                more += total & 0xFFFF
+                same += total >> 16
