@@ -168,5 +168,7 @@ def _draws(geometry: Geometry, seed: int, device: torch.device, first: int, chun
     draws = torch.empty(2 + geometry.rows, chunks, dtype=torch.int32, device=device)
     grid = (-(-chunks // _DRAWN_TOGETHER), 2 + geometry.rows)
     word = (seed + 2**63) % 2**64 - 2**63
-    kernels.draw[grid](draws, word, first, chunks, geometry.width, geometry.tiles, lanes=_DRAWN_TOGETHER)
+    kernels.draw[grid](
+        draws, word, first, chunks, geometry.width, geometry.tiles, lanes=_DRAWN_TOGETHER, enable_fp_fusion=False
+    )
     return draws
