@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,8 @@ class SparseCodec:
       bits as they are, the upper ones in unary.
     """
 
+    LEVEL_BYTES: ClassVar[int] = 4 * _LEVELS
+
     universe: int
     count: int
 
@@ -49,7 +52,7 @@ class SparseCodec:
 
     @property
     def _value_bytes(self) -> int:
-        return 4 * _LEVELS + -(-self.count // 2)
+        return self.LEVEL_BYTES + -(-self.count // 2)
 
     @property
     def nbytes(self) -> int:
@@ -100,8 +103,8 @@ class SparseCodec:
         return code, _values(nibbles, means)
 
     def _decode(self, code: Tensor) -> tuple[Tensor, Tensor]:
-        means = code[:, : 4 * _LEVELS].flatten().clone().view(torch.float32).view(-1, _LEVELS)
-        packed = code[:, 4 * _LEVELS : self._value_bytes]
+        means = code[:, : self.LEVEL_BYTES].flatten().clone().view(torch.float32).view(-1, _LEVELS)
+        packed = code[:, self.LEVEL_BYTES : self._value_bytes]
         nibbles = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)[:, : self.count]
         return self._unpack(code[:, self._value_bytes :]), _values(nibbles, means)
 

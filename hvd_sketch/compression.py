@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from hvd_sketch.codec import SparseCodec
 from hvd_sketch.comm.base import Communicator
 from hvd_sketch.compressor import Compressor, Sparsifier
 from hvd_sketch.errors import ConfigurationError
@@ -23,34 +24,7 @@ from hvd_sketch.exchange.plan import SketchPlan, sharded_plan, sketch_plan, stri
 from hvd_sketch.exchange.powersgd import matrix_shape
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
-
-
-class NoCompression:
-    """Send gradients as they are; the same as Horovod's own ``Compression.none``."""
-
-    @staticmethod
-    def compress(tensor: Tensor) -> tuple[Tensor, None]:
-        """Return the tensor itself."""
-        return tensor, None
-
-    @staticmethod
-    def decompress(tensor: Tensor, ctx: None) -> Tensor:
-        """Return the tensor itself."""
-        return tensor
-
-
-class HalfPrecision:
-    """Send floating-point gradients as float16; the same as Horovod's own ``Compression.fp16``."""
-
-    @staticmethod
-    def compress(tensor: Tensor) -> tuple[Tensor, torch.dtype]:
-        """Cast to float16; other dtypes pass."""
-        return (tensor.half() if tensor.dtype.is_floating_point else tensor), tensor.dtype
-
-    @staticmethod
-    def decompress(tensor: Tensor, ctx: torch.dtype) -> Tensor:
-        """Cast back to the dtype that came in."""
-        return tensor.to(ctx) if ctx.is_floating_point else tensor
+from hvd_sketch.uncompressed import HalfPrecision, NoCompression
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -285,15 +259,37 @@ class Stride(Sparsifier):
         return None if ratio <= 1.0 else stride_plan(layout, ratio)
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Auto(Sparsifier):
+    """`Sharded`, unless ranks are too many for the model: then `Sketch`.
+
+    `Sharded` ended nearest to dense training at every ratio and number of ranks that was measured,
+    see docs/convergence.md. But it sends a code to every owner, whose 32 bytes of levels do not
+    shrink. Where they would be more than the pairs', with more ranks than ``parameters / (16 ratio)``,
+    a sketch still has the size of a sketch.
+    """
+
+    dense_below: int = 0
+
+    def _exchange(
+        self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device, momentum: Momentum | None
+    ) -> Exchange:
+        settings = {field.name: getattr(self, field.name) for field in fields(self)}
+        code = 4 * layout.total / self.ratio / comm.size
+        member = Sharded(**settings) if code >= 2 * SparseCodec.LEVEL_BYTES else Sketch(**settings)
+        return member._exchange(layout, comm, average=average, device=device, momentum=momentum)
+
+
 class Compression:
     """Optional gradient compression algorithms, by name.
 
-    ``none`` and ``fp16`` are Horovod's; ``sketch(ratio=…)``, ``topk(ratio=…)``, ``sharded(ratio=…)``,
-    ``stride(ratio=…)`` and ``powersgd(rank=…)`` make a compressor for one optimizer.
+    ``none`` and ``fp16`` are Horovod's; ``auto(ratio=…)``, ``sharded(ratio=…)``, ``sketch(ratio=…)``,
+    ``topk(ratio=…)``, ``stride(ratio=…)`` and ``powersgd(rank=…)`` make a compressor for one optimizer.
     """
 
     none = NoCompression
     fp16 = HalfPrecision
+    auto = Auto
     sketch = Sketch
     topk = TopK
     sharded = Sharded

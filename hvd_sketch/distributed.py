@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hvd_sketch.comm import Communicator, as_communicator, default_communicator, has_horovod
 from hvd_sketch.compatibility import check_groups, check_momentum, correction_of
-from hvd_sketch.compression import Compression, HalfPrecision, NoCompression
+from hvd_sketch.compression import Compression
 from hvd_sketch.compressor import Compressor
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import DenseExchange, Exchange
@@ -23,6 +23,7 @@ from hvd_sketch.methods.anticipate import Anticipate, AnticipatingOptimizer, che
 from hvd_sketch.methods.common_share import CommonShare
 from hvd_sketch.methods.step_ahead import StepAhead, StepAheadOptimizer, check_step_ahead
 from hvd_sketch.optimizer import distribute
+from hvd_sketch.uncompressed import HalfPrecision, NoCompression
 
 Average, Sum = 0, 1  # Horovod's own numbers
 
@@ -142,7 +143,7 @@ def _check_compression(compression: Any, op: int, optimizer: torch.optim.Optimiz
     """What is wrong with an exchange of ours."""
     if compression not in (NoCompression, HalfPrecision) and not isinstance(compression, Compressor):
         raise ConfigurationError(
-            f"compression={compression!r} is no member of hvd_sketch.Compression: use none, fp16, sketch() or topk()"
+            f"compression={compression!r} is no member of hvd_sketch.Compression: use none, fp16, auto() or another"
         )
     if op not in (Average, Sum):
         raise ConfigurationError(f"op={op} cannot be combined with compression: only Average and Sum are linear")
