@@ -15,6 +15,8 @@ from hvd_sketch.comm import has_horovod
 from hvd_sketch.compression import Compression
 from hvd_sketch.errors import ConfigurationError
 
+_COMPRESSIONS = ("none", "fp16", "auto", "sketch", "topk", "sharded")
+
 
 def main(arguments: Sequence[str]) -> None:
     """Parse our own options, put our optimizer in Horovod's place, and hand over to the script."""
@@ -71,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Run an unmodified Horovod script with compressed gradients.",
         epilog="Everything behind the script's name is the script's own.",
     )
-    parser.add_argument("--compression", choices=("none", "fp16", "auto", "sketch", "topk", "sharded"), default="sketch")
+    parser.add_argument(
+        "--compression", choices=("none", "fp16", "auto", "sketch", "topk", "sharded"), default="sketch"
+    )
     parser.add_argument("--ratio", type=float, default=40.0, help="dense bytes over bytes sent (default: 40)")
     parser.add_argument("--warmup-steps", type=int, default=100, help="steps until the full ratio (default: 100)")
     parser.add_argument(

@@ -14,6 +14,7 @@ from torch import Tensor
 from hvd_sketch import wire
 from hvd_sketch.comm.base import Communicator
 from hvd_sketch.errors import ConfigurationError, RankMismatchError
+from hvd_sketch.exchange.agreement import differences
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Memory, Momentum
 from hvd_sketch.scope import next_scope
@@ -300,18 +301,5 @@ class Exchange(ABC):
         wire.write_digest(lanes[1:], torch.frombuffer(bytearray(repr(mine).encode()), dtype=torch.uint8))
         self.comm.allreduce(lanes, self._name("agree"))
         if not wire.digests_agree(lanes[1:], lanes[0]):
-            raise RankMismatchError(_differences(self.comm.allgather_object(mine, self._name("differences"))))
+            raise RankMismatchError(differences(self.comm.allgather_object(mine, self._name("differences"))))
         self._agreed_size = self.comm.size if int(lanes[0]) == self.comm.size else 0
-
-
-def _differences(answers: list[dict[str, str]]) -> str:
-    lines = ["hvd_sketch: the ranks disagree, so their gradients cannot be combined:"]
-    for key in answers[0]:
-        for rank, answer in enumerate(answers):
-            if answer[key] != answers[0][key]:
-                ours = sorted(set(answers[0][key].split()) - set(answer[key].split()))
-                theirs = sorted(set(answer[key].split()) - set(answers[0][key].split()))
-                lines.append(f"  {key}: rank 0 has {' '.join(ours[:5])!r}, rank {rank} has {' '.join(theirs[:5])!r}")
-    lines.append("Give every rank the same model, compression settings and seed; load a saved memory on all or none;")
-    lines.append("call broadcast_optimizer_state and then broadcast_parameters before the first step.")
-    return "\n".join(lines)
