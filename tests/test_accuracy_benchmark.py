@@ -44,7 +44,7 @@ def test_every_method_trains_on_every_task() -> None:
 def test_rows_are_kept_and_a_page_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "RESULTS", tmp_path / "accuracy.json")
     rows: list[dict[str, Any]] = []
-    for method, setting in (("dense", 1.0), ("sharded", 20.0), ("sharded", 400.0)):
+    for method, setting in (("dense", 1.0), ("sharded", 20.0), ("sketch", 400.0)):
         rows.append(command._row(TASK, method, setting, 2, 0, 3, rows))
         command._append(rows[-1])
     assert json.loads((tmp_path / "accuracy.json").read_text()) == json.loads(json.dumps(rows))
