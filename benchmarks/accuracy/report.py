@@ -12,7 +12,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks.accuracy.methods import METHODS, POWERSGD
+
 Row = dict[str, Any]
+_LINES = {40.0: "-", 100.0: "--", 8.0: "-", 4.0: "--", 2.0: "-.", 1.0: ":"}
+"""Of a ratio, or of PowerSGD's rank."""
+_NOT_DRAWN = (10.0, 400.0)
+"""Ratios that would make too many lines."""
 
 INTRODUCTION = """# Accuracy at equal bytes
 
@@ -61,7 +67,7 @@ def _order(rows: list[Row]) -> str:
 
 def _table(rows: list[Row]) -> str:
     lines = ["| method | setting | ratio | loss | gap % | spread | seeds |", "|---|---|---|---|---|---|---|"]
-    for method, setting in dict.fromkeys((row["method"], row["setting"]) for row in rows):
+    for method, setting in sorted({(row["method"], row["setting"]) for row in rows}, key=_rank):
         group = [row for row in rows if (row["method"], row["setting"]) == (method, setting)]
         if "refused" in group[0]:
             lines.append(f"| {method} | {setting:g} | refused: the dense part alone is more | | | | |")
@@ -79,15 +85,24 @@ def _table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _rank(kind: tuple[str, float]) -> tuple[int, float]:
+    """Methods in the order in which they are declared, each from its lowest ratio on."""
+    method, setting = kind
+    return ["dense", *METHODS, POWERSGD].index(method), -setting if method == POWERSGD else setting
+
+
 def _plot(rows: list[Row], file: Path) -> None:
     figure, (by_steps, by_bytes) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
     first = min(row["seed"] for row in rows)
-    for row in rows:
-        if row["seed"] != first or "refused" in row:
+    for row in sorted(rows, key=lambda row: _rank((row["method"], row["setting"]))):
+        if row["seed"] != first or "refused" in row or row["setting"] in _NOT_DRAWN:
             continue
         steps, sent, losses = zip(*row["losses"], strict=True)
         label = row["method"] if row["method"] == "dense" else f"{row['method']} {row['setting']:g}"
-        style = {"color": "black", "linewidth": 2.0} if row["method"] == "dense" else {"linewidth": 1.0}
+        style: dict[str, Any] = {"color": "black", "linewidth": 2.0}
+        if row["method"] != "dense":
+            number = _rank((row["method"], row["setting"]))[0]
+            style = {"color": f"C{number - 1}", "linestyle": _LINES.get(row["setting"], "-")}
         by_steps.plot(steps, losses, label=label, **style)
         by_bytes.plot([count / 1e6 for count in sent], losses, **style)
     finite = [loss for row in rows if not row.get("refused") for *_, loss in row["losses"] if loss < 10]
