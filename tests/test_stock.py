@@ -44,6 +44,11 @@ def topk(wrap: Wrap, rank: int) -> Tensor:
     return train(wrap(torch.optim.SGD(model.parameters(), 0.1), model, Compression.topk), model, 6, rank)
 
 
+def automatic(wrap: Wrap, rank: int) -> Tensor:
+    model = net()
+    return train(wrap(torch.optim.SGD(model.parameters(), 0.1), model, Compression.auto), model, 6, rank)
+
+
 def summed(wrap: Wrap, rank: int) -> Tensor:
     model = net()
     return train(wrap(torch.optim.SGD(model.parameters(), 0.05), model, op=hvd.Sum), model, 5, rank)
@@ -200,6 +205,7 @@ def cloudpickled_compressor(wrap: Wrap, rank: int) -> Tensor:
 SCENARIOS: list[Callable[[Wrap, int], Tensor]] = [
     plain,
     topk,
+    automatic,
     summed,
     predivided,
     hooks_in_another_order_on_each_rank,
