@@ -69,7 +69,7 @@ def proposed(layout: Layout, ratio: float, ranks: int) -> Choose:
     count = _proposals(layout, 4 * layout.total / ratio, ranks)
 
     def choose(memory: Tensor, step: int) -> Tensor:
-        return _take(memory, torch.cat([heaviest(own, count) for own in memory]).unique())
+        return _take_proposed(memory, memory, count)
 
     return choose
 
@@ -97,7 +97,7 @@ def guided(layout: Layout, ratio: float, ranks: int) -> Choose:
         unknown = max(0.0, sum_energy - guess**2 * own_energy) / layout.total
         noise = sum_energy / table.geometry.cols
         expected = (memory * (noise * guess) + estimates * unknown) / (noise + unknown)
-        return _take(memory, torch.cat([heaviest(own, count) for own in expected]).unique())
+        return _take_proposed(memory, expected, count)
 
     return choose
 
@@ -139,6 +139,10 @@ def _proposals(layout: Layout, message: float, ranks: int) -> int:
         if ranks * count * (2 + (2 + math.log2(layout.total / count)) / 16) <= message
     ]
     return max(fitting, default=1)
+
+
+def _take_proposed(memory: Tensor, by: Tensor, count: int) -> Tensor:
+    return _take(memory, torch.cat([heaviest(own, count) for own in by]).unique())
 
 
 def _take(memory: Tensor, chosen: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class SparseCodec:
 
         Returns the code, uint8 of shape ``(m, nbytes)``, and the values as they will be decoded.
         """
-        if not _is_native(values):
+        if not native.serves(values):
             return self._encode(indices, values)
         indices, values = indices.contiguous(), values.contiguous()
         code = torch.empty(len(values), self.nbytes, dtype=torch.uint8)
@@ -79,7 +79,7 @@ class SparseCodec:
         Raises:
             ValueError: when these bytes cannot have come from `encode`.
         """
-        if not _is_native(code):
+        if not native.serves(code):
             return self._decode(code)
         code = code.contiguous()
         indices = torch.empty(len(code), self.count, dtype=torch.int64)
@@ -133,10 +133,6 @@ class SparseCodec:
 
     def _no_code(self) -> str:
         return f"these {self.nbytes} bytes are no code of {self.count} of {self.universe} coordinates"
-
-
-def _is_native(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and native.available()
 
 
 def _levels_of(magnitudes: Tensor) -> Tensor:

@@ -264,9 +264,9 @@ class Auto(Sparsifier):
     """`Sharded`, unless ranks are too many for the model: then `Sketch`.
 
     Of all exchanges `Sharded` ended nearest to dense training, at every ratio and number of ranks
-    that was measured, see docs/convergence.md. But it sends a code to every owner, whose 32 bytes of levels do not
-    shrink. Where they would be more than the pairs', with more ranks than ``parameters / (16 ratio)``,
-    a sketch still has the size of a sketch.
+    that was measured, see docs/convergence.md. But it sends a code to every owner, whose 32 bytes
+    of levels do not shrink. Where they would be more than the pairs', with more ranks than
+    ``parameters / (16 ratio)``, a sketch still has the size of a sketch.
     """
 
     dense_below: int = 0

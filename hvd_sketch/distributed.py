@@ -108,7 +108,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     if isinstance(error_feedback, StepAhead):
         return StepAheadOptimizer(optimizer, named, compression, lazy.get, lazy.is_active, error_feedback)
     layout = _layout(compression, [item for item in named if item[1].requires_grad])
-    shares = CommonShare() if error_feedback is not None else None
+    shares = None if error_feedback is None else CommonShare()
     distributed = distribute(
         optimizer,
         named,

@@ -23,7 +23,7 @@ class Rows:
 
     def put(self, vector: Tensor, values: Tensor | float) -> None:
         """Set these entries of a vector."""
-        if isinstance(values, Tensor) and _is_native(vector):
+        if isinstance(values, Tensor) and native.serves(vector):
             _scatter("sparse_put", vector, self.shards, self.first, 1, self.rows, values)
             return
         owners = torch.arange(self.first, self.first + len(self.rows), device=self.rows.device).unsqueeze(1)
@@ -36,15 +36,11 @@ class Rows:
 
 def add(vector: Tensor, shards: int, shard: int, rows: Tensor, values: Tensor) -> None:
     """Add lists of values to rows of one shard, one list after the other; both ``(lists, count)``, rows ascending."""
-    if _is_native(vector):
+    if native.serves(vector):
         _scatter("sparse_add", vector, shards, shard, 0, rows, values)
         return
     for chosen, added in zip(rows, values, strict=True):
         vector[shard::shards].index_add_(0, chosen, added)
-
-
-def _is_native(vector: Tensor) -> bool:
-    return vector.device.type == "cpu" and native.available()
 
 
 def _scatter(name: str, vector: Tensor, shards: int, first: int, step: int, rows: Tensor, values: Tensor) -> None:

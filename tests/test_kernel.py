@@ -33,12 +33,9 @@ columns = st.one_of(
 
 
 @pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
+def _as_before(one_thread: None) -> Iterator[None]:
     """One thread and the widest instruction set, unless a test says otherwise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
     native.limit_lanes(max(LANES))
 
 

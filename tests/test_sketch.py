@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -23,14 +22,7 @@ NARROW = (300, 20)
 WIDE = (30_000, 2 * TILE_WIDTH + 5)
 """dim and cols of a sketch of two tiles and some blocks."""
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Many small operations: threads that wait for each other on a busy machine would take most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sketch_of(vector: Tensor, rows: int, cols: int, seed: int = 0) -> CountSketch:

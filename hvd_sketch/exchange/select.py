@@ -29,7 +29,7 @@ def heaviest_of_shards(vector: Tensor, shards: int, count: int) -> tuple[Tensor,
         raise ValueError(f"vector must be float32, got {vector.dtype}")
     if not 1 <= count <= vector.numel() // shards:
         raise ValueError(f"count must be between 1 and {vector.numel() // shards}, got {count}")
-    if vector.device.type != "cpu" or vector.numel() >= 2**32 or not native.available():
+    if vector.numel() >= 2**32 or not native.serves(vector):
         rows = torch.stack([_reference(vector[shard::shards], count) for shard in range(shards)])
         return rows, torch.stack([vector[shard::shards][chosen] for shard, chosen in enumerate(rows)])
     rows = torch.empty(shards, count, dtype=torch.int64)

@@ -14,7 +14,7 @@ from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.layout import Layout
 from hvd_sketch.methods.ahead import AheadOptimizer
-from hvd_sketch.methods.common_share import CommonShare
+from hvd_sketch.methods.common_share import CommonShare, read_errors
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,7 @@ class AnticipatingOptimizer(AheadOptimizer):
         self._distributed.step()
 
     def _point(self) -> None:
-        memory, owned = self.exchange.memory.residual, self.exchange.owned
-        self._moved.vector.copy_(memory)
-        self._moved.vector[owned] /= self.exchange.comm.size
+        read_errors(self.exchange, self._moved.vector)
         if self._shares.shares is not None:
             factors = self._settings.coefficient * self._shares.shares.to(self._flat.dtype)
             torch._foreach_mul_(self._moved.views, list(factors.unbind()))

@@ -62,11 +62,11 @@ class CommonShare:
 
     def _measure(self, exchange: Exchange) -> Tensor:
         ranks = exchange.comm.size
-        self._errors.copy_(exchange.memory.residual)
-        for sketch, view in zip(self._sketches, self._views, strict=True):
+        residual = exchange.memory.residual
+        for sketch, slot in zip(self._sketches, exchange.layout.slots, strict=True):
             sketch.reset(exchange.step)
-            sketch.add(view)
-        self._errors[exchange.owned] /= ranks
+            sketch.add(residual[slot.offset : slot.stop])
+        read_errors(exchange, self._errors)
         self._message[:, :_COLS] = self._tables.squeeze(1)
         self._message[:, _COLS] = torch.stack(torch._foreach_norm(self._views)).square()
         exchange.sum_over_ranks(self._message, "common")
@@ -80,3 +80,9 @@ class CommonShare:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._smoothed, self._count = state["smoothed"], state["count"]
+
+
+def read_errors(exchange: Exchange, into: Tensor) -> None:
+    """Copy this rank's e_i, in the layout's order: its memory, and of what it owns its share."""
+    into.copy_(exchange.memory.residual)
+    into[exchange.owned] /= exchange.comm.size

@@ -11,6 +11,8 @@ import logging
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
+from torch import Tensor
+
 _int64, _pointer = ctypes.c_int64, ctypes.c_void_p
 _SKETCH = [_int64, _int64, ctypes.c_uint64, _pointer]
 _SCATTER = [_pointer, *[_int64] * 6, _pointer, _pointer]
@@ -58,3 +60,8 @@ def library() -> ctypes.CDLL:
 def available() -> bool:
     """Whether the kernel is built; if not, the first call logs a warning."""
     return _load() is not None
+
+
+def serves(tensor: Tensor) -> bool:
+    """Whether the kernel can work on this tensor: it is in the processor's memory, and the kernel is built."""
+    return tensor.device.type == "cpu" and available()
