@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from mpi4py import MPI
 from mpi4py.typing import Buffer
@@ -19,17 +21,32 @@ _HALF_SUM = MPI.Op.Create(_add_halves, commute=True)  # MPI itself has no half p
 _HALF = MPI.BYTE.Create_contiguous(2).Commit()
 
 
-class _Request(Pending):
-    """MPI may move a message only while it is called, hence the polling."""
+class _Sum(Pending):
+    """An allreduce under way. MPI may move a message only while it is called, hence the polling.
 
-    def __init__(self, request: MPI.Request) -> None:
-        self._request = request
+    Never in place: then Open MPI sends whole vectors along a tree, where it would otherwise use a ring.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, tensor: Tensor) -> None:
+        self._tensor, on_host = tensor, tensor.device.type == "cpu"
+        self._sent = tensor.clone() if on_host else tensor.cpu()
+        self._sum = tensor if on_host else torch.empty_like(self._sent)
+        op = _HALF_SUM if tensor.dtype == torch.float16 else MPI.SUM
+        self._request = comm.Iallreduce(_buffer(self._sent), _buffer(self._sum), op=op)
 
     def poll(self) -> None:
         self._request.Test()
 
     def wait(self) -> None:
         self._request.Wait()
+        if self._sum is not self._tensor:
+            self._tensor.copy_(self._sum)
+
+
+def _buffer(host: Tensor) -> Any:
+    if host.dtype == torch.float16:
+        return [host.view(torch.uint8).numpy(), host.numel(), _HALF]
+    return host.numpy()
 
 
 class MpiCommunicator(Communicator):
@@ -54,18 +71,10 @@ class MpiCommunicator(Communicator):
         return self._size
 
     def _allreduce(self, tensor: Tensor, name: str) -> None:
-        host = tensor.cpu()
-        if host.dtype == torch.float16:
-            self._comm.Allreduce(MPI.IN_PLACE, [host.view(torch.uint8).numpy(), host.numel(), _HALF], op=_HALF_SUM)
-        else:
-            self._comm.Allreduce(MPI.IN_PLACE, host.numpy(), op=MPI.SUM)
-        if host is not tensor:
-            tensor.copy_(host)
+        _Sum(self._comm, tensor).wait()
 
     def _start_allreduce(self, tensor: Tensor, name: str) -> Pending:
-        if tensor.device.type != "cpu" or tensor.dtype == torch.float16:
-            return super()._start_allreduce(tensor, name)
-        return _Request(self._comm.Iallreduce(MPI.IN_PLACE, tensor.numpy(), op=MPI.SUM))
+        return _Sum(self._comm, tensor)
 
     def _allgather(self, tensor: Tensor, name: str) -> Tensor:
         gathered = torch.empty(self.size, tensor.numel(), dtype=tensor.dtype)
