@@ -40,6 +40,8 @@ class Sketch(Sparsifier):
         table_share: share of the bytes spent on the table, the rest on exact values.
         oversampling: candidates fetched for each one applied (P in the paper).
         half: cells and values travel as float16; what rounding cuts off stays in the memory.
+        buckets: parts of the vector, exchanged one behind the other: the first ones while backward still
+            computes the rest, and each while others are sketched or selected. Every bucket has its share of k.
         seed: of the hash functions; equal on all ranks.
     """
 
@@ -49,10 +51,13 @@ class Sketch(Sparsifier):
     table_share: float = 0.75
     oversampling: float = 1.0
     half: bool = True
+    buckets: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.buckets < 1:
+            raise ConfigurationError(f"buckets must be at least 1, got {self.buckets}")
         if (self.cols is None) != (self.k is None):
             raise ConfigurationError("give both cols and k, or neither and a ratio")
         if self.rows < 1:
@@ -71,6 +76,9 @@ class Sketch(Sparsifier):
         if self.k is None:
             self._sized(layout, self.ratio if self.schedule is None else self.ratio_at(0))
         return layout
+
+    def _buckets(self) -> int:
+        return self.buckets
 
     def _exchange(
         self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device, momentum: Momentum | None

@@ -55,7 +55,7 @@ class Compressor(ABC):
         Raises:
             ConfigurationError: when the parameters are unfit, or none is left to compress.
         """
-        layout = Layout.of(named_parameters, self.is_dense)
+        layout = Layout.of(named_parameters, self.is_dense, self._buckets())
         if layout.compressed == 0:
             raise ConfigurationError(
                 f"nothing to compress: all {layout.total} parameters are 1-D, smaller than "
@@ -74,6 +74,9 @@ class Compressor(ABC):
     ) -> Exchange:
         """The exchange of one optimizer; ``momentum`` takes the place of the compressor's own."""
         return self._exchange(layout, comm, average=average, device=device, momentum=momentum or self.momentum)
+
+    def _buckets(self) -> int:
+        return 1
 
     @abstractmethod
     def _exchange(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -53,38 +54,54 @@ class Layout:
     """The vector of all parameters: compressed coordinates first, the dense ones behind them.
 
     Within each part parameters are ordered by name, never by the order in which hooks fire, so
-    the layout is the same on every rank.
+    the layout is the same on every rank. ``cuts`` are the offsets at which it is cut into buckets.
     """
 
     slots: tuple[Slot, ...]
     compressed: int
     total: int
+    cuts: tuple[int, ...] = ()
 
     @property
     def dense(self) -> int:
         """Coordinates sent whole in every step."""
         return self.total - self.compressed
 
+    @property
+    def buckets(self) -> tuple[slice, ...]:
+        """The parts of the vector, in the order of their exchange; the last one ends with the dense coordinates."""
+        return tuple(slice(start, stop) for start, stop in pairwise((0, *self.cuts, self.total)))
+
+    def positions(self, where: slice) -> slice:
+        """The positions of the slots inside a part of the vector."""
+        starts = [slot.offset for slot in self.slots]
+        return slice(bisect_left(starts, where.start), bisect_left(starts, where.stop))
+
     @classmethod
-    def of(cls, named_parameters: Iterable[tuple[str, Tensor]], is_dense: DensePredicate) -> Layout:
+    def of(cls, named_parameters: Iterable[tuple[str, Tensor]], is_dense: DensePredicate, buckets: int = 1) -> Layout:
         """Lay out the given parameters.
+
+        With ``buckets`` above one, those given last come first, for their gradients are ready first: whole
+        parameters, in groups of about the same number of compressed coordinates. Their order must then be
+        the same on all ranks.
 
         Raises:
             ConfigurationError: for an empty list, a duplicate name, or a dtype that is complex
                 or integer.
         """
-        named = sorted(named_parameters, key=lambda item: item[0])
+        given = list(named_parameters)
+        named = sorted(given, key=lambda item: item[0])
         _check(named)
-        dense_flags = {name: is_dense(name, parameter) for name, parameter in named}
+        dense = {name: is_dense(name, parameter) or parameter.numel() == 0 for name, parameter in named}
+        groups = _group([item for item in reversed(given) if not dense[item[0]]], buckets)
         slots: list[Slot] = []
-        compressed = offset = 0
-        for part in (False, True):
-            for name, parameter in named:
-                if dense_flags[name] is part:
-                    slots.append(Slot(name, tuple(parameter.shape), offset, parameter.numel()))
-                    offset += parameter.numel()
-            compressed = compressed if part else offset
-        return cls(tuple(slots), compressed, offset)
+        stops = [0]
+        for group in (*groups, [item for item in named if dense[item[0]]]):
+            for name, parameter in sorted(group, key=lambda item: item[0]):
+                offset = slots[-1].stop if slots else 0
+                slots.append(Slot(name, tuple(parameter.shape), offset, parameter.numel()))
+            stops.append(slots[-1].stop if slots else 0)
+        return cls(tuple(slots), stops[-2], stops[-1], tuple(stops[1:-2]))
 
     def index(self) -> dict[str, int]:
         """The position of each name in ``slots``."""
@@ -94,6 +111,17 @@ class Layout:
 def describe_values(parameters: Mapping[str, Tensor]) -> str:
     """A checksum of each parameter's values, by name: equal text on ranks that hold the same bits."""
     return " ".join(f"{name}={_checksum(parameters[name]):08x}" for name in sorted(parameters))
+
+
+def _group(named: Sequence[tuple[str, Tensor]], buckets: int) -> list[list[tuple[str, Tensor]]]:
+    """Cut a list of parameters into at most so many runs of about the same number of elements."""
+    total, before = sum(parameter.numel() for _, parameter in named), 0
+    groups: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, parameter in named:
+        middle = before + parameter.numel() / 2
+        groups.setdefault(int(middle * buckets / total), []).append((name, parameter))
+        before += parameter.numel()
+    return list(groups.values())
 
 
 def _checksum(parameter: Tensor) -> int:

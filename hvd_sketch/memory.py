@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,11 +53,23 @@ class Memory:
         self.residual = torch.zeros(total, dtype=torch.float32, device=device)
         self.velocity = torch.zeros_like(self.residual) if momentum else None
 
-    def sketch_carried(self, sketch: CountSketch, start: int, stop: int) -> None:
-        """Add what is carried into this step, ``v + m u``, to a sketch."""
-        sketch.add(self.residual[start:stop], start)
+    def part(self, where: slice) -> Memory:
+        """The memory of a part of the vector: the same storage."""
+        part = copy(self)
+        part.residual = self.residual[where]
+        part.velocity = None if self.velocity is None else self.velocity[where]
+        return part
+
+    def version(self) -> tuple[int, ...]:
+        """A number that changes with every write, by whomever."""
+        return self.residual._version, 0 if self.velocity is None else self.velocity._version
+
+    def sketch_carried(self, sketch: CountSketch) -> None:
+        """Add what is carried into this step, ``v + m u``, to a sketch of the first coordinates."""
+        dim = sketch.geometry.dim
+        sketch.add(self.residual[:dim])
         if self.velocity is not None:
-            sketch.add(self.velocity[start:stop], start, self._factor)
+            sketch.add(self.velocity[:dim], scale=self._factor)
 
     def computed(self, gradient: Tensor, clip: float, where: Tensor | slice) -> Tensor:
         """The new v at ``where``, without changing the memory: what could be sent now."""

@@ -206,7 +206,7 @@ def distribute(
         attributes,
         _make_exchange=make_exchange,
         _is_active=is_active,
-        _parameter_names={parameter: name for name, parameter in sorted(named_parameters, key=lambda item: item[0])},
+        _parameter_names={parameter: name for name, parameter in named_parameters},
         _requires_update={p for group in optimizer.param_groups for p in group["params"] if p.requires_grad},
         _frozen={p for group in optimizer.param_groups for p in group["params"] if not p.requires_grad},
         _allreduce_delay={parameter: backward_passes_per_step for _, parameter in named_parameters},

@@ -67,6 +67,11 @@ def wants_flush(message: Tensor) -> bool:
     return float(message[3]) > 0.0
 
 
+def is_void(message: Tensor) -> bool:
+    """Whether nothing of what the step selected will be applied, for one of these reasons."""
+    return not is_finite(message) or has_problem(message) or wants_flush(message)
+
+
 def contributors(message: Tensor) -> int:
     """How many ranks took part: fewer than all once a rank has left by ``hvd.join``."""
     return int(message[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,12 +39,11 @@ HALF = Compression.sketch(ratio=10.0, oversampling=2.0, **PLAIN)
 TOPK = Compression.topk(ratio=10.0, **PLAIN)
 EVERYTHING = Compression.sketch(cols=COMPRESSED, k=COMPRESSED, half=False, **PLAIN)
 SHARDED = Compression.sharded(ratio=10.0, **PLAIN)
+BUCKETS = Compression.sketch(ratio=10.0, buckets=2, **PLAIN)
 POWERSGD = Compression.powersgd(rank=1, start_step=2, clip_norm=None)
-SPARSE = pytest.mark.parametrize(
-    "compressor",
-    [SINGLE, HALF, TOPK, SHARDED, POWERSGD],
-    ids=["sketch", "half", "topk", "sharded", "powersgd"],
-)
+KINDS = {"sketch": SINGLE, "half": HALF, "topk": TOPK, "sharded": SHARDED, "powersgd": POWERSGD}
+WHOLE = pytest.mark.parametrize("compressor", KINDS.values(), ids=KINDS)
+SPARSE = pytest.mark.parametrize("compressor", [*KINDS.values(), BUCKETS], ids=[*KINDS, "buckets"])
 SIZES = pytest.mark.parametrize("size", [1, 2, 4])
 
 
@@ -121,6 +121,7 @@ def test_sending_everything_is_plain_averaging(size: int, average: bool) -> None
     ratio_one = Compression.sketch(schedule=lambda step: 1.0, clip_norm=None)
     for runs in (
         simulate(EVERYTHING, gradients, average=average),
+        simulate(replace(EVERYTHING, buckets=2), gradients, average=average),
         simulate(ratio_one, gradients, average=average),
         simulate(Compression.topk(schedule=lambda step: 1.0, clip_norm=None), gradients, average=average),
         simulate(HALF, gradients, average=average, before_step=lambda exchange, number: exchange.flush()),
@@ -239,7 +240,7 @@ def test_known_answers(k: int, momentum: float, size: int) -> None:
         torch.testing.assert_close(torch.stack(weights), expected, rtol=0, atol=1e-6)
 
 
-@SPARSE
+@WHOLE
 def test_gradients_are_clipped_to_the_norm_before_the_memory(compressor: Compressor) -> None:
     gradients = heavy_tailed(2, 10, TOTAL)
     gradients[0] *= 1e-3
@@ -296,7 +297,9 @@ def test_a_flush_waits_for_a_step_that_counts() -> None:
     assert not any(run.residual.any() for run in simulate(HALF, poisoned, before_step=flush_in_step_3))
 
 
-@pytest.mark.parametrize(("size", "compressor"), [(2, HALF), (4, HALF), (2, SINGLE), (2, TOPK), (4, TOPK)])
+@pytest.mark.parametrize(
+    ("size", "compressor"), [(2, HALF), (4, HALF), (2, SINGLE), (4, BUCKETS), (2, TOPK), (4, TOPK)]
+)
 @pytest.mark.parametrize("ratio", [5.0, 40.0])
 def test_bytes_sent_match_the_ratio(size: int, compressor: Compressor, ratio: float) -> None:
     shapes = {"w.weight": (500, 800), "w.bias": (500,), "v.weight": (300, 500)}

@@ -1,9 +1,32 @@
-"""What to tell every rank when they do not train the same thing."""
+"""Whether all ranks train the same thing, and what to tell every one of them when they do not."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 
-def differences(answers: list[dict[str, str]]) -> str:
+import torch
+
+from hvd_sketch import wire
+from hvd_sketch.comm.base import Communicator
+from hvd_sketch.errors import RankMismatchError
+
+
+def agree(comm: Communicator, answers: dict[str, str], name: Callable[[str], str]) -> int:
+    """How many ranks took part and gave the same answers: sums 33 floats, if they are the same.
+
+    Raises:
+        RankMismatchError: alike on all ranks, when they differ, with what differs.
+    """
+    lanes = torch.zeros(1 + wire.DIGEST_BITS, dtype=torch.float32)
+    lanes[0] = 1.0
+    wire.write_digest(lanes[1:], torch.frombuffer(bytearray(repr(answers).encode()), dtype=torch.uint8))
+    comm.allreduce(lanes, name("agree"))
+    if not wire.digests_agree(lanes[1:], lanes[0]):
+        raise RankMismatchError(_differences(comm.allgather_object(answers, name("differences"))))
+    return int(lanes[0])
+
+
+def _differences(answers: list[dict[str, str]]) -> str:
     """Where the ranks' answers, of the same questions, differ from rank 0's, and the remedy."""
     lines = ["hvd_sketch: the ranks disagree, so their gradients cannot be combined:"]
     for key in answers[0]:

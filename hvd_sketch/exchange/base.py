@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from hvd_sketch import wire
-from hvd_sketch.comm.base import Communicator
-from hvd_sketch.errors import ConfigurationError, RankMismatchError
-from hvd_sketch.exchange.agreement import differences
+from hvd_sketch.comm.base import Communicator, Pending
+from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.exchange.agreement import agree
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Memory, Momentum
 from hvd_sketch.scope import next_scope
@@ -115,20 +116,17 @@ class Exchange(ABC):
                 then holds the step's gradient too, unsent.
             ConfigurationError: alike on all ranks, when any of them called `fail_together`.
         """
-        before = self.comm.bytes_sent
-        self._complete()
-        if self._agreed_size != self.comm.size:
-            self._agree()
-        norm = float(torch.linalg.vector_norm(self.gradient))
-        finite = math.isfinite(norm)
-        clip = min(1.0, self._clip_norm / norm) if self._clip_norm is not None and finite and norm > 0 else 1.0
-        self.stats.clip = clip
-        if not self._send(clip, finite):
-            self.update.fill_(math.nan)
-            self.stats.skipped += 1
+        with self._counted():
+            self._complete()
+            if self._agreed_size != self.comm.size:
+                self._agree()
+            norm = self._gradient_norm()
+            self.stats.clip = self._clip_factor(norm)
+            if not self._send(self.stats.clip, math.isfinite(norm)):
+                self.update.fill_(math.nan)
+                self.stats.skipped += 1
         self.step += self._all_present
         self.stats.steps += 1
-        self.stats.bytes_sent += self.comm.bytes_sent - before
         self.stats.dense_bytes += self.comm.allreduce_bytes(4 * self.layout.total)
         for observer in self.observers:
             observer.observe(self)
@@ -144,10 +142,8 @@ class Exchange(ABC):
 
     def sum_over_ranks(self, values: Tensor, what: str) -> None:
         """Collective: replace ``values`` by their sum over the ranks, between two steps."""
-        before = self.comm.bytes_sent
-        with self.stats.phase("exchange"):
+        with self._counted(), self.stats.phase("exchange"):
             self.comm.allreduce(values, self._name(what))
-        self.stats.bytes_sent += self.comm.bytes_sent - before
 
     def fail_together(self, problem: str) -> None:
         """Make the coming `run` raise `ConfigurationError` on all ranks, with every rank's problem."""
@@ -239,7 +235,7 @@ class Exchange(ABC):
             self._everything = torch.empty(wire.HEADER + self.layout.total, dtype=dtype, device=self.gradient.device)
         message = self._everything
         message[wire.HEADER :].copy_(self.memory.computed(self.gradient, clip, slice(None)))
-        self._reduce(message, finite, "everything")
+        self._sum(message, finite, "everything")
         if not wire.is_finite(message):
             return False
         self._flush_next = False
@@ -251,22 +247,41 @@ class Exchange(ABC):
         return True
 
     def _sum(self, message: Tensor, finite: bool, name: str) -> bool:
-        """Allreduce the first message of a selected step; False if some rank is not finite or wants to flush."""
-        self._reduce(message, finite, name)
-        self._flush_now = wire.is_finite(message) and wire.wants_flush(message)
-        return wire.is_finite(message) and not self._flush_now
-
-    def _reduce(self, message: Tensor, finite: bool, name: str) -> None:
-        """Allreduce a step's first message under its header; raise when some rank has a problem."""
-        wire.write_header(message, finite, self._problem is not None, self._flush_next)
+        """Allreduce the first message of a step; False if some rank is not finite or wants to flush."""
         with self.stats.phase("exchange"):
-            self.comm.allreduce(message, self._name(name))
+            self._start_sum(message, finite, name).wait()
+        return self._heed(message)
+
+    def _start_sum(self, message: Tensor, finite: bool, name: str) -> Pending:
+        """Begin to sum a message of the step over the ranks, under its header."""
+        wire.write_header(message, finite, self._problem is not None, self._flush_next)
+        return self.comm.start_allreduce(message, self._name(name))
+
+    def _heed(self, message: Tensor) -> bool:
+        """Whether the step that a summed header speaks for is to be taken; raise when some rank has a problem."""
         if wire.has_problem(message):
             problems = self.comm.allgather_object(self._problem, self._name("problems"))
             self._problem = None
             lines = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
             raise ConfigurationError("hvd_sketch: the step was not taken. " + "\n".join(lines))
         self._all_present = wire.contributors(message) == self.comm.size
+        self._flush_now = wire.is_finite(message) and wire.wants_flush(message)
+        return wire.is_finite(message) and not self._flush_now
+
+    def _gradient_norm(self) -> float:
+        return float(torch.linalg.vector_norm(self.gradient))
+
+    def _clip_factor(self, norm: float) -> float:
+        if self._clip_norm is None or not math.isfinite(norm) or norm == 0.0:
+            return 1.0
+        return min(1.0, self._clip_norm / norm)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count the bytes sent inside as this exchange's."""
+        before = self.comm.bytes_sent
+        yield
+        self.stats.bytes_sent += self.comm.bytes_sent - before
 
     def _name(self, what: str) -> str:
         """The name of one of this exchange's collectives, from the first run on."""
@@ -296,10 +311,4 @@ class Exchange(ABC):
             "compressed": str(self.layout.compressed),
             "values": self.describe_values(),
         }
-        lanes = torch.zeros(1 + wire.DIGEST_BITS, dtype=torch.float32)
-        lanes[0] = 1.0
-        wire.write_digest(lanes[1:], torch.frombuffer(bytearray(repr(mine).encode()), dtype=torch.uint8))
-        self.comm.allreduce(lanes, self._name("agree"))
-        if not wire.digests_agree(lanes[1:], lanes[0]):
-            raise RankMismatchError(differences(self.comm.allgather_object(mine, self._name("differences"))))
-        self._agreed_size = self.comm.size if int(lanes[0]) == self.comm.size else 0
+        self._agreed_size = self.comm.size if agree(self.comm, mine, self._name) == self.comm.size else 0

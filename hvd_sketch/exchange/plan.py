@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from hvd_sketch import wire
 from hvd_sketch.codec import SparseCodec
@@ -25,6 +27,15 @@ class SketchPlan:
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"sketch: {name} must be at least 1, got {getattr(self, name)}")
 
+    def split(self, sizes: Sequence[int]) -> list[SketchPlan]:
+        """The plans of buckets of so many coordinates each: columns, k and candidates in proportion."""
+        stops = [0, *accumulate(sizes)]
+        shares = [
+            [max(1, whole * stop // stops[-1] - whole * start // stops[-1]) for start, stop in pairwise(stops)]
+            for whole in (self.cols, self.k, self.candidates)
+        ]
+        return [SketchPlan(self.rows, *share) for share in zip(*shares, strict=True)]
+
 
 def sketch_plan(
     layout: Layout, ratio: float, *, rows: int, table_share: float, oversampling: float, lane_bytes: int
@@ -32,12 +43,12 @@ def sketch_plan(
     """Spend ``4 * total / ratio`` bytes: dense part first, then table and candidates by share.
 
     An allreduce moves every byte of its message alike, so the ratio of messages is the ratio
-    of bytes sent. k is capped at the number of compressed coordinates.
+    of bytes sent; each bucket has its headers. k is capped at the number of compressed coordinates.
 
     Raises:
         ConfigurationError: when the dense part alone, or a table of one tile, does not fit.
     """
-    overhead = 2 * wire.HEADER + wire.DIGEST_BITS + layout.dense
+    overhead = len(layout.buckets) * (2 * wire.HEADER + wire.DIGEST_BITS) + layout.dense
     lanes = int(4 * layout.total / ratio) // lane_bytes - overhead
     cols = int(lanes * table_share) // rows
     candidates = lanes - rows * cols

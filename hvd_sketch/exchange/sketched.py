@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -11,10 +12,10 @@ from hvd_sketch import wire
 from hvd_sketch.comm.base import Communicator, Pending
 from hvd_sketch.errors import RankMismatchError
 from hvd_sketch.exchange.base import Exchange
+from hvd_sketch.exchange.bucket import Scales, SketchBucket
 from hvd_sketch.exchange.plan import SketchPlan
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
-from hvd_sketch.sketch import CountSketch
 
 
 class Planner(Protocol):
@@ -35,6 +36,12 @@ class SketchExchange(Exchange):
 
     The sketch is linear: what the memory carries into the next step is sketched while round 2 is
     under way, and only the gradient is left to add, in one pass over the whole vector.
+
+    The layout's buckets go through both rounds one behind the other, each with its part of table and k,
+    in one order on all ranks: round 1 of every bucket, then round 2 of every bucket. Round 1 of a bucket
+    starts when its gradients and those of the buckets before it are there, so while backward computes the
+    others. Its clip factor then follows from the norms that are known, and for the buckets that are not
+    there yet from the last step's.
 
     In half precision cells and values carry a shared power-of-two scale, and what rounding cut
     off stays in the memory. Buckets and signs are drawn anew in every step.
@@ -57,142 +64,167 @@ class SketchExchange(Exchange):
         device: torch.device,
     ) -> None:
         super().__init__(
-            layout,
-            comm,
-            settings,
-            average=average,
-            clip_norm=clip_norm,
-            momentum=momentum,
-            device=device,
+            layout, comm, settings, average=average, clip_norm=clip_norm, momentum=momentum, device=device
         )
         self._planner, self._seed, self._dtype = planner, seed, dtype
-        self._cell_scale: float | None = None  # until a sum other than zero was seen, messages are float32
-        self._dense_scale: float | None = None
         self._plan: SketchPlan | None = None
-        self._chosen: Tensor | None = None
-        self._dense = slice(layout.compressed, layout.total)
+        self._buckets: list[SketchBucket] = []
+        self._scales = [Scales() for _ in layout.buckets]
+        self._norms = [0.0 for _ in layout.buckets]
+        self._positions = [layout.positions(where) for where in layout.buckets]
+        self._firsts: list[Pending] = []  # round 1 of so many buckets has started
         self._carried: tuple[int, ...] = ()
         self._prepare()
 
-    def _prepare(self) -> None:
-        """Sizes, table and messages for the coming step."""
-        plan = self._planner(self.layout, self.step)
-        if plan is not None and plan != self._plan:
-            device = self.gradient.device
-            self._sketch = CountSketch(self.layout.compressed, plan.rows, plan.cols, device=device)
-            self._carried = ()
-            cells = plan.rows * plan.cols
-            self._message = torch.zeros(wire.HEADER + cells + self.layout.dense, dtype=self._dtype, device=device)
-            lanes = wire.HEADER + wire.DIGEST_BITS + plan.candidates
-            self._answer = torch.zeros(lanes, dtype=self._dtype, device=device)
-        self._plan = plan
-
-    def _is_dense_step(self) -> bool:
-        return self._plan is None
+    def submit(
+        self,
+        position: int,
+        gradient: Tensor,
+        factor: float = 1.0,
+        parameter: Tensor | None = None,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().submit(position, gradient, factor, parameter, weight_decay)
+        if len(self._norms) > 1 and self._agreed_size == self.comm.size and self._plan is not None:
+            self._start_complete()
 
     def run(self) -> None:
         try:
             super().run()
         finally:
+            self._firsts.clear()
+            self._norms = [norm if math.isfinite(norm) else 0.0 for norm in self._norms]
             self._prepare()
 
+    def reset(self) -> None:
+        super().reset()
+        self._firsts.clear()
+        self._plan = None  # new messages: the old ones may still be under way
+        self._prepare()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        for scales, (cell, dense) in zip(self._scales, state["scales"], strict=True):
+            scales.cell, scales.dense = cell, dense
+        self._prepare()
+
+    def _extra_state(self) -> dict[str, Any]:
+        return {"scales": [(scales.cell, scales.dense) for scales in self._scales]}
+
+    def _prepare(self) -> None:
+        """Sizes, table and messages for the coming step."""
+        plan = self._planner(self.layout, self.step)
+        if plan is not None and plan != self._plan:
+            wheres = self.layout.buckets
+            sizes = [min(where.stop, self.layout.compressed) - where.start for where in wheres]
+            self._carried = ()
+            self._buckets = [
+                SketchBucket(
+                    self.gradient[where], self.update[where], self.memory.part(where), size, part, scales, self._dtype
+                )
+                for where, size, part, scales in zip(wheres, sizes, plan.split(sizes), self._scales, strict=True)
+            ]
+        self._plan = plan
+
+    def _is_dense_step(self) -> bool:
+        return self._plan is None
+
+    def _send_everything(self, clip: float, finite: bool, dtype: torch.dtype = torch.float32) -> bool:
+        self._forget_updates()
+        return super()._send_everything(clip, finite, dtype)
+
     def _send_selected(self, clip: float, finite: bool) -> bool:
-        plan, memory = self._plan, self.memory
-        assert plan is not None
-        with self.stats.phase("sketch"):
-            self._sketch_computed(clip)
-            dense_values = memory.computed(self.gradient, clip, self._dense)
-        dense_left = self._sum_tables(dense_values, finite)
-        if dense_left is None:
-            self._chosen = None
+        while len(self._firsts) < len(self._buckets):
+            self._start_first(clip, finite)
+        seconds = [self._start_second(number) for number in range(len(self._buckets))]
+        summed = self._buckets[-1].summed  # made when all gradients were there, so it speaks for the whole step
+        if wire.is_void(summed):
+            _wait(seconds)
+        if not self._heed(summed):
+            self._forget_updates()
             return False
-        with self.stats.phase("select"):
-            candidates, estimates = self._sketch.top_k(plan.candidates)
-            computed = memory.computed(self.gradient, clip, candidates)
-            norm = self._sketch.l2_norm()
-        pending, scale, left = self._start_exact(candidates, computed, float(estimates.abs().max()))
-        if plan.k == plan.candidates:  # what will be sent is known: the memory moves on while the values travel
-            self._advance(clip, dense_left, candidates, left)
-        if not self._finish_exact(pending, scale, sums := torch.empty_like(computed)):
-            if plan.k < plan.candidates:
-                memory.absorb(self.gradient, clip)
-            memory.keep(self._dense, dense_values, mask=False)
-            memory.keep(candidates, computed, mask=False)
-            raise RankMismatchError(self._mismatch())
-        if plan.k < plan.candidates:
-            kept = torch.sort(sums.abs(), descending=True, stable=True).indices[: plan.k]
-            candidates, sums, left = candidates[kept], sums[kept], left[kept]
-            self._advance(clip, dense_left, candidates, left)
-        with self.stats.phase("memory"):
-            self._write_update(candidates, sums, norm)
+        self._finish(seconds)
         return True
 
-    def _sketch_computed(self, clip: float) -> None:
-        """Complete the table of this step's computed memory: what is carried, and the gradient."""
-        if self._carried != self._carried_into(self.step):
-            self._sketch_carried(self.step)
-        self._carried = ()
-        self._sketch.add(self.gradient[: self.layout.compressed], scale=self.memory.gain * clip)
+    def _start_complete(self) -> None:
+        """Start round 1 of the next buckets whose gradients are there, except for the last one."""
+        for pending in self._firsts:
+            pending.poll()
+        while (number := len(self._firsts)) < len(self._buckets) - 1:
+            if not all(self._submitted[self._positions[number]]):
+                return
+            self._norms[number] = self._norm_of(number)
+            with self._counted():
+                self._start_first(self._clip_factor(math.hypot(*self._norms)), math.isfinite(self._norms[number]))
 
-    def _sketch_carried(self, step: int) -> None:
-        """Draw the buckets and signs of a step, and sketch what the memory carries into it."""
-        self._sketch.reset((self._seed << 32) + step)
-        self.memory.sketch_carried(self._sketch, 0, self.layout.compressed)
-        self._carried = self._carried_into(step)
-
-    def _carried_into(self, step: int) -> tuple[int, ...]:
-        """Tells whether a table made ahead still is that of the memory, which others may change between steps."""
-        memory = self.memory
-        return (step, memory.residual._version, 0 if memory.velocity is None else memory.velocity._version)
-
-    def _advance(self, clip: float, dense_left: Tensor, sent: Tensor, left: Tensor) -> None:
-        """Take the gradient in, keep what was not sent, and sketch that for the next step."""
-        with self.stats.phase("memory"):
-            self.memory.absorb(self.gradient, clip)
-            self.memory.keep(self._dense, dense_left, mask=False)
-            self.memory.keep(sent, left, mask=True)
+    def _start_first(self, clip: float, finite: bool) -> None:
+        """Start round 1 of the next bucket."""
+        number = len(self._firsts)
         with self.stats.phase("sketch"):
-            self._sketch_carried(self.step + self._all_present)
+            if number == 0 and self._carried != (self.step, *self.memory.version()):
+                self._carry(self.step)
+            self._carried = ()
+            message = self._buckets[number].pack(clip, self.comm.size)
+        with self.stats.phase("exchange"):
+            self._firsts.append(self._start_sum(message, finite, f"table{number}"))
 
-    def _sum_tables(self, dense_values: Tensor, finite: bool) -> Tensor | None:
-        """Round 1. Leaves the summed table in ``_sketch`` and the dense update in place.
-
-        Returns what rounding left behind of the dense values, or None if some rank is not finite.
-        """
-        ranks, cells = self.comm.size, self._sketch.table.view(-1)
-        message = self._message if self._cell_scale else self._message.to(torch.float32)
-        table_lanes = message[wire.HEADER : wire.HEADER + cells.numel()]
-        dense_lanes = message[wire.HEADER + cells.numel() :]
-        cell_scale, dense_scale = self._cell_scale or 1.0, self._dense_scale or 1.0
-        wire.pack(table_lanes, cells, cell_scale, ranks)
-        wire.pack(dense_lanes, dense_values.clone(), dense_scale, ranks)
-        sent = wire.unpack(dense_lanes, dense_scale, torch.empty_like(dense_values))
-        if not self._sum(message, finite, "table"):
+    def _start_second(self, number: int) -> Pending | None:
+        """End round 1 of a bucket and start its round 2, unless some rank is not finite there."""
+        bucket = self._buckets[number]
+        with self.stats.phase("exchange"):
+            self._firsts[number].wait()
+        if not wire.is_finite(bucket.summed):
             return None
-        wire.unpack(table_lanes, cell_scale, cells)
-        update = wire.unpack(dense_lanes, dense_scale, self.update[self.layout.compressed :])
-        self._rescale(_largest(cells) / ranks, _largest(update) / ranks)
-        update.mul_(1.0 / self._mean_divisor())
-        return dense_values - sent
-
-    def _start_exact(self, candidates: Tensor, computed: Tensor, largest: float) -> tuple[Pending, float, Tensor]:
-        """Begin round 2: the collective, the scale of its values, and what rounding leaves behind of them here."""
-        ranks, message = self.comm.size, self._answer
-        scale = wire.shared_scale(largest / ranks, ranks, message.dtype)
-        lanes = message[wire.HEADER + wire.DIGEST_BITS :]
+        with self.stats.phase("select"):
+            message = bucket.choose(self.comm.size)
         with self.stats.phase("exchange"):
-            wire.write_header(message, True)
-            wire.write_digest(message[wire.HEADER : wire.HEADER + wire.DIGEST_BITS], candidates)
-            wire.pack(lanes, computed.clone(), scale, ranks)
-            left = computed - wire.unpack(lanes, scale, torch.empty_like(computed))
-            return self.comm.start_allreduce(message, self._name("values")), scale, left
+            return self.comm.start_allreduce(message, self._name(f"values{number}"))
 
-    def _finish_exact(self, pending: Pending, scale: float, sums: Tensor) -> bool:
-        """End round 2: fill in the candidates' sums over the ranks; False if ranks chose differently."""
+    def _finish(self, seconds: list[Pending | None]) -> None:
+        """Move the memory on, while the values travel where all of them will be applied, and write the update."""
+        assert self._plan is not None
+        all_applied = self._plan.k == self._plan.candidates
+        if all_applied:
+            self._advance()
         with self.stats.phase("exchange"):
-            pending.wait()
-            wire.unpack(self._answer[wire.HEADER + wire.DIGEST_BITS :], scale, sums)
-        return wire.digests_agree(self._answer[wire.HEADER : wire.HEADER + wire.DIGEST_BITS], self._answer[1])
+            _wait(seconds)
+        if not all(bucket.read() for bucket in self._buckets):
+            for bucket in self._buckets:
+                bucket.put_back(advanced=all_applied)
+            raise RankMismatchError(self._mismatch())
+        if not all_applied:
+            self._advance()
+        with self.stats.phase("memory"):
+            for bucket in self._buckets:
+                bucket.apply(self._mean_divisor())
+            whole = sum(bucket.norm**2 for bucket in self._buckets)
+            sent = sum(bucket.energy for bucket in self._buckets)
+            self.stats.captured_energy = min(1.0, sent / whole) if whole > 0 else 1.0
+
+    def _advance(self) -> None:
+        with self.stats.phase("memory"):
+            for bucket in self._buckets:
+                bucket.advance()
+        with self.stats.phase("sketch"):
+            self._carry(self.step + self._all_present)
+
+    def _carry(self, step: int) -> None:
+        """Sketch what the memory carries into a step; void if others, as they may between steps, write to it."""
+        for bucket in self._buckets:
+            bucket.carry((self._seed << 32) + step)
+        self._carried = (step, *self.memory.version())
+
+    def _forget_updates(self) -> None:
+        for bucket in self._buckets:
+            bucket.forget_update()
+
+    def _gradient_norm(self) -> float:
+        for number in range(len(self._firsts), len(self._norms)):
+            self._norms[number] = self._norm_of(number)
+        return math.hypot(*self._norms)
+
+    def _norm_of(self, number: int) -> float:
+        return float(torch.linalg.vector_norm(self.gradient[self.layout.buckets[number]]))
 
     def _mismatch(self) -> str:
         return (
@@ -202,41 +234,8 @@ class SketchExchange(Exchange):
             "deterministic allreduce algorithm"
         )
 
-    def _rescale(self, largest_cell: float, largest_dense: float) -> None:
-        """Scales of the next step's half-precision messages, from means that all ranks know; none from zeros."""
-        if not self._all_present:
-            return
-        ranks = self.comm.size
-        known = largest_cell > 0.0 and (largest_dense > 0.0 or not self.layout.dense)
-        self._cell_scale = wire.shared_scale(largest_cell, ranks, self._dtype) if known else None
-        self._dense_scale = wire.shared_scale(largest_dense, ranks, self._dtype) if known else None
 
-    def _write_update(self, chosen: Tensor, sums: Tensor, norm: float) -> None:
-        if self._chosen is None:
-            self.update[: self.layout.compressed].zero_()
-        else:
-            self.update.index_fill_(0, self._chosen, 0.0)
-        self.update.index_copy_(0, chosen, sums * (1.0 / self._mean_divisor()))
-        self._chosen = chosen
-        energy = float(torch.linalg.vector_norm(sums)) ** 2
-        self.stats.captured_energy = min(1.0, energy / norm**2) if norm > 0 else 1.0
-
-    def _send_everything(self, clip: float, finite: bool, dtype: torch.dtype = torch.float32) -> bool:
-        self._chosen = None
-        return super()._send_everything(clip, finite, dtype)
-
-    def reset(self) -> None:
-        super().reset()
-        self._prepare()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._cell_scale, self._dense_scale = state["cell_scale"], state["dense_scale"]
-        self._prepare()
-
-    def _extra_state(self) -> dict[str, Any]:
-        return {"cell_scale": self._cell_scale, "dense_scale": self._dense_scale}
-
-
-def _largest(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values, ord=torch.inf)) if values.numel() else 0.0
+def _wait(collectives: list[Pending | None]) -> None:
+    for pending in collectives:
+        if pending is not None:
+            pending.wait()

@@ -1,0 +1,145 @@
+"""The arithmetic of a sketched step on one part of the vector, between its messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hvd_sketch import wire
+from hvd_sketch.exchange.plan import SketchPlan
+from hvd_sketch.memory import Memory
+from hvd_sketch.sketch import CountSketch
+
+_DIGEST = slice(wire.HEADER, wire.HEADER + wire.DIGEST_BITS)
+_VALUES = slice(wire.HEADER + wire.DIGEST_BITS, None)
+
+
+@dataclass
+class Scales:
+    """Powers of two of a message's cells and dense values; None until a sum other than zero was seen."""
+
+    cell: float | None = None
+    dense: float | None = None
+
+
+class SketchBucket:
+    """Views of a part of gradient, update and memory, ``compressed`` coordinates and then dense ones.
+
+    In every step, in this order: `pack`, whose message is summed over the ranks, `choose`, whose
+    message is summed as well, `read`, `apply`; and `advance` before or after `read`. Sends nothing
+    by itself. In half precision cells and values carry a power-of-two scale that follows from the
+    last sum, so all ranks know it (the first is in float32); what rounding cut off stays in the memory.
+    """
+
+    def __init__(
+        self,
+        gradient: Tensor,
+        update: Tensor,
+        memory: Memory,
+        compressed: int,
+        plan: SketchPlan,
+        scales: Scales,
+        dtype: torch.dtype,
+    ) -> None:
+        device = gradient.device
+        self._gradient, self._update, self._memory, self._dtype = gradient, update, memory, dtype
+        self._compressed, self._plan, self._scales = compressed, plan, scales
+        self._dense = slice(compressed, gradient.numel())
+        self._sketch = CountSketch(compressed, plan.rows, plan.cols, device=device)
+        dense = gradient.numel() - compressed
+        self._first = torch.zeros(wire.HEADER + plan.rows * plan.cols + dense, dtype=dtype, device=device)
+        self._second = torch.zeros(_VALUES.start + plan.candidates, dtype=dtype, device=device)
+        self._applied: Tensor | None = None
+        self.energy = self.norm = 0.0
+        """Of what the last step sent, squared, and of the memory's sum by the sketch's estimate."""
+
+    def carry(self, seed: int) -> None:
+        """Draw the buckets and signs of a step, and sketch what the memory carries into it."""
+        self._sketch.reset(seed)
+        self._memory.sketch_carried(self._sketch)
+
+    def pack(self, clip: float, ranks: int) -> Tensor:
+        """Round 1: complete the table of what is computed; the message of table and dense values."""
+        self._clip = clip
+        self._sketch.add(self._gradient[: self._compressed], scale=self._memory.gain * clip)
+        self._dense_computed = self._memory.computed(self._gradient, clip, self._dense)
+        self.summed = self._first.to(self._dtype if self._scales.cell else torch.float32)
+        table, dense = self._lanes()
+        wire.pack(table, self._sketch.table.view(-1), self._scales.cell or 1.0, ranks)
+        wire.pack(dense, self._dense_computed.clone(), self._scales.dense or 1.0, ranks)
+        sent = wire.unpack(dense, self._scales.dense or 1.0, torch.empty_like(self._dense_computed))
+        self._dense_left = self._dense_computed - sent
+        return self.summed
+
+    def choose(self, ranks: int) -> Tensor:
+        """Read the summed table, and take the heaviest coordinates; the message of their exact values."""
+        table, dense = self._lanes()
+        cells = wire.unpack(table, self._scales.cell or 1.0, self._sketch.table.view(-1))
+        update = wire.unpack(dense, self._scales.dense or 1.0, self._update[self._dense])
+        if wire.contributors(self.summed) == ranks:
+            self._rescale(_largest(cells) / ranks, _largest(update) / ranks, ranks)
+        self._candidates, estimates = self._sketch.top_k(self._plan.candidates)
+        self._computed = self._memory.computed(self._gradient, self._clip, self._candidates)
+        self.norm = self._sketch.l2_norm()
+        self._scale = wire.shared_scale(float(estimates.abs().max()) / ranks, ranks, self._dtype)
+        message = self._second
+        wire.write_header(message, True)
+        wire.write_digest(message[_DIGEST], self._candidates)
+        wire.pack(message[_VALUES], self._computed.clone(), self._scale, ranks)
+        sent = wire.unpack(message[_VALUES], self._scale, torch.empty_like(self._computed))
+        self._left = self._computed - sent
+        return message
+
+    def advance(self) -> None:
+        """Take the gradient into the memory, and keep what is not sent."""
+        self._memory.absorb(self._gradient, self._clip)
+        self._memory.keep(self._dense, self._dense_left, mask=False)
+        self._memory.keep(self._candidates, self._left, mask=True)
+
+    def read(self) -> bool:
+        """Read round 2's sum: False if ranks chose differently. Of more candidates than k, drop the others."""
+        if not wire.digests_agree(self._second[_DIGEST], self._second[1]):
+            return False
+        self._sums = wire.unpack(self._second[_VALUES], self._scale, torch.empty_like(self._computed))
+        if self._plan.k < self._plan.candidates:
+            kept = torch.sort(self._sums.abs(), descending=True, stable=True).indices[: self._plan.k]
+            self._candidates, self._sums, self._left = self._candidates[kept], self._sums[kept], self._left[kept]
+        return True
+
+    def put_back(self, *, advanced: bool) -> None:
+        """Instead of `apply`: the memory gets the whole step, unsent."""
+        if not advanced:
+            self._memory.absorb(self._gradient, self._clip)
+        self._memory.keep(self._dense, self._dense_computed, mask=False)
+        self._memory.keep(self._candidates, self._computed, mask=False)
+
+    def apply(self, divisor: float) -> None:
+        """Write the update, of which only what the last step wrote is other than zero."""
+        if self._applied is None:
+            self._update[: self._compressed].zero_()
+        else:
+            self._update.index_fill_(0, self._applied, 0.0)
+        self._update.index_copy_(0, self._candidates, self._sums * (1.0 / divisor))
+        self._update[self._dense].mul_(1.0 / divisor)
+        self._applied = self._candidates
+        self.energy = float(torch.linalg.vector_norm(self._sums)) ** 2
+
+    def forget_update(self) -> None:
+        """Somebody else wrote the update."""
+        self._applied = None
+
+    def _lanes(self) -> tuple[Tensor, Tensor]:
+        cells = self._sketch.table.numel()
+        return self.summed[wire.HEADER : wire.HEADER + cells], self.summed[wire.HEADER + cells :]
+
+    def _rescale(self, cell: float, dense: float, ranks: int) -> None:
+        """Scales of the next step's message, from means that all ranks know; none from zeros."""
+        known = cell > 0.0 and (dense > 0.0 or self._dense.stop == self._dense.start)
+        self._scales.cell = wire.shared_scale(cell, ranks, self._dtype) if known else None
+        self._scales.dense = wire.shared_scale(dense, ranks, self._dtype) if known else None
+
+
+def _largest(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, ord=torch.inf)) if values.numel() else 0.0
