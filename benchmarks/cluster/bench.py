@@ -32,6 +32,10 @@ RATES = (100.0, 1000.0)
 
 Row = dict[str, Any]
 
+_HOROVOD = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "600", "HOROVOD_CYCLE_TIME": "5"}
+"""Horovod's ranks talk to each other in every cycle; in one of 1 ms, its default, this takes a third of the processors
+that all hosts share here, and up to 0.4 times a sketched step's bytes."""
+
 _START = 90.0  # seconds for a run's processes to start, on a machine that does other things too
 _STEPS = 12  # dense steps that a run may take, for its time limit
 
@@ -107,7 +111,7 @@ def _row(cluster: Cluster, cell: Cell, seconds: float) -> Row:
         limit = _START + 10 * cell.hosts + seconds + _STEPS * cell.dense_seconds
         try:
             with log.open("w") as output:
-                cluster.run(command, env={"HOROVOD_GLOO_TIMEOUT_SECONDS": "600"}, timeout=limit, output=output)
+                cluster.run(command, env=_HOROVOD, timeout=limit, output=output)
         except subprocess.TimeoutExpired:
             return row | {"error": f"not done after {limit:.0f} s"}
         if not out.exists():

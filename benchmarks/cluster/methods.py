@@ -92,20 +92,20 @@ class Horovod(Training):
 
 
 class Sparsified(Horovod):
-    """Horovod with one of our compressors at a ratio, at full strength from the first step."""
+    """Horovod with one of our compressors at a ratio and other settings, at full strength from the first step."""
 
-    def __init__(self, compression: str, ratio: float) -> None:
+    def __init__(self, compression: str, ratio: float, **settings: Any) -> None:
         from hvd_sketch.sketch import native
 
         super().__init__(compression)
-        self._ratio = ratio
+        self._settings = {"ratio": ratio, "warmup_steps": 0, **settings}
         if compression == "sketch":
             self.kernel = "native" if native.available() else "reference"
 
     def attach(self, model: nn.Module) -> None:
         import hvd_sketch
 
-        compressor = getattr(hvd_sketch.Compression, self._name)(ratio=self._ratio, warmup_steps=0)
+        compressor = getattr(hvd_sketch.Compression, self._name)(**self._settings)
         self._model, self._step_bytes = model, 0.0
         distributed: Any = hvd_sketch.DistributedOptimizer(_sgd(model), model.named_parameters(), compressor)
         self._optimizer, self._stats = distributed, distributed.exchange.stats
@@ -179,6 +179,7 @@ METHODS: Mapping[str, Method] = {
     "topk-40": Method(lambda: Sparsified("topk", 40.0)),
     "sketch-10": Method(lambda: Sparsified("sketch", 10.0)),
     "sketch-40": Method(lambda: Sparsified("sketch", 40.0)),
+    "sketch-40-4-buckets": Method(lambda: Sparsified("sketch", 40.0, buckets=4)),
     "sharded-40": Method(lambda: Sparsified("sharded", 40.0)),
     "ddp": Method(lambda: Ddp(), warmup=2),
     "ddp-powersgd-1": Method(lambda: Ddp(1), warmup=4),
