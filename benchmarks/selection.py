@@ -91,7 +91,7 @@ def guided(layout: Layout, ratio: float, ranks: int) -> Choose:
     def choose(memory: Tensor, step: int) -> Tensor:
         table.reset(step)
         table.add(memory.sum(dim=0))
-        estimates, sum_energy = table.estimate(), table.l2_norm() ** 2
+        estimates, sum_energy = table.estimate(), float(table.l2_norm()) ** 2
         own_energy = float(memory.square().sum()) / ranks
         guess = sum_energy / (ranks * own_energy)  # W c
         unknown = max(0.0, sum_energy - guess**2 * own_energy) / layout.total

@@ -42,8 +42,8 @@ class Stats:
 
     def note_captured(self, sent: Tensor, memory: Tensor) -> None:
         """Take the captured energy of a step from what was sent of which memory."""
-        whole = float(torch.linalg.vector_norm(memory))
-        self.captured_energy = (float(torch.linalg.vector_norm(sent)) / whole) ** 2 if whole > 0 else 1.0
+        part, whole = torch.stack([torch.linalg.vector_norm(sent), torch.linalg.vector_norm(memory)]).tolist()
+        self.captured_energy = (part / whole) ** 2 if whole > 0 else 1.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +12,31 @@ from torch import Tensor
 HEADER = 4
 """Lanes before the payload: non-finite marker, contributing ranks, ranks with a problem, ranks that want to flush."""
 
+_ODD = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
+"""The constants of splitmix64 (Steele, Lea and Flood 2014), as int64."""
+
 DIGEST_BITS = 32
 _HALF_LIMIT = 32768.0
 _HEADROOM = 8.0
+
+
+class Header(NamedTuple):
+    """What the ranks' headers say in sum: is every gradient finite, who took part, did any report or ask something."""
+
+    finite: bool
+    present: int
+    problem: bool
+    flush: bool
+
+    @classmethod
+    def of(cls, lanes: Sequence[float]) -> Header:
+        """From the values of the summed lanes."""
+        return cls(not math.isnan(lanes[0]), int(lanes[1]), lanes[2] > 0.0, lanes[3] > 0.0)
+
+    @property
+    def void(self) -> bool:
+        """Whether nothing of what the step selected will be applied."""
+        return not self.finite or self.problem or self.flush
 
 
 def shared_scale(largest: float, ranks: int, dtype: torch.dtype) -> float:
@@ -52,38 +75,21 @@ def write_header(message: Tensor, finite: bool, problem: bool = False, flush: bo
     message[3] = float(flush)
 
 
-def is_finite(message: Tensor) -> bool:
-    """Whether every rank's gradient was finite."""
-    return not math.isnan(float(message[0]))
+def read_header(message: Tensor) -> Header:
+    """What a summed message's header tells; waits for a device that has yet to compute it."""
+    return Header.of(message[:HEADER].tolist())
 
 
-def has_problem(message: Tensor) -> bool:
-    """Whether any rank has something to report."""
-    return float(message[2]) > 0.0
+def write_digest(lanes: Tensor, content: Tensor) -> None:
+    """One lane a bit of a checksum of integers or of float32 values: sums tell whether all ranks agree."""
+    mixed = (content.view(torch.int32) if content.is_floating_point() else content).to(torch.int64)
+    mixed = mixed + _ODD[0] * torch.arange(1, mixed.numel() + 1, device=mixed.device)
+    for odd in _ODD[1:]:
+        mixed = (mixed ^ (mixed >> 31)) * odd  # the finalizer of splitmix64, nearly
+    checksum = mixed.sum()
+    lanes.copy_((checksum ^ (checksum >> 32)) >> torch.arange(DIGEST_BITS, device=mixed.device) & 1)
 
 
-def wants_flush(message: Tensor) -> bool:
-    """Whether any rank wants everything sent."""
-    return float(message[3]) > 0.0
-
-
-def is_void(message: Tensor) -> bool:
-    """Whether nothing of what the step selected will be applied, for one of these reasons."""
-    return not is_finite(message) or has_problem(message) or wants_flush(message)
-
-
-def contributors(message: Tensor) -> int:
-    """How many ranks took part: fewer than all once a rank has left by ``hvd.join``."""
-    return int(message[1])
-
-
-def write_digest(lanes: Tensor, indices: Tensor) -> None:
-    """One lane a bit of a checksum of the chosen indices: sums tell whether all ranks agree."""
-    digest = zlib.crc32(indices.cpu().numpy().tobytes())
-    bits = [float(digest >> bit & 1) for bit in range(DIGEST_BITS)]
-    lanes.copy_(torch.tensor(bits, dtype=lanes.dtype))
-
-
-def digests_agree(lanes: Tensor, contributors: Tensor) -> bool:
+def digests_agree(lanes: Tensor, contributors: Tensor) -> Tensor:
     """Whether each bit was set by none or by all of the contributing ranks."""
-    return bool(((lanes == 0) | (lanes == contributors)).all())
+    return ((lanes == 0) | (lanes == contributors)).all()

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from hvd_sketch import Compression, ConfigurationError, RankMismatchError
 from hvd_sketch.comm import Communicator, SingleProcess
@@ -490,3 +491,30 @@ def test_a_single_process_compresses_and_sends_nothing() -> None:
     assert int(updates[-1].count_nonzero()) < TOTAL // 2
     assert exchange.stats.bytes_sent == 0
     assert conserved([Run(updates, exchange)], gradients, half=True)
+
+
+class HostReads(TorchFunctionMode):
+    """Notes the calls by which a host waits for values of a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("item", "tolist", "cpu", "numpy", "nonzero", "__float__", "__int__", "__bool__", "__index__"):
+            self.calls.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compressor", [HALF, SINGLE, BUCKETS], ids=["half", "single", "buckets"])
+def test_a_sketched_step_waits_for_the_device_once_before_and_once_after_every_round(compressor: Compressor) -> None:
+    """On a GPU each of these empties its queue; the gradient's norm, two rounds, and nothing else."""
+    exchange = make(compressor, SingleProcess())
+    gradients = heavy_tailed(4, TOTAL)
+    for gradient in gradients[:3]:
+        step(exchange, gradient)
+    exchange.submit_all(gradients[3])
+    with HostReads() as host:
+        exchange.run()
+    assert len(host.calls) == 3 * len(exchange.layout.buckets), host.calls

@@ -202,7 +202,7 @@ def test_l2_norm_is_within_its_error(rows: int) -> None:
     norm = float(vector.norm())
     for seed in range(20):
         # The energy of a row has a relative variance of at most 2 / cols.
-        assert sketch_of(vector, rows, cols, seed).l2_norm() == pytest.approx(norm, rel=4 / math.sqrt(2 * cols))
+        assert float(sketch_of(vector, rows, cols, seed).l2_norm()) == pytest.approx(norm, rel=4 / math.sqrt(2 * cols))
 
 
 def test_even_rows_warn_once_and_work() -> None:

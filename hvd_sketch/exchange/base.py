@@ -235,8 +235,7 @@ class Exchange(ABC):
             self._everything = torch.empty(wire.HEADER + self.layout.total, dtype=dtype, device=self.gradient.device)
         message = self._everything
         message[wire.HEADER :].copy_(self.memory.computed(self.gradient, clip, slice(None)))
-        self._sum(message, finite, "everything")
-        if not wire.is_finite(message):
+        if not self._sum(message, finite, "everything") and not self._flush_now:
             return False
         self._flush_next = False
         self.memory.absorb(self.gradient, clip)
@@ -250,23 +249,23 @@ class Exchange(ABC):
         """Allreduce the first message of a step; False if some rank is not finite or wants to flush."""
         with self.stats.phase("exchange"):
             self._start_sum(message, finite, name).wait()
-        return self._heed(message)
+        return self._heed(wire.read_header(message))
 
     def _start_sum(self, message: Tensor, finite: bool, name: str) -> Pending:
         """Begin to sum a message of the step over the ranks, under its header."""
         wire.write_header(message, finite, self._problem is not None, self._flush_next)
         return self.comm.start_allreduce(message, self._name(name))
 
-    def _heed(self, message: Tensor) -> bool:
-        """Whether the step that a summed header speaks for is to be taken; raise when some rank has a problem."""
-        if wire.has_problem(message):
+    def _heed(self, header: wire.Header) -> bool:
+        """Whether the step that a header speaks for is to be taken; raise when some rank has a problem."""
+        if header.problem:
             problems = self.comm.allgather_object(self._problem, self._name("problems"))
             self._problem = None
             lines = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
             raise ConfigurationError("hvd_sketch: the step was not taken. " + "\n".join(lines))
-        self._all_present = wire.contributors(message) == self.comm.size
-        self._flush_now = wire.is_finite(message) and wire.wants_flush(message)
-        return wire.is_finite(message) and not self._flush_now
+        self._all_present = header.present == self.comm.size
+        self._flush_now = header.finite and header.flush
+        return header.finite and not header.flush
 
     def _gradient_norm(self) -> float:
         return float(torch.linalg.vector_norm(self.gradient))

@@ -27,10 +27,11 @@ class Scales:
 class SketchBucket:
     """Views of a part of gradient, update and memory, ``compressed`` coordinates and then dense ones.
 
-    In every step, in this order: `pack`, whose message is summed over the ranks, `choose`, whose
+    In every step, in this order: `pack`, whose message is summed over the ranks, `open`, `choose`, whose
     message is summed as well, `read`, `apply`; and `advance` before or after `read`. Sends nothing
-    by itself. In half precision cells and values carry a power-of-two scale that follows from the
-    last sum, so all ranks know it (the first is in float32); what rounding cut off stays in the memory.
+    by itself; `open` and `read` are where the host waits for the device. In half precision cells and
+    values carry a power-of-two scale that follows from the last sum, so all ranks know it (the first
+    is in float32); what rounding cut off stays in the memory.
     """
 
     def __init__(
@@ -65,25 +66,32 @@ class SketchBucket:
         self._clip = clip
         self._sketch.add(self._gradient[: self._compressed], scale=self._memory.gain * clip)
         self._dense_computed = self._memory.computed(self._gradient, clip, self._dense)
-        self.summed = self._first.to(self._dtype if self._scales.cell else torch.float32)
+        self._message = self._first.to(self._dtype if self._scales.cell else torch.float32)
         table, dense = self._lanes()
         wire.pack(table, self._sketch.table.view(-1), self._scales.cell or 1.0, ranks)
         wire.pack(dense, self._dense_computed.clone(), self._scales.dense or 1.0, ranks)
         sent = wire.unpack(dense, self._scales.dense or 1.0, torch.empty_like(self._dense_computed))
         self._dense_left = self._dense_computed - sent
-        return self.summed
+        return self._message
 
-    def choose(self, ranks: int) -> Tensor:
-        """Read the summed table, and take the heaviest coordinates; the message of their exact values."""
+    def open(self, ranks: int) -> wire.Header:
+        """Read round 1's sum: the table, the dense update into its place, and the header."""
         table, dense = self._lanes()
         cells = wire.unpack(table, self._scales.cell or 1.0, self._sketch.table.view(-1))
         update = wire.unpack(dense, self._scales.dense or 1.0, self._update[self._dense])
-        if wire.contributors(self.summed) == ranks:
-            self._rescale(_largest(cells) / ranks, _largest(update) / ranks, ranks)
-        self._candidates, estimates = self._sketch.top_k(self._plan.candidates)
+        sizes = torch.stack([_largest(cells), _largest(update), self._sketch.l2_norm().float()])
+        told = torch.cat([self._message[: wire.HEADER], sizes])
+        *lanes, self._largest_cell, largest_dense, self.norm = told.tolist()
+        header = wire.Header.of(lanes)
+        if header.finite and header.present == ranks:
+            self._rescale(self._largest_cell / ranks, largest_dense / ranks, ranks)
+        return header
+
+    def choose(self, ranks: int) -> Tensor:
+        """Take the heaviest coordinates of the summed table; the message of their exact values."""
+        self._candidates, _ = self._sketch.top_k(self._plan.candidates)
         self._computed = self._memory.computed(self._gradient, self._clip, self._candidates)
-        self.norm = self._sketch.l2_norm()
-        self._scale = wire.shared_scale(float(estimates.abs().max()) / ranks, ranks, self._dtype)
+        self._scale = wire.shared_scale(self._largest_cell / ranks, ranks, self._dtype)
         message = self._second
         wire.write_header(message, True)
         wire.write_digest(message[_DIGEST], self._candidates)
@@ -100,13 +108,14 @@ class SketchBucket:
 
     def read(self) -> bool:
         """Read round 2's sum: False if ranks chose differently. Of more candidates than k, drop the others."""
-        if not wire.digests_agree(self._second[_DIGEST], self._second[1]):
-            return False
         self._sums = wire.unpack(self._second[_VALUES], self._scale, torch.empty_like(self._computed))
         if self._plan.k < self._plan.candidates:
             kept = torch.sort(self._sums.abs(), descending=True, stable=True).indices[: self._plan.k]
             self._candidates, self._sums, self._left = self._candidates[kept], self._sums[kept], self._left[kept]
-        return True
+        agreed = wire.digests_agree(self._second[_DIGEST], self._second[1])
+        agreed_by_all, sent = torch.stack([agreed.float(), torch.linalg.vector_norm(self._sums)]).tolist()
+        self.energy = sent**2
+        return bool(agreed_by_all)
 
     def put_back(self, *, advanced: bool) -> None:
         """Instead of `apply`: the memory gets the whole step, unsent."""
@@ -124,7 +133,6 @@ class SketchBucket:
         self._update.index_copy_(0, self._candidates, self._sums * (1.0 / divisor))
         self._update[self._dense].mul_(1.0 / divisor)
         self._applied = self._candidates
-        self.energy = float(torch.linalg.vector_norm(self._sums)) ** 2
 
     def forget_update(self) -> None:
         """Somebody else wrote the update."""
@@ -132,7 +140,7 @@ class SketchBucket:
 
     def _lanes(self) -> tuple[Tensor, Tensor]:
         cells = self._sketch.table.numel()
-        return self.summed[wire.HEADER : wire.HEADER + cells], self.summed[wire.HEADER + cells :]
+        return self._message[wire.HEADER : wire.HEADER + cells], self._message[wire.HEADER + cells :]
 
     def _rescale(self, cell: float, dense: float, ranks: int) -> None:
         """Scales of the next step's message, from means that all ranks know; none from zeros."""
@@ -141,5 +149,5 @@ class SketchBucket:
         self._scales.dense = wire.shared_scale(dense, ranks, self._dtype) if known else None
 
 
-def _largest(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values, ord=torch.inf)) if values.numel() else 0.0
+def _largest(values: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(values, ord=torch.inf) if values.numel() else values.new_zeros(())

@@ -136,11 +136,13 @@ class SketchExchange(Exchange):
     def _send_selected(self, clip: float, finite: bool) -> bool:
         while len(self._firsts) < len(self._buckets):
             self._start_first(clip, finite)
-        seconds = [self._start_second(number) for number in range(len(self._buckets))]
-        summed = self._buckets[-1].summed  # made when all gradients were there, so it speaks for the whole step
-        if wire.is_void(summed):
+        seconds, header = [], wire.Header(True, 0, False, False)
+        for number in range(len(self._buckets)):
+            header = self._end_first(number)
+            seconds.append(self._start_second(number) if header.finite else None)
+        if header.void:  # the last one was made when all gradients were there, so it speaks for the whole step
             _wait(seconds)
-        if not self._heed(summed):
+        if not self._heed(header):
             self._forget_updates()
             return False
         self._finish(seconds)
@@ -168,15 +170,15 @@ class SketchExchange(Exchange):
         with self.stats.phase("exchange"):
             self._firsts.append(self._start_sum(message, finite, f"table{number}"))
 
-    def _start_second(self, number: int) -> Pending | None:
-        """End round 1 of a bucket and start its round 2, unless some rank is not finite there."""
-        bucket = self._buckets[number]
+    def _end_first(self, number: int) -> wire.Header:
         with self.stats.phase("exchange"):
             self._firsts[number].wait()
-        if not wire.is_finite(bucket.summed):
-            return None
         with self.stats.phase("select"):
-            message = bucket.choose(self.comm.size)
+            return self._buckets[number].open(self.comm.size)
+
+    def _start_second(self, number: int) -> Pending:
+        with self.stats.phase("select"):
+            message = self._buckets[number].choose(self.comm.size)
         with self.stats.phase("exchange"):
             return self.comm.start_allreduce(message, self._name(f"values{number}"))
 

@@ -172,7 +172,7 @@ class CountSketch:
         indices, estimates = self._kernel.top_k(self.geometry, self.seed, self.table, k)
         return indices, estimates
 
-    def l2_norm(self) -> float:
-        """Estimate of ``||v||``: the square root of the median over rows of the row's energy."""
-        norms = torch.linalg.vector_norm(self.table, dim=1, dtype=torch.float64)
-        return float(norms.square().quantile(0.5).sqrt())
+    def l2_norm(self) -> Tensor:
+        """Estimate of ``||v||``, float64: the square root of the median over rows of the row's energy."""
+        norms: Tensor = torch.linalg.vector_norm(self.table, dim=1, dtype=torch.float64)
+        return norms.square().quantile(0.5).sqrt()

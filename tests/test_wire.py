@@ -1,0 +1,53 @@
+"""Lanes of a message: what the header tells in sum, and checksums that tell ranks apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hvd_sketch import wire
+
+NUMBERS = st.lists(st.integers(-(2**63), 2**63 - 1), min_size=2, max_size=40)
+
+
+def agree(*contents: Tensor) -> bool:
+    lanes = torch.zeros(len(contents), wire.DIGEST_BITS, dtype=torch.float16)
+    for own, content in zip(lanes, contents, strict=True):
+        wire.write_digest(own, content)
+    return bool(wire.digests_agree(lanes.sum(0), torch.tensor(float(len(contents)))))
+
+
+@given(NUMBERS, st.data())
+def test_a_digest_tells_one_changed_entry_and_an_exchange_of_two(numbers: list[int], data: st.DataObject) -> None:
+    mine = torch.tensor(numbers)
+    assert agree(mine, mine.clone(), mine.clone())
+    place = data.draw(st.integers(0, len(numbers) - 1))
+    changed = mine.clone()
+    changed[place] ^= data.draw(st.integers(1, 2**40))
+    assert not agree(mine, changed)
+    swapped = mine.roll(1)
+    assert agree(mine, mine, swapped) == torch.equal(mine, swapped)
+
+
+def test_a_digest_of_floats_is_of_their_bits() -> None:
+    values = torch.tensor([0.0, 1.0, float("nan")])
+    assert agree(values, values.clone())
+    assert not agree(values, torch.tensor([-0.0, 1.0, float("nan")]))
+    assert not agree(torch.zeros(3), torch.zeros(4))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("finite", "problem", "flush"), [(True, False, False), (False, True, False), (True, True, True)]
+)
+def test_a_header_tells_in_sum_what_one_rank_says(rank: int, finite: bool, problem: bool, flush: bool) -> None:
+    messages = torch.zeros(3, wire.HEADER + 2, dtype=torch.float16)
+    for number, message in enumerate(messages):
+        mine = number == rank
+        wire.write_header(message, finite or not mine, problem and mine, flush and mine)
+    header = wire.read_header(messages.sum(0))
+    assert header == (finite, 3, problem, flush)
+    assert header.void == (not finite or problem or flush)
