@@ -56,8 +56,7 @@ class Sketch(Sparsifier):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.buckets < 1:
-            raise ConfigurationError(f"buckets must be at least 1, got {self.buckets}")
+        _check_buckets(self.buckets)
         if (self.cols is None) != (self.k is None):
             raise ConfigurationError("give both cols and k, or neither and a ratio")
         if self.rows < 1:
@@ -161,10 +160,17 @@ class Sharded(Sparsifier):
         dense_below: 0, so that 1-D tensors are compressed like the others: on small models they would
             take a large part of the bytes.
         half: the dense part travels as float16; what rounding cuts off stays in the memory.
+        buckets: parts of every shard, exchanged one behind the other: each while others are selected or
+            applied. Every part has its share of k.
     """
 
     dense_below: int = 0
     half: bool = True
+    buckets: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_buckets(self.buckets)
 
     def _exchange(
         self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device, momentum: Momentum | None
@@ -181,11 +187,14 @@ class Sharded(Sparsifier):
             momentum=momentum,
             dtype=torch.float16 if self.half else torch.float32,
             device=device,
+            buckets=self.buckets,
         )
 
     def _plan(self, layout: Layout, step: int, ranks: int) -> int | None:
-        ratio = self.ratio_at(step)
-        return None if ratio <= 1.0 else sharded_plan(layout, ratio, ranks, lane_bytes=2 if self.half else 4)
+        ratio, lane_bytes = self.ratio_at(step), 2 if self.half else 4
+        if ratio <= 1.0:
+            return None
+        return sharded_plan(layout, ratio, ranks, lane_bytes=lane_bytes, buckets=self.buckets)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -286,6 +295,11 @@ class Auto(Sparsifier):
         code = 4 * layout.total / self.ratio / comm.size
         member = Sharded(**settings) if code >= 2 * SparseCodec.LEVEL_BYTES else Sketch(**settings)
         return member._exchange(layout, comm, average=average, device=device, momentum=momentum)
+
+
+def _check_buckets(buckets: int) -> None:
+    if buckets < 1:
+        raise ConfigurationError(f"buckets must be at least 1, got {buckets}")
 
 
 class Compression:

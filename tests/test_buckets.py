@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 import hvd_sketch as hvd
@@ -15,6 +17,7 @@ from hvd_sketch.comm import Communicator, SingleProcess
 from hvd_sketch.comm.base import Pending
 from hvd_sketch.comm.in_process import run_in_process
 from hvd_sketch.exchange import Exchange
+from hvd_sketch.exchange.plan import shard_codes
 from hvd_sketch.layout import Layout, small_or_named
 from tests.launch import Launcher, ranks
 from tests.simulation import SHAPES, heavy_tailed, lost, make, parameters, rounding, simulate, step, submit
@@ -32,7 +35,7 @@ class Recording(SingleProcess):
 
     def _start_allreduce(self, tensor: Tensor, name: str) -> Pending:
         self.names.append(name.rpartition(".")[2])
-        return Pending()
+        return Pending(tensor)
 
 
 @pytest.mark.parametrize(("buckets", "expected"), [(1, [0]), (2, [0, 300]), (3, [0, 300, 450]), (9, [0, 300, 450])])
@@ -142,6 +145,23 @@ def test_a_state_loaded_between_backward_and_step_forgets_what_was_started() -> 
 def test_a_number_of_buckets_below_one_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="buckets must be at least 1, got 0"):
         Compression.sketch(buckets=0)
+    with pytest.raises(ConfigurationError, match="buckets must be at least 1, got -1"):
+        Compression.sharded(buckets=-1)
+
+
+@given(st.integers(1, 20), st.integers(1, 3000), st.integers(1, 9), st.data())
+def test_the_parts_of_shards_tile_them_and_share_the_pairs(ranks: int, rows: int, buckets: int, data: Any) -> None:
+    compressed = ranks * rows + data.draw(st.integers(0, ranks - 1))
+    count = data.draw(st.integers(1, rows))
+    parts = shard_codes(compressed, ranks, count, buckets)
+    assert [where.start for where, _ in parts] == [0, *(where.stop for where, _ in parts[:-1])]
+    assert parts[-1][0].stop == compressed
+    for where, codec in parts:
+        assert where.start % ranks == 0
+        assert 1 <= codec.count <= (where.stop - where.start) // ranks
+        assert codec.universe == -(-(where.stop - where.start) // ranks)
+    assert count - 1 <= sum(codec.count for _, codec in parts) <= count
+    assert len(parts) == max(1, min(buckets, count // 256))
 
 
 def uneven(use_mpi4py: bool) -> list[Tensor]:

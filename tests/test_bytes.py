@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hvd_sketch import Compression
 from hvd_sketch.comm import Communicator
+from hvd_sketch.comm.base import Pending
 from hvd_sketch.comm.in_process import run_in_process
 from hvd_sketch.compressor import Compressor
 from tests.simulation import heavy_tailed, make, submit
@@ -19,6 +20,7 @@ SPARSIFIERS = [
     Compression.sketch(ratio=RATIO, warmup_steps=0),
     Compression.topk(ratio=RATIO, warmup_steps=0),
     Compression.sharded(ratio=RATIO, warmup_steps=0),
+    Compression.sharded(ratio=RATIO, warmup_steps=0, buckets=3),
     Compression.stride(ratio=RATIO, warmup_steps=0),
 ]
 KINDS = [*SPARSIFIERS, Compression.powersgd(rank=2, start_step=0)]
@@ -38,14 +40,14 @@ class Alike(Communicator):
     def size(self) -> int:
         return self._size
 
-    def _allreduce(self, tensor: Tensor, name: str) -> None:
-        tensor.mul_(self._size)
+    def _start_allreduce(self, tensor: Tensor, name: str) -> Pending:
+        return Pending(tensor.mul_(self._size))
 
-    def _allgather(self, tensor: Tensor, name: str) -> Tensor:
-        return tensor.repeat(self._size, 1)
+    def _start_allgather(self, tensor: Tensor, name: str) -> Pending:
+        return Pending(tensor.repeat(self._size, 1))
 
-    def _alltoall(self, tensor: Tensor, name: str) -> Tensor:
-        return tensor[:1].repeat(self._size, 1)
+    def _start_alltoall(self, tensor: Tensor, name: str) -> Pending:
+        return Pending(tensor[:1].repeat(self._size, 1))
 
     def _broadcast(self, tensor: Tensor, root: int, name: str) -> None:
         return

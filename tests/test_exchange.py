@@ -44,7 +44,8 @@ BUCKETS = Compression.sketch(ratio=10.0, buckets=2, **PLAIN)
 POWERSGD = Compression.powersgd(rank=1, start_step=2, clip_norm=None)
 KINDS = {"sketch": SINGLE, "half": HALF, "topk": TOPK, "sharded": SHARDED, "powersgd": POWERSGD}
 WHOLE = pytest.mark.parametrize("compressor", KINDS.values(), ids=KINDS)
-SPARSE = pytest.mark.parametrize("compressor", [*KINDS.values(), BUCKETS], ids=[*KINDS, "buckets"])
+BOTH = {**KINDS, "buckets": BUCKETS, "sharded buckets": replace(SHARDED, buckets=3)}
+SPARSE = pytest.mark.parametrize("compressor", BOTH.values(), ids=BOTH)
 SIZES = pytest.mark.parametrize("size", [1, 2, 4])
 
 

@@ -82,15 +82,17 @@ def test_it_comes_as_near_as_local_sgd() -> None:
 class Late(Pending):
     """Notes when it was started, asked and waited for."""
 
-    def __init__(self, log: list[str]) -> None:
+    def __init__(self, log: list[str], tensor: torch.Tensor) -> None:
+        super().__init__(tensor)
         self.log = log
         log.append("start")
 
     def poll(self) -> None:
         self.log.append("poll")
 
-    def wait(self) -> None:
+    def wait(self) -> torch.Tensor:
         self.log.append("wait")
+        return super().wait()
 
 
 class Alone(SingleProcess):
@@ -98,7 +100,7 @@ class Alone(SingleProcess):
         self.log: list[str] = []
 
     def _start_allreduce(self, tensor: torch.Tensor, name: str) -> Pending:
-        return Late(self.log)
+        return Late(self.log, tensor)
 
 
 def test_the_exchange_runs_during_the_next_round() -> None:

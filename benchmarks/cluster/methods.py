@@ -181,6 +181,7 @@ METHODS: Mapping[str, Method] = {
     "sketch-40": Method(lambda: Sparsified("sketch", 40.0)),
     "sketch-40-4-buckets": Method(lambda: Sparsified("sketch", 40.0, buckets=4)),
     "sharded-40": Method(lambda: Sparsified("sharded", 40.0)),
+    "sharded-40-4-buckets": Method(lambda: Sparsified("sharded", 40.0, buckets=4)),
     "ddp": Method(lambda: Ddp(), warmup=2),
     "ddp-powersgd-1": Method(lambda: Ddp(1), warmup=4),
     "ddp-powersgd-2": Method(lambda: Ddp(2), warmup=4),

@@ -14,6 +14,7 @@ PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "benchmarks" / "
 OURS = ("sketch", "topk", "sharded")
 _BASELINE = "horovod"
 _SKETCHES = ("sketch-40", "sketch-40-4-buckets")
+_OTHERS = ("topk-40", "sharded-40", "sharded-40-4-buckets")
 _TOLERANCE = 0.05
 _HEAD = """\
 # Steps over slow links, measured
@@ -119,7 +120,7 @@ def _goal(measured: dict[Cell, Row]) -> str:
 
 def _same_bytes(model: str, measured: dict[Cell, Row]) -> str:
     """The exchange of all methods that send as many bytes as `sketch-40`."""
-    rows = {name: measured.get(Cell(4, 100.0, model, name)) for name in (*_SKETCHES, "topk-40", "sharded-40")}
+    rows = {name: measured.get(Cell(4, 100.0, model, name)) for name in (*_SKETCHES, *_OTHERS)}
     told = [f"{name} {_seconds(row['seconds_exchange'])} s" for name, row in rows.items() if row is not None]
     return f"- 4 hosts, {model}, exchange at the same bytes: {', '.join(told)}.\n" if told else ""
 

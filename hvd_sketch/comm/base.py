@@ -1,4 +1,4 @@
-"""What the rest of the library knows of a network: a handful of blocking collectives."""
+"""What the rest of the library knows of a network: a handful of collectives."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ from torch import Tensor
 class Pending:
     """A collective under way; this one is done already."""
 
+    def __init__(self, result: Tensor) -> None:
+        self._result = result
+
     def poll(self) -> None:
         """Let it make progress, where the backend moves only when it is called."""
         return
 
-    def wait(self) -> None:
-        """Return when the result is there."""
-        return
+    def wait(self) -> Tensor:
+        """The result, when it is there."""
+        return self._result
 
 
 class Communicator(ABC):
     """Collectives over ``size`` ranks, and a count of the bytes this rank sends.
 
     Every rank calls the same methods in the same order. ``name`` tells concurrent operations
-    apart where the backend matches by name. Bytes are those of the bandwidth-optimal ring,
+    apart where the backend matches by name. What ``start_…`` began is awaited by `Pending.wait`, and
+    its tensors are to be left alone until then. Bytes are those of the bandwidth-optimal ring,
     counted the same way for compressed and dense messages: ``2 (W-1)/W n`` for an allreduce of
     n bytes, ``(W-1) n`` for an allgather of n bytes a rank,
     ``(W-1)/W n`` for an alltoall of n bytes, n for a broadcast by the root.
@@ -56,26 +60,30 @@ class Communicator(ABC):
 
     def allreduce(self, tensor: Tensor, name: str) -> None:
         """Replace ``tensor`` (contiguous) by its sum over the ranks, bit-identical on all of them."""
-        self.bytes_sent += self.allreduce_bytes(tensor.nbytes)
-        self._allreduce(tensor, name)
+        self.start_allreduce(tensor, name).wait()
 
     def start_allreduce(self, tensor: Tensor, name: str) -> Pending:
-        """Begin to replace ``tensor`` by its sum; leave it alone until `Pending.wait` has returned.
-
-        A backend without such operations does it at once.
-        """
+        """Begin to `allreduce`."""
         self.bytes_sent += self.allreduce_bytes(tensor.nbytes)
         return self._start_allreduce(tensor, name)
 
     def allgather(self, tensor: Tensor, name: str) -> Tensor:
         """Stack every rank's ``tensor`` (1-D, same length on all ranks) to shape ``(size, n)``."""
+        return self.start_allgather(tensor, name).wait()
+
+    def start_allgather(self, tensor: Tensor, name: str) -> Pending:
+        """Begin to `allgather`."""
         self.bytes_sent += (self.size - 1) * tensor.nbytes
-        return self._allgather(tensor, name)
+        return self._start_allgather(tensor, name)
 
     def alltoall(self, tensor: Tensor, name: str) -> Tensor:
         """Send row j of ``tensor``, shape ``(size, n)``, to rank j; row i of the result is rank i's."""
+        return self.start_alltoall(tensor, name).wait()
+
+    def start_alltoall(self, tensor: Tensor, name: str) -> Pending:
+        """Begin to `alltoall`."""
         self.bytes_sent += (self.size - 1) * tensor.nbytes // self.size
-        return self._alltoall(tensor, name)
+        return self._start_alltoall(tensor, name)
 
     def broadcast(self, tensor: Tensor, root: int, name: str) -> None:
         """Replace ``tensor`` (contiguous) by the root's."""
@@ -95,18 +103,14 @@ class Communicator(ABC):
         rows = self.allgather(padded, f"{name}.payload").to(torch.uint8)
         return [pickle.loads(row[: int(length)].numpy().tobytes()) for row, length in zip(rows, lengths, strict=True)]
 
-    def _start_allreduce(self, tensor: Tensor, name: str) -> Pending:
-        self._allreduce(tensor, name)
-        return Pending()
+    @abstractmethod
+    def _start_allreduce(self, tensor: Tensor, name: str) -> Pending: ...
 
     @abstractmethod
-    def _allreduce(self, tensor: Tensor, name: str) -> None: ...
+    def _start_allgather(self, tensor: Tensor, name: str) -> Pending: ...
 
     @abstractmethod
-    def _allgather(self, tensor: Tensor, name: str) -> Tensor: ...
-
-    @abstractmethod
-    def _alltoall(self, tensor: Tensor, name: str) -> Tensor: ...
+    def _start_alltoall(self, tensor: Tensor, name: str) -> Pending: ...
 
     @abstractmethod
     def _broadcast(self, tensor: Tensor, root: int, name: str) -> None: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import horovod.torch as hvd
@@ -13,11 +14,11 @@ from hvd_sketch.comm.base import Communicator, Pending
 class _Handle(Pending):
     """An operation of Horovod's own thread, which needs no polling."""
 
-    def __init__(self, handle: int) -> None:
-        self._handle = handle
+    def __init__(self, handle: int, result_of: Callable[[Any], Tensor]) -> None:
+        self._handle, self._result_of = handle, result_of
 
-    def wait(self) -> None:
-        hvd.synchronize(self._handle)
+    def wait(self) -> Tensor:
+        return self._result_of(hvd.synchronize(self._handle))
 
 
 class HorovodCommunicator(Communicator):
@@ -52,19 +53,17 @@ class HorovodCommunicator(Communicator):
         """Whether this process belongs to the process set."""
         return bool(self.process_set.included())
 
-    def _allreduce(self, tensor: Tensor, name: str) -> None:
-        hvd.allreduce_(tensor, name=name, op=hvd.Sum, process_set=self.process_set)
-
     def _start_allreduce(self, tensor: Tensor, name: str) -> Pending:
-        return _Handle(hvd.allreduce_async_(tensor, name=name, op=hvd.Sum, process_set=self.process_set))
+        handle = hvd.allreduce_async_(tensor, name=name, op=hvd.Sum, process_set=self.process_set)
+        return _Handle(handle, lambda result: tensor)
 
-    def _allgather(self, tensor: Tensor, name: str) -> Tensor:
-        gathered: Tensor = hvd.allgather(tensor, name=name, process_set=self.process_set)
-        return gathered.view(self.size, -1)
+    def _start_allgather(self, tensor: Tensor, name: str) -> Pending:
+        handle = hvd.allgather_async(tensor, name=name, process_set=self.process_set)
+        return _Handle(handle, lambda gathered: gathered.view(self.size, -1))
 
-    def _alltoall(self, tensor: Tensor, name: str) -> Tensor:
-        received: Tensor = hvd.alltoall(tensor.contiguous(), name=name, process_set=self.process_set)
-        return received
+    def _start_alltoall(self, tensor: Tensor, name: str) -> Pending:
+        handle = hvd.alltoall_async(tensor.contiguous(), name=name, process_set=self.process_set)
+        return _Handle(handle, lambda received: received[0])  # the other one tells how much came from whom
 
     def _broadcast(self, tensor: Tensor, root: int, name: str) -> None:
         hvd.broadcast_(tensor, root_rank=root, name=name, process_set=self.process_set)

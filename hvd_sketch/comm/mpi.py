@@ -21,32 +21,32 @@ _HALF_SUM = MPI.Op.Create(_add_halves, commute=True)  # MPI itself has no half p
 _HALF = MPI.BYTE.Create_contiguous(2).Commit()
 
 
-class _Sum(Pending):
-    """An allreduce under way. MPI may move a message only while it is called, hence the polling.
+class _Request(Pending):
+    """MPI may move a message only while it is called, hence the polling.
 
-    Never in place: then Open MPI sends whole vectors along a tree, where it would otherwise use a ring.
+    Keeps what is sent alive; the result, on the host, is copied to ``into`` if that is elsewhere.
     """
 
-    def __init__(self, comm: MPI.Intracomm, tensor: Tensor) -> None:
-        self._tensor, on_host = tensor, tensor.device.type == "cpu"
-        self._sent = tensor.clone() if on_host else tensor.cpu()
-        self._sum = tensor if on_host else torch.empty_like(self._sent)
-        op = _HALF_SUM if tensor.dtype == torch.float16 else MPI.SUM
-        self._request = comm.Iallreduce(_buffer(self._sent), _buffer(self._sum), op=op)
+    def __init__(self, request: MPI.Request, sent: Tensor, result: Tensor, into: Tensor) -> None:
+        super().__init__(into)
+        self._request, self._sent, self._on_host = request, sent, result
 
     def poll(self) -> None:
         self._request.Test()
 
-    def wait(self) -> None:
+    def wait(self) -> Tensor:
         self._request.Wait()
-        if self._sum is not self._tensor:
-            self._tensor.copy_(self._sum)
+        return self._result if self._result is self._on_host else self._result.copy_(self._on_host)
 
 
 def _buffer(host: Tensor) -> Any:
     if host.dtype == torch.float16:
-        return [host.view(torch.uint8).numpy(), host.numel(), _HALF]
+        return [_bytes(host), host.numel(), _HALF]
     return host.numpy()
+
+
+def _bytes(host: Tensor) -> Any:
+    return host.reshape(-1).view(torch.uint8).numpy()
 
 
 class MpiCommunicator(Communicator):
@@ -70,24 +70,26 @@ class MpiCommunicator(Communicator):
     def size(self) -> int:
         return self._size
 
-    def _allreduce(self, tensor: Tensor, name: str) -> None:
-        _Sum(self._comm, tensor).wait()
-
     def _start_allreduce(self, tensor: Tensor, name: str) -> Pending:
-        return _Sum(self._comm, tensor)
+        # never in place: then Open MPI sends whole vectors along a tree, where it would otherwise use a ring
+        on_host = tensor.device.type == "cpu"
+        sent = tensor.clone() if on_host else tensor.cpu()
+        result = tensor if on_host else torch.empty_like(sent)
+        op = _HALF_SUM if tensor.dtype == torch.float16 else MPI.SUM
+        return _Request(self._comm.Iallreduce(_buffer(sent), _buffer(result), op=op), sent, result, tensor)
 
-    def _allgather(self, tensor: Tensor, name: str) -> Tensor:
-        gathered = torch.empty(self.size, tensor.numel(), dtype=tensor.dtype)
-        self._comm.Allgather(tensor.cpu().view(torch.uint8).numpy(), gathered.view(torch.uint8).numpy())
-        return gathered.to(tensor.device)
+    def _start_allgather(self, tensor: Tensor, name: str) -> Pending:
+        sent, result = tensor.cpu(), torch.empty(self.size, tensor.numel(), dtype=tensor.dtype)
+        request = self._comm.Iallgather(_bytes(sent), _bytes(result))
+        return _Request(request, sent, result, result.to(tensor.device))
 
-    def _alltoall(self, tensor: Tensor, name: str) -> Tensor:
-        received = torch.empty(tensor.shape, dtype=tensor.dtype)
-        self._comm.Alltoall(tensor.cpu().contiguous().view(torch.uint8).numpy(), received.view(torch.uint8).numpy())
-        return received.to(tensor.device)
+    def _start_alltoall(self, tensor: Tensor, name: str) -> Pending:
+        sent, result = tensor.cpu().contiguous(), torch.empty(tensor.shape, dtype=tensor.dtype)
+        request = self._comm.Ialltoall(_bytes(sent), _bytes(result))
+        return _Request(request, sent, result, result.to(tensor.device))
 
     def _broadcast(self, tensor: Tensor, root: int, name: str) -> None:
         host = tensor.cpu()
-        self._comm.Bcast(host.reshape(-1).view(torch.uint8).numpy(), root=root)
+        self._comm.Bcast(_bytes(host), root=root)
         if host is not tensor:
             tensor.copy_(host)

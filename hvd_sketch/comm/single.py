@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hvd_sketch.comm.base import Communicator
+from hvd_sketch.comm.base import Communicator, Pending
 
 
 class SingleProcess(Communicator):
@@ -13,14 +13,14 @@ class SingleProcess(Communicator):
     rank = 0
     size = 1
 
-    def _allreduce(self, tensor: Tensor, name: str) -> None:
-        return
+    def _start_allreduce(self, tensor: Tensor, name: str) -> Pending:
+        return Pending(tensor)
 
-    def _allgather(self, tensor: Tensor, name: str) -> Tensor:
-        return tensor.clone().unsqueeze(0)
+    def _start_allgather(self, tensor: Tensor, name: str) -> Pending:
+        return Pending(tensor.clone().unsqueeze(0))
 
-    def _alltoall(self, tensor: Tensor, name: str) -> Tensor:
-        return tensor.clone()
+    def _start_alltoall(self, tensor: Tensor, name: str) -> Pending:
+        return Pending(tensor.clone())
 
     def _broadcast(self, tensor: Tensor, root: int, name: str) -> None:
         return

@@ -12,6 +12,9 @@ from hvd_sketch.codec import SparseCodec
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.layout import Layout
 
+_LEAST_PAIRS = 8 * SparseCodec.LEVEL_BYTES
+"""Of a part of a shard: a tenth of the code's bytes are levels then."""
+
 
 @dataclass(frozen=True)
 class SketchPlan:
@@ -77,23 +80,42 @@ def topk_plan(layout: Layout, ratio: float, ranks: int, *, pair_bytes: int, lane
     return min(k, layout.compressed)
 
 
-def sharded_plan(layout: Layout, ratio: float, ranks: int, *, lane_bytes: int) -> int:
+def shard_codes(compressed: int, ranks: int, count: int, buckets: int) -> list[tuple[slice, SparseCodec]]:
+    """Cut the vector, and so every shard, into at most so many parts; each has a code for its share of the pairs.
+
+    A part is a range of coordinates that begins with one of the first rank's and has as many of every rank,
+    the last part perhaps one less of some. Parts are no smaller than what makes a code's levels worth their bytes.
+    """
+    rows = -(-compressed // ranks)
+    buckets = max(1, min(buckets, count // _LEAST_PAIRS))
+    stops = [rows * number // buckets for number in range(buckets + 1)]
+    parts = []
+    for start, stop in pairwise(stops):
+        where = slice(start * ranks, min(stop * ranks, compressed))
+        share = count * stop // rows - count * start // rows
+        parts.append((where, SparseCodec(stop - start, min(share, (where.stop - where.start) // ranks))))
+    return parts
+
+
+def sharded_plan(layout: Layout, ratio: float, ranks: int, *, lane_bytes: int, buckets: int = 1) -> int:
     """How many pairs of a `SparseCodec` a rank sends to each owner, and an owner to everybody.
 
-    Up and down together send ``2 (W-1) codec.nbytes`` where a dense allreduce sends
-    ``2 (W-1)/W 4 total``, so one code may have ``(4 total / ratio - dense bytes) / W`` bytes.
+    Up and down together send ``2 (W-1) codes' bytes`` where a dense allreduce sends ``2 (W-1)/W 4 total``,
+    so the codes of all buckets may have ``(4 total / ratio - dense bytes) / W`` bytes.
 
     Raises:
         ConfigurationError: when not one pair fits.
     """
-    universe = -(-layout.compressed // ranks)
     dense_bytes = lane_bytes * (wire.HEADER + layout.dense)
     budget = int((4 * layout.total / ratio - dense_bytes) / ranks)
     fitting = range(1, layout.compressed // ranks + 1)  # the least shard
-    count = bisect_right(fitting, budget, key=lambda pairs: SparseCodec(universe, pairs).nbytes)
+
+    def nbytes(pairs: int) -> int:
+        return sum(codec.nbytes for _, codec in shard_codes(layout.compressed, ranks, pairs, buckets))
+
+    count = bisect_right(fitting, budget, key=nbytes)
     if count < 1:
-        least = (dense_bytes + ranks * SparseCodec(universe, 1).nbytes) // 4
-        raise ConfigurationError(_unreachable(layout, ratio, least, 4))
+        raise ConfigurationError(_unreachable(layout, ratio, (dense_bytes + ranks * nbytes(1)) // 4, 4))
     return count
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from hvd_sketch.codec import SparseCodec
+from hvd_sketch.comm.base import Pending
+from hvd_sketch.exchange.plan import shard_codes
 from hvd_sketch.exchange.select import heaviest_of_shards
 from hvd_sketch.exchange.sparse import SparseExchange
 from hvd_sketch.shards import Rows, add
@@ -27,7 +32,14 @@ class ShardedExchange(SparseExchange):
     bytes, so the update is bit-identical by construction. Bytes do not grow with W:
     ``2 (W-1)/W k`` pairs of about 1.25 bytes, and an allreduce of the dense part. Cannot be
     combined with ``hvd.join``.
+
+    With several buckets every shard is cut into so many parts, each with its share of k, and a part is
+    chosen, summed or applied while others are on the wire: up of every part, then down of every part.
     """
+
+    def __init__(self, *arguments: Any, buckets: int = 1, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._buckets = buckets
 
     @property
     def owned(self) -> slice:
@@ -35,33 +47,48 @@ class ShardedExchange(SparseExchange):
         return slice(self.comm.rank, self.layout.compressed, self.comm.size)
 
     def _send_pairs(self, count: int) -> None:
-        codec = SparseCodec(-(-self.layout.compressed // self.comm.size), count)
-        self._send_down(self._send_up(codec), codec)
-
-    def _send_up(self, codec: SparseCodec) -> Tensor:
+        parts = shard_codes(self.layout.compressed, self.comm.size, count, self._buckets)
         with self.stats.phase("select"):
-            residual, rank = self.memory.residual[: self.layout.compressed], self.comm.rank
-            rows, values = heaviest_of_shards(residual, self.comm.size, codec.count)
-            self.stats.note_captured(values, residual)
+            whole = torch.linalg.vector_norm(self.memory.residual[: self.layout.compressed])
+        ups, sizes = zip(*(self._start_up(number, *part) for number, part in enumerate(parts)), strict=True)
+        self.stats.note_captured(torch.stack(sizes), whole)
+        downs = [self._start_down(number, up, *part) for number, (up, part) in enumerate(zip(ups, parts, strict=True))]
+        with self.stats.phase("memory"):
+            self.update[: self.layout.compressed].zero_()
+        for down, part in zip(downs, parts, strict=True):
+            self._write_update(down, *part)
+
+    def _start_up(self, number: int, where: slice, codec: SparseCodec) -> tuple[Pending, Tensor]:
+        """Choose of every shard's part, keep the rest, and send the owners what is theirs; the norm of the choice."""
+        size, rank, memory = self.comm.size, self.comm.rank, self.memory.part(where)
+        with self.stats.phase("select"):
+            rows, values = heaviest_of_shards(memory.residual, size, codec.count)
+            norm = torch.linalg.vector_norm(values)
             code, decoded = codec.encode(rows, values)
             left = values.sub_(decoded)
             for first, others in ((0, slice(rank)), (rank + 1, slice(rank + 1, None))):
-                self.memory.keep(Rows(self.comm.size, first, rows[others]), left[others], mask=True)
+                memory.keep(Rows(size, first, rows[others]), left[others], mask=True)
         with self.stats.phase("exchange"):
-            return self.comm.alltoall(code, self._name("up"))
+            return self.comm.start_alltoall(code, self._name(f"up{number}")), norm
 
-    def _send_down(self, received: Tensor, codec: SparseCodec) -> None:
-        size, rank = self.comm.size, self.comm.rank
+    def _start_down(self, number: int, up: Pending, where: slice, codec: SparseCodec) -> Pending:
+        """Sum what came for a part of this rank's shard, choose again, keep the rest, and tell everybody."""
+        size, rank, memory = self.comm.size, self.comm.rank, self.memory.part(where)
+        with self.stats.phase("exchange"):
+            received = up.wait()
         with self.stats.phase("select"):
             rows, values = codec.decode(received)
             for others in (slice(rank), slice(rank + 1, None)):
-                add(self.memory.residual, size, rank, rows[others], values[others])
-            rows, values = heaviest_of_shards(self.memory.residual[self.owned], 1, codec.count)
+                add(memory.residual, size, rank, rows[others], values[others])
+            rows, values = heaviest_of_shards(memory.residual[rank::size], 1, codec.count)
             code, decoded = codec.encode(rows, values)
-            self.memory.keep(Rows(size, rank, rows), values.sub_(decoded), mask=True)
+            memory.keep(Rows(size, rank, rows), values.sub_(decoded), mask=True)
         with self.stats.phase("exchange"):
-            gathered = self.comm.allgather(code[0], self._name("down"))
+            return self.comm.start_allgather(code[0], self._name(f"down{number}"))
+
+    def _write_update(self, down: Pending, where: slice, codec: SparseCodec) -> None:
+        with self.stats.phase("exchange"):
+            gathered = down.wait()
         with self.stats.phase("memory"):
             rows, values = codec.decode(gathered)
-            self.update[: self.layout.compressed].zero_()
-            Rows(size, 0, rows).put(self.update, values.mul_(1.0 / self._mean_divisor()))
+            Rows(self.comm.size, 0, rows).put(self.update[where], values.mul_(1.0 / self._mean_divisor()))
