@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import hvd_sketch as hvd
-from hvd_sketch.compression import Sharded, Stride
-from hvd_sketch.compressor import Sparsifier
+from hvd_sketch.compressors import Sharded, Sparsifier, Stride
 from hvd_sketch.methods.accordion import Accordion
 from hvd_sketch.methods.cser import CSER
 from hvd_sketch.methods.local_sgd import LocalSGD

@@ -14,7 +14,7 @@ from torch import Tensor
 from hvd_sketch.comm import Communicator, as_communicator, default_communicator, has_horovod
 from hvd_sketch.compatibility import check_groups, check_momentum, correction_of
 from hvd_sketch.compression import Compression
-from hvd_sketch.compressor import Compressor
+from hvd_sketch.compressors import Compressor
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import DenseExchange, Exchange
 from hvd_sketch.layout import Layout

@@ -30,7 +30,7 @@ from hvd_sketch.exchange import Exchange
 from hvd_sketch.layout import describe_values
 
 if TYPE_CHECKING:
-    from hvd_sketch.compressor import Compressor
+    from hvd_sketch.compressors import Compressor
 
 
 @dataclass(eq=False)

@@ -13,7 +13,7 @@ import hvd_sketch
 from hvd_sketch import Anticipate, Compression, ConfigurationError
 from hvd_sketch.comm import Communicator
 from hvd_sketch.comm.in_process import run_in_process
-from hvd_sketch.compressor import Compressor
+from hvd_sketch.compressors import Compressor
 from hvd_sketch.methods.anticipate import respond
 from tests import training
 from tests.heterogeneous import Model, Seen, loss, simulate, vector

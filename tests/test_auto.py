@@ -11,7 +11,7 @@ from torch import Tensor
 from hvd_sketch import Compression
 from hvd_sketch.comm import Communicator
 from hvd_sketch.comm.in_process import run_in_process
-from hvd_sketch.compressor import Compressor
+from hvd_sketch.compressors import Compressor
 from hvd_sketch.exchange import Exchange, ShardedExchange, SketchExchange
 
 SHAPES = {"bias": (40,), "weight": (98, 20)}

@@ -10,7 +10,7 @@ from hvd_sketch import Compression
 from hvd_sketch.comm import Communicator
 from hvd_sketch.comm.base import Pending
 from hvd_sketch.comm.in_process import run_in_process
-from hvd_sketch.compressor import Compressor
+from hvd_sketch.compressors import Compressor
 from tests.simulation import heavy_tailed, make, submit
 
 RATIO = 10.0

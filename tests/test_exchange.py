@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from hvd_sketch import Compression, ConfigurationError, RankMismatchError
 from hvd_sketch.comm import Communicator, SingleProcess
 from hvd_sketch.comm.in_process import run_in_process
-from hvd_sketch.compressor import Compressor
+from hvd_sketch.compressors import Compressor
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.memory import Momentum
 from tests import known_answers

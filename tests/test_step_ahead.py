@@ -13,7 +13,7 @@ import torch
 import hvd_sketch
 from hvd_sketch import Compression, ConfigurationError
 from hvd_sketch.comm import Communicator, SingleProcess
-from hvd_sketch.compressor import Compressor
+from hvd_sketch.compressors import Compressor
 from hvd_sketch.methods.step_ahead import StepAhead, StepAheadOptimizer
 from tests import training
 from tests.heterogeneous import Model, Seen, loss, momenta, simulate, vector

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import hvd_sketch
 from hvd_sketch import Compression, ConfigurationError, RankMismatchError
-from hvd_sketch.compressor import Sparsifier
+from hvd_sketch.compressors import Sparsifier
 from tests.launch import ranks
 from tests.training import COMPRESSED, flat, loss, net, train
 

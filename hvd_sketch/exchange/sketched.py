@@ -136,11 +136,12 @@ class SketchExchange(Exchange):
     def _send_selected(self, clip: float, finite: bool) -> bool:
         while len(self._firsts) < len(self._buckets):
             self._start_first(clip, finite)
-        seconds, header = [], wire.Header(True, 0, False, False)
+        headers, seconds = [], []
         for number in range(len(self._buckets)):
-            header = self._end_first(number)
-            seconds.append(self._start_second(number) if header.finite else None)
-        if header.void:  # the last one was made when all gradients were there, so it speaks for the whole step
+            headers.append(self._end_first(number))
+            seconds.append(self._start_second(number) if headers[-1].finite else None)
+        header = headers[-1]  # made when all gradients were there, so it speaks for the whole step
+        if header.void:
             _wait(seconds)
         if not self._heed(header):
             self._forget_updates()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hvd_sketch.comm import Communicator
-from hvd_sketch.compressor import Compressor
+from hvd_sketch.compressors import Compressor
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import DenseExchange, Exchange
 from hvd_sketch.layout import Layout

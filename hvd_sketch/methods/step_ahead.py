@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.comm import Communicator
-from hvd_sketch.compressor import Compressor
+from hvd_sketch.compressors import Compressor
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.methods.ahead import AheadOptimizer

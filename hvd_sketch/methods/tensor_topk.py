@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.comm.base import Communicator
-from hvd_sketch.compressor import Sparsifier
+from hvd_sketch.compressors import Sparsifier
 from hvd_sketch.exchange.base import Exchange
 from hvd_sketch.exchange.select import heaviest
 from hvd_sketch.exchange.topk import TopKExchange

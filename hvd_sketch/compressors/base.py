@@ -141,3 +141,9 @@ class Sparsifier(Compressor):
         if not ratio >= 1.0:
             raise ConfigurationError(f"schedule gave ratio {ratio} in step {step}; it must be at least 1")
         return ratio
+
+
+def check_buckets(buckets: int) -> None:
+    """Raise `ConfigurationError` for a number of buckets below one."""
+    if buckets < 1:
+        raise ConfigurationError(f"buckets must be at least 1, got {buckets}")

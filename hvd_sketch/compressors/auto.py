@@ -1,0 +1,37 @@
+"""The compressor that picks another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from hvd_sketch.codec import SparseCodec
+from hvd_sketch.comm.base import Communicator
+from hvd_sketch.compressors.base import Sparsifier
+from hvd_sketch.compressors.sharded import Sharded
+from hvd_sketch.compressors.sketch import Sketch
+from hvd_sketch.exchange import Exchange
+from hvd_sketch.layout import Layout
+from hvd_sketch.memory import Momentum
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Auto(Sparsifier):
+    """`Sharded`, unless ranks are too many for the model: then `Sketch`.
+
+    Of all exchanges `Sharded` ended nearest to dense training, at every ratio and number of ranks
+    that was measured, see docs/convergence.md. But it sends a code to every owner, whose 32 bytes
+    of levels do not shrink. Where they would be more than the pairs', with more ranks than
+    ``parameters / (16 ratio)``, a sketch still has the size of a sketch.
+    """
+
+    dense_below: int = 0
+
+    def _exchange(
+        self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device, momentum: Momentum | None
+    ) -> Exchange:
+        settings = {field.name: getattr(self, field.name) for field in fields(self)}
+        code = 4 * layout.total / self.ratio / comm.size
+        member = Sharded(**settings) if code >= 2 * SparseCodec.LEVEL_BYTES else Sketch(**settings)
+        return member._exchange(layout, comm, average=average, device=device, momentum=momentum)

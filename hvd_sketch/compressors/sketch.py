@@ -1,0 +1,103 @@
+"""Settings of the sketched exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.comm.base import Communicator
+from hvd_sketch.compressors.base import Sparsifier, check_buckets
+from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.exchange import Exchange, SketchExchange
+from hvd_sketch.exchange.plan import SketchPlan, sketch_plan
+from hvd_sketch.layout import Layout
+from hvd_sketch.memory import Momentum
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Sketch(Sparsifier):
+    """SketchedSGD: find the heavy coordinates of the sum by a Count Sketch, then fetch them exactly.
+
+    Sends ``rows * cols`` cells and ``oversampling * k`` values in two allreduces, whatever the
+    number of ranks. Source: Ivkin et al., arXiv 1903.04488.
+
+    Attributes:
+        rows: rows of the table, odd.
+        cols, k: sizes by hand, both or none; then ``ratio`` and the schedule do not apply.
+        table_share: share of the bytes spent on the table, the rest on exact values.
+        oversampling: candidates fetched for each one applied (P in the paper).
+        half: cells and values travel as float16; what rounding cuts off stays in the memory.
+        buckets: parts of the vector, exchanged one behind the other: the first ones while backward still
+            computes the rest, and each while others are sketched or selected. Every bucket has its share of k.
+        seed: of the hash functions; equal on all ranks.
+    """
+
+    rows: int = 3
+    cols: int | None = None
+    k: int | None = None
+    table_share: float = 0.75
+    oversampling: float = 1.0
+    half: bool = True
+    buckets: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_buckets(self.buckets)
+        if (self.cols is None) != (self.k is None):
+            raise ConfigurationError("give both cols and k, or neither and a ratio")
+        if self.rows < 1:
+            raise ConfigurationError(f"rows must be at least 1, got {self.rows}")
+        if self.cols is not None and self.k is not None:
+            SketchPlan(self.rows, self.cols, self.k, self.k)
+        if not 0.0 < self.table_share < 1.0:
+            raise ConfigurationError(f"table_share must be between 0 and 1, got {self.table_share}")
+        if not self.oversampling >= 1.0:
+            raise ConfigurationError(f"oversampling must be at least 1, got {self.oversampling}")
+
+    def layout(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Layout:
+        layout = super().layout(named_parameters)
+        if self.k is not None and self.k > layout.compressed:
+            raise ConfigurationError(f"k={self.k} exceeds the {layout.compressed} compressed parameters; lower k")
+        if self.k is None:
+            self._sized(layout, self.ratio if self.schedule is None else self.ratio_at(0))
+        return layout
+
+    def _buckets(self) -> int:
+        return self.buckets
+
+    def _exchange(
+        self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device, momentum: Momentum | None
+    ) -> Exchange:
+        return SketchExchange(
+            layout,
+            comm,
+            repr(self),
+            self._plan,
+            average=average,
+            seed=self.seed,
+            dtype=torch.float16 if self.half else torch.float32,
+            device=device,
+            clip_norm=self.clip_norm,
+            momentum=momentum,
+        )
+
+    def _plan(self, layout: Layout, step: int) -> SketchPlan | None:
+        if self.cols is not None and self.k is not None:
+            return SketchPlan(self.rows, self.cols, self.k, min(int(self.k * self.oversampling), layout.compressed))
+        return self._sized(layout, self.ratio_at(step))
+
+    def _sized(self, layout: Layout, ratio: float) -> SketchPlan | None:
+        if ratio <= 1.0:
+            return None
+        return sketch_plan(
+            layout,
+            ratio,
+            rows=self.rows,
+            table_share=self.table_share,
+            oversampling=self.oversampling,
+            lane_bytes=2 if self.half else 4,
+        )
