@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,8 +49,6 @@ class CommonShare:
             CountSketch(slot.numel, 1, _COLS, device=device, table=table)
             for slot, table in zip(slots, self._tables, strict=True)
         ]
-        self._errors = torch.empty_like(exchange.memory.residual)
-        self._views = [self._errors[slot.offset : slot.stop] for slot in slots]
         exchange.observers.append(self)
 
     def observe(self, exchange: Exchange) -> None:
@@ -66,9 +65,8 @@ class CommonShare:
         for sketch, slot in zip(self._sketches, exchange.layout.slots, strict=True):
             sketch.reset(exchange.step)
             sketch.add(residual[slot.offset : slot.stop])
-        read_errors(exchange, self._errors)
         self._message[:, :_COLS] = self._tables.squeeze(1)
-        self._message[:, _COLS] = torch.stack(torch._foreach_norm(self._views)).square()
+        self._message[:, _COLS] = _energies(exchange)
         exchange.sum_over_ranks(self._message, "common")
         common = self._message[:, :_COLS].square().sum(dim=1)
         return torch.where(common > 0.0, common / (ranks * self._message[:, _COLS]), 1.0)
@@ -80,6 +78,17 @@ class CommonShare:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._smoothed, self._count = state["smoothed"], state["count"]
+
+
+def _energies(exchange: Exchange) -> Tensor:
+    """|e_i|^2 of this rank, parameter by parameter."""
+    residual, owned, slots = exchange.memory.residual, exchange.owned, exchange.layout.slots
+    energies = torch.stack(torch._foreach_norm([residual[slot.offset : slot.stop] for slot in slots])).square()
+    if owned.stop == 0:
+        return energies
+    first_rows = [-(-(edge - owned.start) // owned.step) for edge in (*(slot.offset for slot in slots), owned.stop)]
+    held = [residual[owned][start:stop] for start, stop in pairwise(first_rows)]
+    return energies - (1.0 - exchange.comm.size**-2) * torch.stack(torch._foreach_norm(held)).square()
 
 
 def read_errors(exchange: Exchange, into: Tensor) -> None:
