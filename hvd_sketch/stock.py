@@ -17,20 +17,30 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from hvd_sketch.comm.base import Communicator
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
-from hvd_sketch.layout import describe_values
+from hvd_sketch.layout import Layout, describe_values
+from hvd_sketch.memory import Momentum
 
-if TYPE_CHECKING:
-    from hvd_sketch.compressors import Compressor
+
+class Compressing(Protocol):
+    """What is asked of the compressor itself."""
+
+    @property
+    def momentum(self) -> Momentum | None: ...
+
+    def layout(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Layout: ...
+
+    def exchange(self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device) -> Exchange: ...
 
 
 @dataclass(eq=False)
@@ -44,7 +54,7 @@ class Ticket:
 class _Client:
     """One stock optimizer and its exchange."""
 
-    def __init__(self, compressor: Compressor, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, compressor: Compressing, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = weakref.ref(optimizer)
         names: dict[Tensor, str] = optimizer._parameter_names  # type: ignore[attr-defined]
         _check(compressor, optimizer)
@@ -101,7 +111,7 @@ class _Desk:
         self.clients: list[_Client] = []
         self.tickets: list[Ticket] = []
 
-    def note(self, compressor: Compressor, gradient: Tensor) -> Ticket:
+    def note(self, compressor: Compressing, gradient: Tensor) -> Ticket:
         with self.lock:
             if not self.clients:
                 self.find_clients(compressor)
@@ -109,7 +119,7 @@ class _Desk:
             self.tickets.append(ticket)
             return ticket
 
-    def find_clients(self, compressor: Compressor) -> None:
+    def find_clients(self, compressor: Compressing) -> None:
         known = {id(client.optimizer()) for client in self.clients}
         for candidate in gc.get_objects():
             if (
@@ -124,7 +134,7 @@ class _Desk:
                 "which parameter a gradient belongs to; give hvd.allreduce Compression.none or fp16"
             )
 
-    def settle(self, compressor: Compressor, ticket: Ticket) -> None:
+    def settle(self, compressor: Compressing, ticket: Ticket) -> None:
         """Run the exchange of the optimizer this ticket belongs to, for all its open tickets."""
         with self.lock:
             self.clients = [client for client in self.clients if client.optimizer() is not None]
@@ -150,10 +160,10 @@ class _Desk:
         return None
 
 
-_desks: weakref.WeakKeyDictionary[Compressor, _Desk] = weakref.WeakKeyDictionary()
+_desks: weakref.WeakKeyDictionary[Compressing, _Desk] = weakref.WeakKeyDictionary()
 
 
-def compress(compressor: Compressor, tensor: Tensor) -> tuple[Tensor, Ticket]:
+def compress(compressor: Compressing, tensor: Tensor) -> tuple[Tensor, Ticket]:
     """Note a gradient; return a one-element token for Horovod to reduce, and the ticket.
 
     Raises:
@@ -168,7 +178,7 @@ def compress(compressor: Compressor, tensor: Tensor) -> tuple[Tensor, Ticket]:
     return torch.zeros(1, dtype=torch.float32, device=tensor.device), ticket
 
 
-def decompress(compressor: Compressor, tensor: Tensor, ticket: Ticket | None) -> Tensor:
+def decompress(compressor: Compressing, tensor: Tensor, ticket: Ticket | None) -> Tensor:
     """Return the gradient that `compress` was given, by now holding the update of all ranks.
 
     A sparse gradient, which Horovod sums by itself and never compresses, comes without a
@@ -181,7 +191,7 @@ def decompress(compressor: Compressor, tensor: Tensor, ticket: Ticket | None) ->
     return ticket.gradient
 
 
-def exchange_of(compressor: Compressor) -> Exchange:
+def exchange_of(compressor: Compressing) -> Exchange:
     """The exchange behind a compressor in stock Horovod, for its `stats`, `flush` and state.
 
     Raises:
@@ -195,7 +205,7 @@ def exchange_of(compressor: Compressor) -> Exchange:
     return desk.clients[0].exchange
 
 
-def _make_exchange(compressor: Compressor, optimizer: Any, layout: Any) -> Exchange:
+def _make_exchange(compressor: Compressing, optimizer: Any, layout: Layout) -> Exchange:
     import horovod.torch as hvd
 
     from hvd_sketch.comm.horovod import HorovodCommunicator
@@ -208,7 +218,7 @@ def _make_exchange(compressor: Compressor, optimizer: Any, layout: Any) -> Excha
     )
 
 
-def _check(compressor: Compressor, optimizer: Any) -> None:
+def _check(compressor: Compressing, optimizer: Any) -> None:
     import horovod.torch as hvd
 
     from hvd_sketch.compatibility import check_momentum
