@@ -8,7 +8,7 @@ import torch
 
 from hvd_sketch.codec import SparseCodec
 from hvd_sketch.comm.base import Communicator
-from hvd_sketch.compressors.base import Sparsifier
+from hvd_sketch.compressors.base import Bucketed
 from hvd_sketch.compressors.sharded import Sharded
 from hvd_sketch.compressors.sketch import Sketch
 from hvd_sketch.exchange import Exchange
@@ -17,7 +17,7 @@ from hvd_sketch.memory import Momentum
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Auto(Sparsifier):
+class Auto(Bucketed):
     """`Sharded`, unless ranks are too many for the model: then `Sketch`.
 
     Of all exchanges `Sharded` ended nearest to dense training, at every ratio and number of ranks

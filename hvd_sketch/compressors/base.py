@@ -143,7 +143,21 @@ class Sparsifier(Compressor):
         return ratio
 
 
-def check_buckets(buckets: int) -> None:
-    """Raise `ConfigurationError` for a number of buckets below one."""
-    if buckets < 1:
-        raise ConfigurationError(f"buckets must be at least 1, got {buckets}")
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Bucketed(Sparsifier):
+    """A sparsifier whose exchange can be cut into parts.
+
+    Attributes:
+        buckets: parts of the vector, exchanged one behind the other: while one is on the wire, others are
+            computed. Every part has its share of what is sent.
+    """
+
+    buckets: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.buckets < 1:
+            raise ConfigurationError(f"buckets must be at least 1, got {self.buckets}")
+
+    def _buckets(self) -> int:
+        return self.buckets

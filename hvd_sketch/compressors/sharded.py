@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from hvd_sketch.comm.base import Communicator
-from hvd_sketch.compressors.base import Sparsifier, check_buckets
+from hvd_sketch.compressors.base import Bucketed
 from hvd_sketch.exchange import Exchange, ShardedExchange
 from hvd_sketch.exchange.plan import sharded_plan
 from hvd_sketch.layout import Layout
@@ -15,7 +15,7 @@ from hvd_sketch.memory import Momentum
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Sharded(Sparsifier):
+class Sharded(Bucketed):
     """Two-way top-k over owners: compressed up and down, four-bit values; see `ShardedExchange`.
 
     Its bytes do not grow with the number of ranks, and every rank gets its own heavy coordinates
@@ -25,17 +25,10 @@ class Sharded(Sparsifier):
         dense_below: 0, so that 1-D tensors are compressed like the others: on small models they would
             take a large part of the bytes.
         half: the dense part travels as float16; what rounding cuts off stays in the memory.
-        buckets: parts of every shard, exchanged one behind the other: each while others are selected or
-            applied. Every part has its share of k.
     """
 
     dense_below: int = 0
     half: bool = True
-    buckets: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_buckets(self.buckets)
 
     def _exchange(
         self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device, momentum: Momentum | None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.comm.base import Communicator
-from hvd_sketch.compressors.base import Sparsifier, check_buckets
+from hvd_sketch.compressors.base import Bucketed
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange, SketchExchange
 from hvd_sketch.exchange.plan import SketchPlan, sketch_plan
@@ -18,11 +18,12 @@ from hvd_sketch.memory import Momentum
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Sketch(Sparsifier):
+class Sketch(Bucketed):
     """SketchedSGD: find the heavy coordinates of the sum by a Count Sketch, then fetch them exactly.
 
     Sends ``rows * cols`` cells and ``oversampling * k`` values in two allreduces, whatever the
-    number of ranks. Source: Ivkin et al., arXiv 1903.04488.
+    number of ranks. The first of several buckets travel while backward computes the rest.
+    Source: Ivkin et al., arXiv 1903.04488.
 
     Attributes:
         rows: rows of the table, odd.
@@ -30,8 +31,6 @@ class Sketch(Sparsifier):
         table_share: share of the bytes spent on the table, the rest on exact values.
         oversampling: candidates fetched for each one applied (P in the paper).
         half: cells and values travel as float16; what rounding cuts off stays in the memory.
-        buckets: parts of the vector, exchanged one behind the other: the first ones while backward still
-            computes the rest, and each while others are sketched or selected. Every bucket has its share of k.
         seed: of the hash functions; equal on all ranks.
     """
 
@@ -41,12 +40,10 @@ class Sketch(Sparsifier):
     table_share: float = 0.75
     oversampling: float = 1.0
     half: bool = True
-    buckets: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_buckets(self.buckets)
         if (self.cols is None) != (self.k is None):
             raise ConfigurationError("give both cols and k, or neither and a ratio")
         if self.rows < 1:
@@ -65,9 +62,6 @@ class Sketch(Sparsifier):
         if self.k is None:
             self._sized(layout, self.ratio if self.schedule is None else self.ratio_at(0))
         return layout
-
-    def _buckets(self) -> int:
-        return self.buckets
 
     def _exchange(
         self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device, momentum: Momentum | None
