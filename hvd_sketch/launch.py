@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Run an unmodified Horovod script with compressed gradients.",
         epilog="Everything behind the script's name is the script's own.",
     )
-    parser.add_argument("--compression", choices=_COMPRESSIONS, default="sketch")
+    parser.add_argument("--compression", choices=_COMPRESSIONS, default="auto")
     parser.add_argument("--ratio", type=float, default=40.0, help="dense bytes over bytes sent (default: 40)")
     parser.add_argument("--warmup-steps", type=int, default=100, help="steps until the full ratio (default: 100)")
     parser.add_argument(

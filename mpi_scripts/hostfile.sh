@@ -2,7 +2,7 @@
 # Train on the machines of a host file, over TCP.
 #
 #   mpi_scripts/hostfile.sh HOSTFILE script.py arguments…
-#   INTERFACE=eth0 COMPRESSION=sketch RATIO=40 mpi_scripts/hostfile.sh hosts train.py --epochs 3
+#   INTERFACE=eth0 COMPRESSION=auto RATIO=40 mpi_scripts/hostfile.sh hosts train.py --epochs 3
 #
 # HOSTFILE      one machine a line, `name slots=N`: N processes on it
 # NP            processes in all (default: all slots)

@@ -2,10 +2,10 @@
 # Train on several processes of this machine.
 #
 #   mpi_scripts/one_machine.sh NP script.py arguments…
-#   COMPRESSION=sketch RATIO=40 mpi_scripts/one_machine.sh 4 train.py --epochs 3
+#   COMPRESSION=auto RATIO=40 mpi_scripts/one_machine.sh 4 train.py --epochs 3
 #
 # NP            processes; more than there are cores are allowed, and slow
-# COMPRESSION   none, fp16, sketch or topk: run an unmodified Horovod script with it
+# COMPRESSION   none, fp16, auto, sharded, sketch or topk: run an unmodified Horovod script with it
 # RATIO         dense bytes over bytes sent
 #
 # slot:OVERSUBSCRIBE allows more processes than cores. `--bind-to none` leaves every process all cores: with two or less

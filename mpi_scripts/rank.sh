@@ -15,6 +15,6 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 fi
 if [ -n "${COMPRESSION:-}${RATIO:-}" ]; then
-    set -- -m hvd_sketch --compression "${COMPRESSION:-sketch}" ${RATIO:+--ratio "$RATIO"} "$@"
+    set -- -m hvd_sketch --compression "${COMPRESSION:-auto}" ${RATIO:+--ratio "$RATIO"} "$@"
 fi
 exec "$(command -v python || echo python3)" "$@"
