@@ -23,7 +23,8 @@ class Auto(Bucketed):
     Of all exchanges `Sharded` ended nearest to dense training, at every ratio and number of ranks
     that was measured, see docs/convergence.md. But it sends a code to every owner, whose 32 bytes
     of levels do not shrink. Where they would be more than the pairs', with more ranks than
-    ``parameters / (16 ratio)``, a sketch still has the size of a sketch.
+    ``parameters / (16 ratio)``, a sketch still has the size of a sketch; that of a model so small for
+    its ranks is not cut into buckets.
     """
 
     dense_below: int = 0

@@ -76,6 +76,7 @@ class Compressor(ABC):
         return self._exchange(layout, comm, average=average, device=device, momentum=momentum or self.momentum)
 
     def _buckets(self) -> int:
+        """Into how many parts the layout is cut."""
         return 1
 
     @abstractmethod
@@ -158,6 +159,3 @@ class Bucketed(Sparsifier):
         super().__post_init__()
         if self.buckets < 1:
             raise ConfigurationError(f"buckets must be at least 1, got {self.buckets}")
-
-    def _buckets(self) -> int:
-        return self.buckets

@@ -63,6 +63,9 @@ class Sketch(Bucketed):
             self._sized(layout, self.ratio if self.schedule is None else self.ratio_at(0))
         return layout
 
+    def _buckets(self) -> int:
+        return self.buckets
+
     def _exchange(
         self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device, momentum: Momentum | None
     ) -> Exchange:
