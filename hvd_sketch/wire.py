@@ -80,13 +80,16 @@ def read_header(message: Tensor) -> Header:
     return Header.of(message[:HEADER].tolist())
 
 
-def write_digest(lanes: Tensor, content: Tensor) -> None:
-    """One lane a bit of a checksum of integers or of float32 values: sums tell whether all ranks agree."""
+def write_digest(lanes: Tensor, content: Tensor, salt: int = 0) -> None:
+    """One lane a bit of a checksum of integers or of float32 values: sums tell whether all ranks agree.
+
+    ``salt``, from 0 to 2^32 - 1, is a number to agree on as well.
+    """
     mixed = (content.view(torch.int32) if content.is_floating_point() else content).to(torch.int64)
     mixed = mixed + _ODD[0] * torch.arange(1, mixed.numel() + 1, device=mixed.device)
     for odd in _ODD[1:]:
         mixed = (mixed ^ (mixed >> 31)) * odd  # the finalizer of splitmix64, nearly
-    checksum = mixed.sum()
+    checksum = mixed.sum() ^ salt
     lanes.copy_((checksum ^ (checksum >> 32)) >> torch.arange(DIGEST_BITS, device=mixed.device) & 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from hvd_sketch import Compression, ConfigurationError, RankMismatchError
 from hvd_sketch.comm import Communicator, SingleProcess
+from hvd_sketch.comm.base import Pending
 from hvd_sketch.comm.in_process import run_in_process
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.exchange import Exchange
@@ -519,3 +521,44 @@ def test_a_sketched_step_waits_for_the_device_once_before_and_once_after_every_r
     with HostReads() as host:
         exchange.run()
     assert len(host.calls) == 3 * len(exchange.layout.buckets), host.calls
+
+
+@pytest.mark.parametrize(
+    ("compressor", "lie"),
+    [
+        (SINGLE, lambda sums: sums.flip(0)),
+        (HALF, lambda sums: sums.flip(0)),
+        (BUCKETS, lambda sums: sums.flip(0)),
+        (HALF, lambda sums: sums / 8),  # the same choice, but another scale
+    ],
+    ids=["single", "oversampled", "buckets", "scale"],
+)
+def test_ranks_that_choose_differently_are_told_and_keep_the_step_unsent(
+    compressor: Compressor, lie: Callable[[Tensor], Tensor]
+) -> None:
+    """A backend whose sums differ between ranks, in step 3 only."""
+    gradients = heavy_tailed(2, 8, TOTAL)
+
+    def body(comm: Communicator) -> tuple[Tensor, Exchange]:
+        exchange, honest, updates = make(compressor, comm), comm._start_allreduce, []
+
+        def dishonest(tensor: Tensor, name: str) -> Pending:
+            pending = honest(tensor, name)
+            if exchange.step == 3 and comm.rank == 1 and "table" in name:
+                tensor[10:] = lie(tensor[10:])
+            return pending
+
+        comm._start_allreduce = dishonest  # type: ignore[method-assign]
+        for number, gradient in enumerate(gradients[comm.rank]):
+            if number == 3:
+                with pytest.raises(RankMismatchError, match="in step 3 the ranks selected different coordinates"):
+                    step(exchange, gradient)
+                exchange.step += 1
+                updates.append(torch.zeros(TOTAL))
+            else:
+                updates.append(step(exchange, gradient))
+        return torch.stack(updates), exchange
+
+    runs = [Run(updates, exchange) for updates, exchange in run_in_process(2, body)]
+    assert torch.equal(runs[0].updates, runs[1].updates)
+    assert conserved(runs, gradients, half=getattr(compressor, "half", False))

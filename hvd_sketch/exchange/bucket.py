@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ class SketchBucket:
         self._scale = wire.shared_scale(self._largest_cell / ranks, ranks, self._dtype)
         message = self._second
         wire.write_header(message, True)
-        wire.write_digest(message[_DIGEST], self._candidates)
+        wire.write_digest(message[_DIGEST], self._candidates, _fingerprint(*astuple(self._scales), self._scale))
         wire.pack(message[_VALUES], self._computed.clone(), self._scale, ranks)
         sent = wire.unpack(message[_VALUES], self._scale, torch.empty_like(self._computed))
         self._left = self._computed - sent
@@ -118,9 +119,11 @@ class SketchBucket:
         return bool(agreed_by_all)
 
     def put_back(self, *, advanced: bool) -> None:
-        """Instead of `apply`: the memory gets the whole step, unsent."""
+        """Instead of `apply`, when ranks have seen different sums: the memory gets the whole step, unsent."""
+        self._scales.cell = self._scales.dense = None
         if not advanced:
             self._memory.absorb(self._gradient, self._clip)
+            return
         self._memory.keep(self._dense, self._dense_computed, mask=False)
         self._memory.keep(self._candidates, self._computed, mask=False)
 
@@ -147,6 +150,14 @@ class SketchBucket:
         known = cell > 0.0 and (dense > 0.0 or self._dense.stop == self._dense.start)
         self._scales.cell = wire.shared_scale(cell, ranks, self._dtype) if known else None
         self._scales.dense = wire.shared_scale(dense, ranks, self._dtype) if known else None
+
+
+def _fingerprint(*scales: float | None) -> int:
+    """A number that tells powers of two apart, nine bits for each."""
+    number = 0
+    for scale in scales:
+        number = number << 9 | (0 if scale is None else math.frexp(scale)[1] + 256)
+    return number
 
 
 def _largest(values: Tensor) -> Tensor:
