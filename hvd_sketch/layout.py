@@ -72,6 +72,11 @@ class Layout:
         """The parts of the vector, in the order of their exchange; the last one ends with the dense coordinates."""
         return tuple(slice(start, stop) for start, stop in pairwise((0, *self.cuts, self.total)))
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many compressed coordinates each bucket has."""
+        return tuple(min(where.stop, self.compressed) - where.start for where in self.buckets)
+
     def positions(self, where: slice) -> slice:
         """The positions of the slots inside a part of the vector."""
         starts = [slot.offset for slot in self.slots]

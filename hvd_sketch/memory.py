@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from hvd_sketch.errors import ConfigurationError
-from hvd_sketch.shards import Rows
 from hvd_sketch.sketch import CountSketch
+
+
+class Places(Protocol):
+    """Coordinates of a vector that know how to write to it."""
+
+    def put(self, vector: Tensor, values: Tensor | float) -> None: ...
+
+
+class Readable(Places, Protocol):
+    """The same, and how to read it."""
+
+    def at(self, vector: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,7 @@ class Memory:
         if self.velocity is not None:
             sketch.add(self.velocity[:dim], scale=self._factor)
 
-    def computed(self, gradient: Tensor, clip: float, where: Tensor | slice) -> Tensor:
+    def computed(self, gradient: Tensor, clip: float, where: Tensor | slice | Readable) -> Tensor:
         """The new v at ``where``, without changing the memory: what could be sent now."""
         result = _at(self.residual, where) + _at(gradient, where) * (self.gain * clip)
         if self.velocity is not None:
@@ -87,7 +98,7 @@ class Memory:
         nesterov = self._momentum is not None and self._momentum.nesterov
         self.velocity.mul_(self._factor).add_(gradient, alpha=clip * (self._factor if nesterov else 1.0))
 
-    def keep(self, where: Tensor | slice | Rows, left: Tensor | float, *, mask: bool) -> None:
+    def keep(self, where: Tensor | slice | Places, left: Tensor | float, *, mask: bool) -> None:
         """Leave ``left`` behind of what was sent; ``mask`` marks coordinates open to masking."""
         _put(self.residual, where, left)
         if mask and self._momentum is not None and self._momentum.masking and self.velocity is not None:
@@ -123,16 +134,18 @@ class Memory:
             self.velocity.zero_()
 
 
-def _at(values: Tensor, where: Tensor | slice) -> Tensor:
+def _at(values: Tensor, where: Tensor | slice | Readable) -> Tensor:
     """``values[where]``; a tensor's indices are taken in a quarter of the time of general indexing."""
-    return values.index_select(0, where) if isinstance(where, Tensor) else values[where]
+    if isinstance(where, slice):
+        return values[where]
+    return values.index_select(0, where) if isinstance(where, Tensor) else where.at(values)
 
 
-def _put(values: Tensor, where: Tensor | slice | Rows, left: Tensor | float) -> None:
+def _put(values: Tensor, where: Tensor | slice | Places, left: Tensor | float) -> None:
     """``values[where] = left``, likewise."""
     if isinstance(where, slice):
         values[where] = left
-    elif isinstance(where, Rows):
+    elif not isinstance(where, Tensor):
         where.put(values, left)
     elif isinstance(left, Tensor):
         values.index_copy_(0, where, left)

@@ -42,7 +42,13 @@ DENSE = exchanged(Compression.none)
 
 METHODS: dict[str, Callable[[float], Wrap]] = {
     "sketch": lambda ratio: exchanged(Compression.sketch(ratio=ratio, warmup_steps=0)),
+    "sketch, anticipate": lambda ratio: exchanged(
+        Compression.sketch(ratio=ratio, warmup_steps=0, in_turn=0.75, dense_below=0), Anticipate()
+    ),
     "topk": lambda ratio: exchanged(Compression.topk(ratio=ratio, warmup_steps=0)),
+    "topk, anticipate": lambda ratio: exchanged(
+        Compression.topk(ratio=ratio, warmup_steps=0, dense_below=0), Anticipate()
+    ),
     "sharded": lambda ratio: exchanged(Compression.sharded(ratio=ratio, warmup_steps=0)),
     "sharded, anticipate": lambda ratio: exchanged(Compression.sharded(ratio=ratio, warmup_steps=0), Anticipate()),
     "local SGD": lambda ratio: local(

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from hvd_sketch import wire
+from hvd_sketch.exchange.comb import Chosen, comb
 from hvd_sketch.exchange.plan import SketchPlan
 from hvd_sketch.memory import Memory
 from hvd_sketch.sketch import CountSketch
 
 _DIGEST = slice(wire.HEADER, wire.HEADER + wire.DIGEST_BITS)
-_VALUES = slice(wire.HEADER + wire.DIGEST_BITS, None)
+_VALUES = wire.HEADER + wire.DIGEST_BITS
 
 
 @dataclass
@@ -52,8 +53,9 @@ class SketchBucket:
         self._sketch = CountSketch(compressed, plan.rows, plan.cols, device=device)
         dense = gradient.numel() - compressed
         self._first = torch.zeros(wire.HEADER + plan.rows * plan.cols + dense, dtype=dtype, device=device)
-        self._second = torch.zeros(_VALUES.start + plan.candidates, dtype=dtype, device=device)
-        self._applied: Tensor | None = None
+        teeth = -(-compressed // plan.stride) if plan.stride else 0
+        self._second = torch.zeros(_VALUES + plan.candidates + teeth, dtype=dtype, device=device)
+        self._applied: Chosen | None = None
         self.energy = self.norm = 0.0
         """Of what the last step sent, squared, and of the memory's sum by the sketch's estimate."""
 
@@ -88,31 +90,31 @@ class SketchBucket:
             self._rescale(self._largest_cell / ranks, largest_dense / ranks, ranks)
         return header
 
-    def choose(self, ranks: int) -> Tensor:
-        """Take the heaviest coordinates of the summed table; the message of their exact values."""
-        self._candidates, _ = self._sketch.top_k(self._plan.candidates)
-        self._computed = self._memory.computed(self._gradient, self._clip, self._candidates)
+    def choose(self, ranks: int, step: int, seed: int) -> Tensor:
+        """Take the heaviest coordinates of the summed table and the step's comb; the message of their exact values."""
+        candidates, _ = self._sketch.top_k(self._plan.candidates)
+        self._chosen = Chosen(candidates, comb(self._compressed, self._plan.stride, step, seed))
+        self._computed = self._memory.computed(self._gradient, self._clip, self._chosen)
         self._scale = wire.shared_scale(self._largest_cell / ranks, ranks, self._dtype)
-        message = self._second
+        message, lanes = self._second, self._values()
+        message[_VALUES + self._computed.numel() :] = 0.0  # a comb may lack a tooth
         wire.write_header(message, True)
-        wire.write_digest(message[_DIGEST], self._candidates, _fingerprint(*astuple(self._scales), self._scale))
-        wire.pack(message[_VALUES], self._computed.clone(), self._scale, ranks)
-        sent = wire.unpack(message[_VALUES], self._scale, torch.empty_like(self._computed))
-        self._left = self._computed - sent
+        wire.write_digest(message[_DIGEST], candidates, _fingerprint(*astuple(self._scales), self._scale))
+        wire.pack(lanes, self._computed.clone(), self._scale, ranks)
+        self._left = self._computed - wire.unpack(lanes, self._scale, torch.empty_like(self._computed))
         return message
 
     def advance(self) -> None:
         """Take the gradient into the memory, and keep what is not sent."""
         self._memory.absorb(self._gradient, self._clip)
         self._memory.keep(self._dense, self._dense_left, mask=False)
-        self._memory.keep(self._candidates, self._left, mask=True)
+        self._memory.keep(self._chosen, self._left, mask=True)
 
     def read(self) -> bool:
         """Read round 2's sum: False if ranks chose differently. Of more candidates than k, drop the others."""
-        self._sums = wire.unpack(self._second[_VALUES], self._scale, torch.empty_like(self._computed))
+        self._sums = wire.unpack(self._values(), self._scale, torch.empty_like(self._computed))
         if self._plan.k < self._plan.candidates:
-            kept = torch.sort(self._sums.abs(), descending=True, stable=True).indices[: self._plan.k]
-            self._candidates, self._sums, self._left = self._candidates[kept], self._sums[kept], self._left[kept]
+            self._drop_lightest()
         agreed = wire.digests_agree(self._second[_DIGEST], self._second[1])
         agreed_by_all, sent = torch.stack([agreed.float(), torch.linalg.vector_norm(self._sums)]).tolist()
         self.energy = sent**2
@@ -125,21 +127,33 @@ class SketchBucket:
             self._memory.absorb(self._gradient, self._clip)
             return
         self._memory.keep(self._dense, self._dense_computed, mask=False)
-        self._memory.keep(self._candidates, self._computed, mask=False)
+        self._memory.keep(self._chosen, self._computed, mask=False)
 
     def apply(self, divisor: float) -> None:
         """Write the update, of which only what the last step wrote is other than zero."""
         if self._applied is None:
             self._update[: self._compressed].zero_()
         else:
-            self._update.index_fill_(0, self._applied, 0.0)
-        self._update.index_copy_(0, self._candidates, self._sums * (1.0 / divisor))
+            self._applied.put(self._update, 0.0)
+        self._chosen.put(self._update, self._sums * (1.0 / divisor))
         self._update[self._dense].mul_(1.0 / divisor)
-        self._applied = self._candidates
+        self._applied = self._chosen
 
     def forget_update(self) -> None:
         """Somebody else wrote the update."""
         self._applied = None
+
+    def _drop_lightest(self) -> None:
+        """Of more candidates than k, keep those of the largest sums."""
+        order = torch.sort(self._sums[: self._plan.candidates].abs(), descending=True, stable=True).indices
+        kept = order[: self._plan.k]
+        teeth = torch.arange(self._plan.candidates, self._sums.numel(), device=kept.device)
+        lanes = torch.cat([kept, teeth])
+        self._chosen = Chosen(self._chosen.indices[kept], self._chosen.teeth)
+        self._sums, self._left = self._sums[lanes], self._left[lanes]
+
+    def _values(self) -> Tensor:
+        return self._second[_VALUES : _VALUES + self._computed.numel()]
 
     def _lanes(self) -> tuple[Tensor, Tensor]:
         cells = self._sketch.table.numel()

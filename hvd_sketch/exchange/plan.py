@@ -18,12 +18,16 @@ _LEAST_PAIRS = 8 * SparseCodec.LEVEL_BYTES
 
 @dataclass(frozen=True)
 class SketchPlan:
-    """Sizes of a sketched step: a table of rows by cols, candidates fetched, k of them applied."""
+    """Sizes of a sketched step: a table of rows by cols, candidates fetched, k of them applied.
+
+    Beside them every ``stride``-th coordinate is sent, see `comb`; none if it is 0.
+    """
 
     rows: int
     cols: int
     k: int
     candidates: int
+    stride: int = 0
 
     def __post_init__(self) -> None:
         for name in ("rows", "cols", "k"):
@@ -33,20 +37,28 @@ class SketchPlan:
     def split(self, sizes: Sequence[int]) -> list[SketchPlan]:
         """The plans of buckets of so many coordinates each: columns, k and candidates in proportion."""
         stops = [0, *accumulate(sizes)]
-        shares = [
+        shares = (
             [max(1, whole * stop // stops[-1] - whole * start // stops[-1]) for start, stop in pairwise(stops)]
             for whole in (self.cols, self.k, self.candidates)
-        ]
-        return [SketchPlan(self.rows, *share) for share in zip(*shares, strict=True)]
+        )
+        return [SketchPlan(self.rows, cols, k, fetched, self.stride) for cols, k, fetched in zip(*shares, strict=True)]
 
 
 def sketch_plan(
-    layout: Layout, ratio: float, *, rows: int, table_share: float, oversampling: float, lane_bytes: int
+    layout: Layout,
+    ratio: float,
+    *,
+    rows: int,
+    table_share: float,
+    in_turn: float,
+    oversampling: float,
+    lane_bytes: int,
 ) -> SketchPlan:
-    """Spend ``4 * total / ratio`` bytes: dense part first, then table and candidates by share.
+    """Spend ``4 * total / ratio`` bytes: dense part first, then table and exact values by share.
 
     An allreduce moves every byte of its message alike, so the ratio of messages is the ratio
-    of bytes sent; each bucket has its headers. k is capped at the number of compressed coordinates.
+    of bytes sent; each bucket has its headers. Of the values a part is of the comb, all others of
+    candidates, of which k is capped at the number of compressed coordinates.
 
     Raises:
         ConfigurationError: when the dense part alone, or a table of one tile, does not fit.
@@ -54,12 +66,14 @@ def sketch_plan(
     overhead = len(layout.buckets) * (2 * wire.HEADER + wire.DIGEST_BITS) + layout.dense
     lanes = int(4 * layout.total / ratio) // lane_bytes - overhead
     cols = int(lanes * table_share) // rows
-    candidates = lanes - rows * cols
+    values = lanes - rows * cols
+    stride = -(-layout.compressed // int(values * in_turn)) if values * in_turn >= 1 else 0
+    candidates = values - (sum(-(-size // stride) for size in layout.sizes) if stride else 0)
     k = int(candidates / oversampling)
     if cols < 1 or k < 1:
         raise ConfigurationError(_unreachable(layout, ratio, overhead + 2 * rows, lane_bytes))
     k = min(k, layout.compressed)
-    return SketchPlan(rows, cols, k, min(candidates, layout.compressed))
+    return SketchPlan(rows, cols, k, min(candidates, layout.compressed), stride)
 
 
 def topk_plan(layout: Layout, ratio: float, ranks: int, *, pair_bytes: int, lane_bytes: int) -> int:

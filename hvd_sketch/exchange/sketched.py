@@ -29,10 +29,13 @@ class SketchExchange(Exchange):
 
     With computed memory v_i on rank i, table sketch S and W ranks::
 
-        round 1   T = sum_i S(v_i)                 allreduce of rows * cols cells + dense part
-                  C = the P k coordinates of largest |estimate from T|    same on every rank
-        round 2   x_j = sum_i v_i[j], j in C       allreduce of P k exact values
-                  update = x at its k largest, divided by W;  v_i loses what it sent
+        round 1   T = sum_i S(v_i)                    allreduce of rows * cols cells + dense part
+                  C = the P k coordinates of largest |estimate from T|       same on every rank
+                  D = every R-th coordinate, from an offset drawn anew       same on every rank
+        round 2   x_j = sum_i v_i[j], j in C and D    allreduce of P k + compressed / R exact values
+                  update = x at the k largest of C and at D, divided by W;  v_i loses what it sent
+
+    D, which the paper does not have, is what bounds the time that a coordinate waits.
 
     The sketch is linear: what the memory carries into the next step is sketched while round 2 is
     under way, and only the gradient is left to add, in one pass over the whole vector.
@@ -115,8 +118,7 @@ class SketchExchange(Exchange):
         """Sizes, table and messages for the coming step."""
         plan = self._planner(self.layout, self.step)
         if plan is not None and plan != self._plan:
-            wheres = self.layout.buckets
-            sizes = [min(where.stop, self.layout.compressed) - where.start for where in wheres]
+            wheres, sizes = self.layout.buckets, self.layout.sizes
             self._carried = ()
             self._buckets = [
                 SketchBucket(
@@ -179,7 +181,7 @@ class SketchExchange(Exchange):
 
     def _start_second(self, number: int) -> Pending:
         with self.stats.phase("select"):
-            message = self._buckets[number].choose(self.comm.size)
+            message = self._buckets[number].choose(self.comm.size, self.step, self._seed)
         with self.stats.phase("exchange"):
             return self.comm.start_allreduce(message, self._name(f"values{number}"))
 

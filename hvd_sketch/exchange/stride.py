@@ -9,10 +9,9 @@ import torch
 from hvd_sketch import wire
 from hvd_sketch.comm.base import Communicator
 from hvd_sketch.exchange.base import Exchange
+from hvd_sketch.exchange.comb import comb
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
-
-_TURNS = 1_000_003
 
 
 class StridePlanner(Protocol):
@@ -24,10 +23,10 @@ class StridePlanner(Protocol):
 class StrideExchange(Exchange):
     """Every R-th coordinate, from an offset drawn by (seed, step), which all ranks share.
 
-    The offsets of R steps in a row are a permutation, so no coordinate waits longer than 2 R
-    steps. Sends ``dense + compressed / R`` float32 values in one allreduce. It ignores how heavy a
-    coordinate is; its use is where a linear, shared pattern is asked for, as in CSER, whose
-    globally randomised blocks it stands in for with teeth of one coordinate.
+    No coordinate waits longer than 2 R steps, see `comb`. Sends ``dense + compressed / R`` float32
+    values in one allreduce. It ignores how heavy a coordinate is; its use is where a linear, shared
+    pattern is asked for, as in CSER, whose globally randomised blocks it stands in for with teeth of
+    one coordinate.
     """
 
     def __init__(
@@ -72,7 +71,4 @@ class StrideExchange(Exchange):
     def _teeth(self) -> slice:
         stride = self._planner(self.layout, self.step)
         assert stride is not None
-        turn, position = divmod(self.step, stride)
-        generator = torch.Generator().manual_seed(self._seed * _TURNS + turn)  # it takes the lower 32 bits
-        offset = int(torch.randperm(stride, generator=generator)[position])
-        return slice(offset, self.layout.compressed, stride)
+        return comb(self.layout.compressed, stride, self.step, self._seed)
