@@ -43,6 +43,7 @@ def test_a_ratio_that_does_not_compress_is_refused(make: Any, ratio: float) -> N
         ({"cols": 5, "k": 0}, "k must be at least 1"),
         ({"rows": 0}, "rows must be at least 1"),
         ({"table_share": 1.0}, "table_share must be between 0 and 1"),
+        ({"in_turn": 1.0}, "in_turn must be at least 0 and below 1"),
         ({"oversampling": 0.5}, "oversampling must be at least 1"),
         ({"clip_norm": 0.0}, "clip_norm must be above 0 or None"),
         ({"clip_norm": float("nan")}, "clip_norm must be above 0 or None"),

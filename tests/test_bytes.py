@@ -18,6 +18,7 @@ SHAPES = {"weight": (400, 512), "bias": (40,)}  # shards alike for all numbers o
 TOTAL = 204_840
 SPARSIFIERS = [
     Compression.sketch(ratio=RATIO, warmup_steps=0),
+    Compression.sketch(ratio=RATIO, warmup_steps=0, in_turn=0.75, oversampling=2.0, buckets=2),
     Compression.topk(ratio=RATIO, warmup_steps=0),
     Compression.sharded(ratio=RATIO, warmup_steps=0),
     Compression.sharded(ratio=RATIO, warmup_steps=0, buckets=3),

@@ -43,10 +43,11 @@ TOPK = Compression.topk(ratio=10.0, **PLAIN)
 EVERYTHING = Compression.sketch(cols=COMPRESSED, k=COMPRESSED, half=False, **PLAIN)
 SHARDED = Compression.sharded(ratio=10.0, **PLAIN)
 BUCKETS = Compression.sketch(ratio=10.0, buckets=2, **PLAIN)
+IN_TURN = Compression.sketch(ratio=10.0, in_turn=0.75, oversampling=2.0, buckets=2, **PLAIN)
 POWERSGD = Compression.powersgd(rank=1, start_step=2, clip_norm=None)
 KINDS = {"sketch": SINGLE, "half": HALF, "topk": TOPK, "sharded": SHARDED, "powersgd": POWERSGD}
 WHOLE = pytest.mark.parametrize("compressor", KINDS.values(), ids=KINDS)
-BOTH = {**KINDS, "buckets": BUCKETS, "sharded buckets": replace(SHARDED, buckets=3)}
+BOTH = {**KINDS, "buckets": BUCKETS, "in turn": IN_TURN, "sharded buckets": replace(SHARDED, buckets=3)}
 SPARSE = pytest.mark.parametrize("compressor", BOTH.values(), ids=BOTH)
 SIZES = pytest.mark.parametrize("size", [1, 2, 4])
 

@@ -24,6 +24,7 @@ COMPRESSORS: dict[str, Any] = {
     "sketch": partial(Compression.sketch, warmup_steps=2, **PLAIN),
     "single precision": partial(Compression.sketch, half=False, oversampling=2.0, warmup_steps=0, **PLAIN),
     "buckets": partial(Compression.sketch, buckets=2, warmup_steps=2, **PLAIN),
+    "in turn": partial(Compression.sketch, in_turn=0.75, oversampling=2.0, warmup_steps=0, **PLAIN),
     "sharded": partial(Compression.sharded, buckets=3, dense_below=1024, warmup_steps=2, **PLAIN),
     "topk": partial(Compression.topk, warmup_steps=2, **PLAIN),
 }
