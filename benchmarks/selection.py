@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,8 @@ from benchmarks.accuracy.simulate import begin, learning_rate
 from benchmarks.accuracy.tasks import TASKS, Task
 from hvd_sketch import Anticipate
 from hvd_sketch.codec import SparseCodec
-from hvd_sketch.exchange.plan import sharded_plan
+from hvd_sketch.exchange.comb import comb
+from hvd_sketch.exchange.plan import sharded_plan, sketch_plan
 from hvd_sketch.exchange.select import heaviest
 from hvd_sketch.layout import Layout, small_or_named
 from hvd_sketch.methods.anticipate import respond
@@ -35,7 +37,6 @@ RESULTS = Path("benchmarks/results/selection.json")
 TASK = TASKS["transformer-adamw"]
 TOTAL_BATCH = 32
 CLIP = 1.0
-TABLE_SHARE = 0.75
 
 Choose = Callable[[Tensor, int], Tensor]
 """Takes what is chosen in a step out of the memories, of shape (ranks, d), and returns its sum over the ranks."""
@@ -51,15 +52,16 @@ def oracle(layout: Layout, ratio: float, ranks: int) -> Choose:
     return choose
 
 
-def sketched(layout: Layout, ratio: float, ranks: int) -> Choose:
-    """The largest of a Count Sketch of the sum, with three quarters of the bytes in the table."""
-    lanes = int(4 * layout.total / ratio / 2)
-    table = CountSketch(layout.total, 3, int(TABLE_SHARE * lanes / 3))
+def sketched(layout: Layout, ratio: float, ranks: int, table_share: float = 0.75, in_turn: float = 0.0) -> Choose:
+    """The largest of a Count Sketch of the sum, and a share of the values in turn."""
+    plan = sketch_plan(layout, ratio, rows=3, table_share=table_share, in_turn=in_turn, oversampling=1.0, lane_bytes=2)
+    table = CountSketch(layout.total, plan.rows, plan.cols)
 
     def choose(memory: Tensor, step: int) -> Tensor:
         table.reset(step)
         table.add(memory.sum(dim=0))
-        return _take(memory, table.top_k(lanes - table.table.numel())[0])
+        turn = torch.arange(layout.total)[comb(layout.total, plan.stride, step, 0)]
+        return _take(memory, torch.cat([table.top_k(plan.candidates)[0], turn]).unique())
 
     return choose
 
@@ -128,7 +130,14 @@ def sharded(layout: Layout, ratio: float, ranks: int) -> Choose:
     return choose
 
 
-METHODS = {"oracle": oracle, "sketched": sketched, "proposed": proposed, "guided": guided, "sharded": sharded}
+METHODS: dict[str, Callable[[Layout, float, int], Choose]] = {
+    "oracle": oracle,
+    "sketched": sketched,
+    "in turn": partial(sketched, table_share=0.2, in_turn=0.75),
+    "proposed": proposed,
+    "guided": guided,
+    "sharded": sharded,
+}
 
 
 def _proposals(layout: Layout, message: float, ranks: int) -> int:
@@ -207,21 +216,23 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--ratios", type=float, nargs="+", default=[40.0])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--anticipate", type=int, nargs="+", choices=(0, 1), default=[0, 1])
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=RESULTS, help=f"the rows' file (default: {RESULTS})")
     parser.add_argument("--steps", type=int, default=300)
     options = parser.parse_args()
     torch.set_num_threads(1)
     wanted: list[tuple[str, float, bool]] = [("dense", 1.0, False)]
-    wanted += itertools.product(options.methods, options.ratios, (False, True))
+    wanted += itertools.product(options.methods, options.ratios, map(bool, options.anticipate))
     runs = itertools.product(options.ranks, range(options.seeds), wanted)
     for ranks, seed, (method, ratio, anticipate) in tqdm(list(runs), unit="run"):
-        rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+        rows = json.loads(options.results.read_text()) if options.results.exists() else []
         key = {"method": method, "ratio": ratio, "anticipate": anticipate, "ranks": ranks, "seed": seed}
         key["steps"] = options.steps
         if any(key.items() <= row.items() for row in rows):
             continue
         rows.append({**key, "loss": train(method, ratio, anticipate, ranks, seed, options.steps)})
-        RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+        options.results.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
 if __name__ == "__main__":
