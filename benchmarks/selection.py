@@ -113,14 +113,12 @@ def sharded(layout: Layout, ratio: float, ranks: int) -> Choose:
         update = torch.zeros(layout.total)
         for owner in range(ranks):
             shard = memory[:, owner::ranks]
-            others = [rank for rank in range(ranks) if rank != owner]
             total = shard[owner].clone()
-            rows = torch.stack([heaviest(shard[rank], count) for rank in others])
-            sent = torch.stack([shard[rank][chosen] for rank, chosen in zip(others, rows, strict=True)])
-            decoded = codec.encode(rows, sent)[1]
-            for rank, chosen, values in zip(others, rows, decoded, strict=True):
-                total.index_add_(0, chosen, values)
-                shard[rank].index_add_(0, chosen, -values)
+            rows = shard.abs().topk(count, dim=1).indices.sort(dim=1).values
+            decoded = codec.encode(rows, shard.gather(1, rows))[1]
+            decoded[owner] = 0.0  # the owner's own are in the total
+            total.index_add_(0, rows.flatten(), decoded.flatten())
+            shard.scatter_add_(1, rows, -decoded)
             chosen = heaviest(total, count)
             values = codec.encode(chosen.unsqueeze(0), total[chosen].unsqueeze(0))[1][0]
             update[owner::ranks][chosen] = values
@@ -133,6 +131,8 @@ def sharded(layout: Layout, ratio: float, ranks: int) -> Choose:
 METHODS: dict[str, Callable[[Layout, float, int], Choose]] = {
     "oracle": oracle,
     "sketched": sketched,
+    "sketched, half": partial(sketched, table_share=0.5),
+    "sketched, fifth": partial(sketched, table_share=0.2),
     "in turn": partial(sketched, table_share=0.2, in_turn=0.75),
     "proposed": proposed,
     "guided": guided,

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.accuracy.methods import METHODS, POWERSGD, POWERSGD_RANKS, make
+from benchmarks.accuracy.methods import LOW_RANK, LOW_RANKS, METHODS, make
 from benchmarks.accuracy.report import write_page
 from benchmarks.accuracy.simulate import train
 from benchmarks.accuracy.tasks import TASKS
 from hvd_sketch import ConfigurationError
 
 RESULTS = Path("benchmarks/results/accuracy.json")
-NAMES = ["dense", *METHODS, POWERSGD]
+NAMES = ["dense", *METHODS, *LOW_RANK]
 Key = tuple[str, str, float, int, int, int]
 
 
@@ -70,7 +70,7 @@ def _runs(options: argparse.Namespace) -> Iterator[tuple[str, str, float, int, i
     """(task, method, ratio or PowerSGD rank, seed, steps), dense first, what matters most before the rest."""
     ratios = (40.0,) if options.quick else (40.0, 100.0)
     settings = [("dense", 1.0), *((method, ratio) for ratio in ratios for method in METHODS)]
-    settings += [(POWERSGD, float(rank)) for rank in POWERSGD_RANKS]
+    settings += itertools.product(LOW_RANK, LOW_RANKS[-1:] if options.quick else LOW_RANKS)
     rest = [] if options.quick else [(method, ratio) for ratio in (10.0, 400.0) for method in METHODS]
     seeds = range(1 if options.quick else options.seeds)
     for chosen, seed, task in itertools.product((settings, rest), seeds, options.tasks):

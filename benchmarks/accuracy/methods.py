@@ -57,15 +57,16 @@ METHODS: dict[str, Callable[[float], Wrap]] = {
 }
 """By name, of the ratio; none has dense steps at first, so that the ratio is that of the whole run."""
 
-POWERSGD = "powersgd"
-POWERSGD_RANKS = (8, 4, 2, 1)
-"""PowerSGD's ratio follows from its rank; its rows carry the ratio that came out."""
+LOW_RANK: dict[str, Callable[[float], Wrap]] = {
+    "powersgd": lambda rank: exchanged(Compression.powersgd(rank=int(rank), start_step=0)),
+    "powersgd, anticipate": lambda rank: exchanged(Compression.powersgd(rank=int(rank), start_step=0), Anticipate()),
+}
+"""By name, of PowerSGD's rank; the ratio follows from it, and rows carry the one that came out."""
+LOW_RANKS = (8.0, 4.0, 2.0, 1.0)
 
 
 def make(method: str, setting: float) -> Wrap:
     """The method of that name at a ratio, or at a rank for PowerSGD."""
     if method == "dense":
         return DENSE
-    if method == POWERSGD:
-        return exchanged(Compression.powersgd(rank=int(setting), start_step=0))
-    return METHODS[method](setting)
+    return (METHODS | LOW_RANK)[method](setting)

@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.accuracy.methods import METHODS, POWERSGD
+from benchmarks.accuracy.methods import LOW_RANK, METHODS
 
 Row = dict[str, Any]
 _LINES = {40.0: "-", 100.0: "--", 8.0: "-", 4.0: "--", 2.0: "-.", 1.0: ":"}
@@ -53,10 +53,10 @@ def write_page(rows: list[Row], folder: Path) -> None:
 def _order(rows: list[Row]) -> str:
     """The methods at each ratio, the lowest mean gap first."""
     lines = []
-    for setting in sorted({row["setting"] for row in rows if row["method"] not in ("dense", "powersgd")}):
+    for setting in sorted({row["setting"] for row in rows if row["method"] in METHODS}):
         gaps: dict[str, list[float]] = {}
         for row in rows:
-            if row["setting"] == setting and row["method"] != "powersgd" and "refused" not in row:
+            if row["setting"] == setting and row["method"] in METHODS and "refused" not in row:
                 gap = math.inf if row["diverged"] else 100 * (row["final_loss"] / row["dense_loss"] - 1)
                 gaps.setdefault(row["method"], []).append(gap)
         means = sorted((statistics.mean(group), method) for method, group in gaps.items())
@@ -88,7 +88,7 @@ def _table(rows: list[Row]) -> str:
 def _rank(kind: tuple[str, float]) -> tuple[int, float]:
     """Methods in the order in which they are declared, each from its lowest ratio on."""
     method, setting = kind
-    return ["dense", *METHODS, POWERSGD].index(method), -setting if method == POWERSGD else setting
+    return ["dense", *METHODS, *LOW_RANK].index(method), -setting if method in LOW_RANK else setting
 
 
 def _plot(rows: list[Row], file: Path) -> None:
