@@ -16,6 +16,7 @@ from hvd_sketch.distributed import Average, DistributedOptimizer, Sum
 from hvd_sketch.errors import ConfigurationError, RankMismatchError
 from hvd_sketch.memory import Momentum
 from hvd_sketch.methods.anticipate import Anticipate
+from hvd_sketch.methods.factored_moments import FactoredMoments
 from hvd_sketch.methods.step_ahead import StepAhead
 from hvd_sketch.sketch import CountSketch
 from hvd_sketch.stats import Stats
@@ -29,6 +30,7 @@ __all__ = [
     "ConfigurationError",
     "CountSketch",
     "DistributedOptimizer",
+    "FactoredMoments",
     "Momentum",
     "RankMismatchError",
     "SingleProcess",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
 from hvd_sketch.methods.anticipate import Anticipate, AnticipatingOptimizer, check_anticipate
 from hvd_sketch.methods.common_share import CommonShare
+from hvd_sketch.methods.factored_moments import MomentsObserver
 from hvd_sketch.methods.step_ahead import StepAhead, StepAheadOptimizer, check_step_ahead
 from hvd_sketch.optimizer import distribute
 from hvd_sketch.uncompressed import HalfPrecision, NoCompression
@@ -86,7 +87,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     if error_feedback is not None:
         check_step_ahead(compression, momentum_correction, averages=op == Average)
     if isinstance(error_feedback, Anticipate):
-        check_anticipate(optimizer)
+        check_anticipate(optimizer, error_feedback)
     if comm is None and has_horovod() and not isinstance(compression, Compressor):
         return _stock_optimizer(
             optimizer,
@@ -109,15 +110,19 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         return StepAheadOptimizer(optimizer, named, compression, lazy.get, lazy.is_active, error_feedback)
     layout = _layout(compression, [item for item in named if item[1].requires_grad])
     shares = None if error_feedback is None else CommonShare()
+    moments = None
+    if error_feedback is not None and error_feedback.second_moments is not None:
+        moments = MomentsObserver(error_feedback.second_moments, named)
     distributed = distribute(
         optimizer,
         named,
-        partial(_exchange, compression, lazy, op == Average, shares),
+        partial(_exchange, compression, lazy, op == Average, [item for item in (shares, moments) if item is not None]),
         lazy.is_active,
         backward_passes_per_step=backward_passes_per_step,
         sparse_as_dense=sparse_as_dense,
         grad_scaler=grad_scaler,
         correction=correction,
+        before_step=None if moments is None else moments.lend,
         attributes={"op": op, "process_set": process_set, "_groups": groups},
     )
     if error_feedback is None or shares is None:
@@ -179,7 +184,7 @@ def _exchange(
     compression: Any,
     lazy: _Lazy,
     average: bool,
-    shares: CommonShare | None,
+    followers: Sequence[CommonShare | MomentsObserver],
     parameters: dict[str, Tensor],
     momentum: Momentum | None,
 ) -> Exchange:
@@ -191,8 +196,8 @@ def _exchange(
     else:
         dtype = torch.float16 if compression is HalfPrecision else torch.float32
         exchange = DenseExchange(layout, comm, average=average, device=device, dtype=dtype)
-    if shares is not None:
-        shares.attach(exchange)
+    for follower in followers:
+        follower.attach(exchange)
     return exchange
 
 

@@ -55,6 +55,7 @@ class DistributedMethods(torch.optim.Optimizer):
     _positions: dict[Tensor, int]
     _grad_scaler: torch.amp.GradScaler | None
     _correction: Momentum | None
+    _before_step: Callable[[torch.optim.Optimizer], None] | None
     _group_of: dict[Tensor, dict[str, Any]]
     _synchronized: bool
     _should_synchronize: bool
@@ -125,6 +126,8 @@ class DistributedMethods(torch.optim.Optimizer):
                 warnings.warn(_SYNCHRONIZED_TWICE, stacklevel=2)
             self.synchronize()
         self._synchronized = False
+        if self._before_step is not None and self._is_active():
+            self._before_step(self)
         with without_momentum(self, self._correction if self._is_active() else None):
             stepped = self._base.step(self)
         return loss if closure is not None else stepped
@@ -181,6 +184,7 @@ def distribute(
     sparse_as_dense: bool,
     grad_scaler: torch.amp.GradScaler | None,
     correction: Momentum | None,
+    before_step: Callable[[torch.optim.Optimizer], None] | None,
     attributes: dict[str, Any],
 ) -> torch.optim.Optimizer:
     """A distributed optimizer of a class derived from ``type(optimizer)``, sharing its state.
@@ -215,6 +219,7 @@ def distribute(
         _positions={},
         _grad_scaler=grad_scaler,
         _correction=correction,
+        _before_step=before_step,
         _group_of=_group_of(optimizer),
         _synchronized=False,
         _should_synchronize=True,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hvd_sketch
-from hvd_sketch import Anticipate, Compression, ConfigurationError
+from hvd_sketch import Anticipate, Compression, ConfigurationError, FactoredMoments
 from hvd_sketch.comm import Communicator
 from hvd_sketch.comm.in_process import run_in_process
 from hvd_sketch.compressors import Compressor
@@ -199,7 +199,7 @@ def _train(steps: int, start: Any) -> tuple[torch.nn.Module, Any]:
         adamw(model.parameters()),
         model.named_parameters(),
         Compression.sharded(ratio=5.0, warmup_steps=0),
-        error_feedback=Anticipate(),
+        error_feedback=Anticipate(second_moments=FactoredMoments()),
     )
     first = 0
     if start is not None:

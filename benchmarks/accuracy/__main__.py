@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.accuracy.methods import LOW_RANK, LOW_RANKS, METHODS, make
+from benchmarks.accuracy.methods import LOW_RANK, LOW_RANKS, METHODS, make, suits
 from benchmarks.accuracy.report import write_page
 from benchmarks.accuracy.simulate import train
 from benchmarks.accuracy.tasks import TASKS
@@ -74,7 +74,7 @@ def _runs(options: argparse.Namespace) -> Iterator[tuple[str, str, float, int, i
     rest = [] if options.quick else [(method, ratio) for ratio in (10.0, 400.0) for method in METHODS]
     seeds = range(1 if options.quick else options.seeds)
     for chosen, seed, task in itertools.product((settings, rest), seeds, options.tasks):
-        for method, setting in (each for each in chosen if each[0] in options.methods):
+        for method, setting in (each for each in chosen if each[0] in options.methods and suits(each[0], task)):
             yield task, method, setting, seed, TASKS[task].steps // (2 if options.quick else 1)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import hvd_sketch
-from hvd_sketch import Anticipate, Compression
+from hvd_sketch import Anticipate, Compression, FactoredMoments
 from hvd_sketch.comm import Communicator
 
 Wrap = Callable[[torch.optim.Optimizer, nn.Module, Communicator], Any]
@@ -40,6 +40,9 @@ def local(compression: Any, period: int) -> Wrap:
 
 DENSE = exchanged(Compression.none)
 
+FACTORED = "sharded, anticipate, factored"
+"""For Adam alone; with SGD it would be the line above."""
+
 METHODS: dict[str, Callable[[float], Wrap]] = {
     "sketch": lambda ratio: exchanged(Compression.sketch(ratio=ratio, warmup_steps=0)),
     "sketch, anticipate": lambda ratio: exchanged(
@@ -51,6 +54,9 @@ METHODS: dict[str, Callable[[float], Wrap]] = {
     ),
     "sharded": lambda ratio: exchanged(Compression.sharded(ratio=ratio, warmup_steps=0)),
     "sharded, anticipate": lambda ratio: exchanged(Compression.sharded(ratio=ratio, warmup_steps=0), Anticipate()),
+    FACTORED: lambda ratio: exchanged(
+        Compression.sharded(ratio=ratio, warmup_steps=0), Anticipate(second_moments=FactoredMoments())
+    ),
     "local SGD": lambda ratio: local(
         Compression.sharded(ratio=ratio / LOCAL_PERIOD, warmup_steps=0, clip_norm=None), LOCAL_PERIOD
     ),
@@ -70,3 +76,8 @@ def make(method: str, setting: float) -> Wrap:
     if method == "dense":
         return DENSE
     return (METHODS | LOW_RANK)[method](setting)
+
+
+def suits(method: str, task: str) -> bool:
+    """Whether a task's optimizer is one that a method knows."""
+    return method != FACTORED or task.endswith("adamw")

@@ -15,6 +15,7 @@ from hvd_sketch.exchange import Exchange
 from hvd_sketch.layout import Layout
 from hvd_sketch.methods.ahead import AheadOptimizer
 from hvd_sketch.methods.common_share import CommonShare, read_errors
+from hvd_sketch.methods.factored_moments import FactoredMoments, check_adam
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Anticipate:
     """
 
     coefficient: float = 0.6
+    second_moments: FactoredMoments | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 < self.coefficient <= 1.0:
@@ -145,7 +147,7 @@ def respond(
     torch._foreach_mul_(errors, rate)
 
 
-def check_anticipate(optimizer: torch.optim.Optimizer) -> None:
+def check_anticipate(optimizer: torch.optim.Optimizer, settings: Anticipate) -> None:
     """Refuse optimizers whose response to a gradient is not known.
 
     Raises:
@@ -157,3 +159,5 @@ def check_anticipate(optimizer: torch.optim.Optimizer) -> None:
             "error_feedback=Anticipate knows how SGD, Adam and AdamW (without amsgrad) respond to a gradient, "
             f"not how {type(optimizer).__name__} does; use StepAhead, or one of those"
         )
+    if settings.second_moments is not None:
+        check_adam(optimizer)
