@@ -30,8 +30,13 @@ in `benchmarks/results/accuracy.json`). On as many real ranks the same numbers c
 *Setting* is the ratio asked for, or PowerSGD's rank; *ratio* is dense bytes over bytes sent over the whole run. No
 method has a dense warm-up here, which would send more in a few steps than in all the others. *Gap* is the loss above
 the dense run of the same seed and length, in percent; negative is better than dense. Mean over seeds, and the spread
-between the best and the worst. "sharded, anticipate" is `Compression.sharded` with `error_feedback=Anticipate()`;
-"local SGD" meets every 8 steps, with `sharded` at an eighth of the ratio.
+between the best and the worst.
+
+"anticipate" is `error_feedback=Anticipate()`, and then norms and biases are compressed like everything else
+(`dense_below=0`); "sketch, anticipate" sends three quarters of its values in turn (`in_turn=0.75`), which helps it with
+anticipation and harms it without. "factored" is `Anticipate(second_moments=FactoredMoments())`, for Adam alone; what it
+measures are rows and columns, a large part of matrices as small as these, so its ratio is below what was asked for.
+"local SGD" meets every 8 steps, with `sharded` at an eighth of the ratio asked for, so that 10 comes out as about 42.
 """
 
 

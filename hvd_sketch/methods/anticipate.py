@@ -42,11 +42,15 @@ class Anticipate:
     the factor that makes it the best one, see `CommonShare`, measured for each parameter on the way.
     And not all of it will be sent: later gradients take some of it back. That is what a is for.
 
-    Sent: what the compressor sends, and what `CommonShare` does. Source: the step ahead of arXiv
+    With ``second_moments`` Adam divides by those of the dense gradient, see `FactoredMoments`, and
+    v above is the same: worth it from ratios of 40 on.
+
+    Sent: what the compressor sends, and what `CommonShare` and `FactoredMoments` do. Source: the step ahead of arXiv
     2008.05823, here by the whole response of the optimizer to the memory.
 
     Attributes:
         coefficient: a, above 0 and at most 1.
+        second_moments: how to measure Adam's; None leaves them to Adam. Not for SGD, which has none.
     """
 
     coefficient: float = 0.6

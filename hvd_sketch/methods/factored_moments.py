@@ -107,10 +107,9 @@ class MomentsObserver:
             means = [optimizer.state[parameter]["exp_avg_sq"] for parameter in parameters]
             updates = [parameter.grad for parameter in parameters]
             torch._foreach_copy_(means, [self._moments[parameter] for parameter in parameters])
-            torch._foreach_mul_(means, 1.0 - second ** (taken + 1.0))
-            torch._foreach_addcmul_(means, updates, updates, value=second - 1.0)
+            torch._foreach_mul_(means, (1.0 - second ** (taken + 1.0)) / second)
+            torch._foreach_addcmul_(means, updates, updates, value=(second - 1.0) / second)
             torch._foreach_clamp_min_(means, 0.0)
-            torch._foreach_div_(means, second)
 
     def _measure(self, exchange: Exchange) -> None:
         clip = exchange.stats.clip
