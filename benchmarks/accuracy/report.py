@@ -33,9 +33,9 @@ the dense run of the same seed and length, in percent; negative is better than d
 between the best and the worst.
 
 "anticipate" is `error_feedback=Anticipate()`, and then norms and biases are compressed like everything else
-(`dense_below=0`); "sketch, anticipate" sends three quarters of its values in turn (`in_turn=0.75`), which helps it with
-anticipation and harms it without. "factored" is `Anticipate(second_moments=FactoredMoments())`, for Adam alone; what it
-measures are rows and columns, a large part of matrices as small as these, so its ratio is below what was asked for.
+(`dense_below=0`); "sketch, anticipate" sends three quarters of its values in turn (`in_turn=0.75`), which helps it
+with anticipation and harms it without. "factored" is `Anticipate(second_moments=FactoredMoments())`, for Adam alone;
+what it measures are rows and columns, much of matrices as small as these, so its ratio is below what was asked for.
 "local SGD" meets every 8 steps, with `sharded` at an eighth of the ratio asked for, so that 10 comes out as about 42.
 """
 
