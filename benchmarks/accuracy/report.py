@@ -97,7 +97,7 @@ def _rank(kind: tuple[str, float]) -> tuple[int, float]:
 
 
 def _plot(rows: list[Row], file: Path) -> None:
-    figure, (by_steps, by_bytes) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    figure, (by_steps, by_bytes) = plt.subplots(1, 2, figsize=(13, 4.6), sharey=True, layout="constrained")
     first = min(row["seed"] for row in rows)
     for row in sorted(rows, key=lambda row: _rank((row["method"], row["setting"]))):
         if row["seed"] != first or "refused" in row or row["setting"] in _NOT_DRAWN:
@@ -115,6 +115,6 @@ def _plot(rows: list[Row], file: Path) -> None:
         xlabel="steps", ylabel="validation loss", ylim=(min(finite) * 0.97, sorted(finite)[-len(finite) // 8])
     )
     by_bytes.set(xlabel="MB sent per rank", xscale="log")
-    by_steps.legend(fontsize=7, ncols=2)
+    figure.legend(loc="outside right upper", fontsize=7)
     figure.savefig(file, dpi=110)
     plt.close(figure)

@@ -43,7 +43,7 @@ class Anticipate:
     And not all of it will be sent: later gradients take some of it back. That is what a is for.
 
     With ``second_moments`` Adam divides by those of the dense gradient, see `FactoredMoments`, and
-    v above is the same: worth it from ratios of 40 on.
+    v above is the same.
 
     Sent: what the compressor sends, and what `CommonShare` and `FactoredMoments` do. Source: the step ahead of arXiv
     2008.05823, here by the whole response of the optimizer to the memory.
