@@ -39,9 +39,10 @@ class FactoredMoments:
     this is Adam with factored second moments and no longer the dense Adam.
 
     Kept: one float32 more for every compressed coordinate. Sent: rows + columns + 32 floats a
-    parameter, after steps 1, 2, 3, 4, 6, 8, 11, … and later at every ``interval``. Sources: the factors are those of Adafactor (arXiv 1804.04235); that error
-    feedback wants a v that stands still is from 1-bit Adam (arXiv 2102.02888), and measuring it
-    ever more rarely from 0/1 Adam (arXiv 2202.06009).
+    parameter, after steps 1, 2, 3, 4, 6, 8, 11, … and later at every ``interval``. Sources: the
+    factors are those of Adafactor (arXiv 1804.04235); that error feedback wants a v that stands
+    still is from 1-bit Adam (arXiv 2102.02888), and measuring it ever more rarely from 0/1 Adam
+    (arXiv 2202.06009).
 
     Attributes:
         decay: weight that a measurement keeps a step later, as Adam's b2: at least 0, below 1.
