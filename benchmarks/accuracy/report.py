@@ -26,6 +26,8 @@ Validation loss at the end of training, at the hyper-parameters tuned for the de
 each with a batch, a model and an optimizer of its own, through the real exchange in one process (`make accuracy`; rows
 in `benchmarks/results/accuracy.json`). On as many real ranks the same numbers come out, to rounding:
 `mpirun -np 8 python -m benchmarks.accuracy.ranks TASK METHOD RATIO`, and a test compares the two.
+`python -m benchmarks.accuracy --quick` (one seed, ratio 40, half of the steps) takes ten minutes on two cores, the
+whole table hours, in pieces of any length: a row that is there is not run again.
 
 *Setting* is the ratio asked for, or PowerSGD's rank; *ratio* is dense bytes over bytes sent over the whole run. No
 method has a dense warm-up here, which would send more in a few steps than in all the others. *Gap* is the loss above
