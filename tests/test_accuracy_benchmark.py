@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.accuracy import __main__ as command
-from benchmarks.accuracy.methods import METHODS, make
+from benchmarks.accuracy.methods import METHODS, make, suits
 from benchmarks.accuracy.report import write_page
 from benchmarks.accuracy.simulate import train
 from benchmarks.accuracy.tasks import TASKS
@@ -33,9 +33,9 @@ def test_real_ranks_give_the_numbers_of_the_simulation(method: str) -> None:
         assert float(line[-1]) == pytest.approx(loss, rel=1e-3)
 
 
-def test_every_method_trains_on_every_task() -> None:
+def test_every_method_trains_on_every_task_that_it_suits() -> None:
     for task in TASKS.values():
-        for method in ("dense", *METHODS):
+        for method in (each for each in ("dense", *METHODS) if suits(each, task.name)):
             outcome = train(task, make(method, 20.0), ranks=2, seed=0, steps=2)
             assert [step for step, _, _ in outcome.losses] == [1, 2]
             assert not outcome.diverged, (task.name, method)
