@@ -13,7 +13,7 @@ PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "benchmarks" / "
 
 OURS = ("sketch", "topk", "sharded")
 _BASELINE = "horovod"
-_SKETCHES = ("sketch-40", "sketch-40-4-buckets")
+_SKETCHES = ("sketch-40", "sketch-40-4-buckets", "sketch-40-in-turn", "sketch-40-in-turn-4-buckets")
 _OTHERS = ("topk-40", "sharded-40", "sharded-40-4-buckets")
 _TOLERANCE = 0.05
 _HEAD = """\
