@@ -9,11 +9,15 @@ from benchmarks.cluster.bench import Cell, Row
 from benchmarks.cluster.methods import METHODS
 from benchmarks.cluster.models import MODELS
 
+_DENSE = ("horovod", "horovod-fp16", "ddp")
 _COLORS = {"compute": "0.75", "sketch": "C0", "select": "C2", "memory": "C4", "wire": "C1", "other": "C5"}
 
 
 def draw(rows: dict[Cell, Row], path: Path) -> None:
-    """One panel a model and number of hosts; a bar a method, cut into its parts; a tick at the wire's limit."""
+    """One panel a model and number of hosts; a bar a method, cut into its parts; a tick at the wire's limit.
+
+    A panel is as wide as what sends fewer bytes needs; a dense bar that is longer has its seconds written in it.
+    """
     if not rows:
         return
     import matplotlib as mpl
@@ -31,6 +35,9 @@ def draw(rows: dict[Cell, Row], path: Path) -> None:
     for line, model in zip(panels, models, strict=True):
         for panel, count in zip(line, hosts, strict=True):
             shown = {cell.method: row for cell, row in rows.items() if (cell.model, cell.hosts) == (model, count)}
+            if not shown:
+                panel.axis("off")
+                continue
             _bars(panel, shown)
             panel.set_title(f"{model}, {count} hosts", fontsize=9)
     figure.supxlabel("seconds a step", fontsize=9)
@@ -43,6 +50,7 @@ def draw(rows: dict[Cell, Row], path: Path) -> None:
 
 def _bars(panel: Any, rows: dict[str, Row]) -> None:
     methods = [method for method in reversed(tuple(METHODS)) if method in rows]
+    width = 1.1 * max((row["seconds_step"] for method, row in rows.items() if method not in _DENSE), default=0.0)
     for place, method in enumerate(methods):
         left = 0.0
         for part, seconds in parts(rows[method]).items():
@@ -50,6 +58,10 @@ def _bars(panel: Any, rows: dict[str, Row]) -> None:
             left += seconds
         limit = rows[method]["seconds_compute"] + rows[method]["wire_limit_seconds"]
         panel.plot([limit], [place], color="black", marker="|", markersize=12)
+        if 0.0 < width < left:
+            panel.text(0.97 * width, place, f"{left:.3g} s", ha="right", va="center", fontsize=7)
+    if width:
+        panel.set_xlim(0.0, width)
     panel.set_yticks(range(len(methods)), methods, fontsize=7)
     panel.tick_params(axis="x", labelsize=7)
 
