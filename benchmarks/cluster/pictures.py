@@ -50,7 +50,8 @@ def draw(rows: dict[Cell, Row], path: Path) -> None:
 
 def _bars(panel: Any, rows: dict[str, Row]) -> None:
     methods = [method for method in reversed(tuple(METHODS)) if method in rows]
-    width = 1.1 * max((row["seconds_step"] for method, row in rows.items() if method not in _DENSE), default=0.0)
+    compressed = [method for method in methods if method not in _DENSE]
+    width = 1.1 * max(rows[method]["seconds_step"] for method in compressed or methods)
     for place, method in enumerate(methods):
         left = 0.0
         for part, seconds in parts(rows[method]).items():
@@ -58,10 +59,9 @@ def _bars(panel: Any, rows: dict[str, Row]) -> None:
             left += seconds
         limit = rows[method]["seconds_compute"] + rows[method]["wire_limit_seconds"]
         panel.plot([limit], [place], color="black", marker="|", markersize=12)
-        if 0.0 < width < left:
+        if left > width:
             panel.text(0.97 * width, place, f"{left:.3g} s", ha="right", va="center", fontsize=7)
-    if width:
-        panel.set_xlim(0.0, width)
+    panel.set_xlim(0.0, width)
     panel.set_yticks(range(len(methods)), methods, fontsize=7)
     panel.tick_params(axis="x", labelsize=7)
 
