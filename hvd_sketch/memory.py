@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hvd_sketch.chosen import Chosen
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.sketch import CountSketch
 
@@ -97,6 +98,19 @@ class Memory:
         self.residual.add_(self.velocity, alpha=self._factor)
         nesterov = self._momentum is not None and self._momentum.nesterov
         self.velocity.mul_(self._factor).add_(gradient, alpha=clip * (self._factor if nesterov else 1.0))
+
+    def advance(self, gradient: Tensor, clip: float, sketch: CountSketch, chosen: Chosen, left: Tensor) -> None:
+        """`absorb`, `keep` what is left of what was chosen to be sent, and `sketch_carried` into the next step.
+
+        Of the sketch's coordinates, in one pass where there is no momentum; the others are left to be kept.
+        """
+        if self.velocity is None:
+            dim = sketch.geometry.dim
+            sketch.add_advanced(self.residual[:dim], gradient[:dim], self.gain * clip, chosen, left)
+            return
+        self.absorb(gradient, clip)
+        self.keep(chosen, left, mask=True)
+        self.sketch_carried(sketch)
 
     def keep(self, where: Tensor | slice | Places, left: Tensor | float, *, mask: bool) -> None:
         """Leave ``left`` behind of what was sent; ``mask`` marks coordinates open to masking."""

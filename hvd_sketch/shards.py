@@ -23,15 +23,13 @@ class Rows:
 
     def put(self, vector: Tensor, values: Tensor | float) -> None:
         """Set these entries of a vector."""
-        if isinstance(values, Tensor) and native.serves(vector):
+        if not isinstance(values, Tensor):
+            values = vector.new_full(self.rows.shape, values)
+        if native.serves(vector):
             _scatter("sparse_put", vector, self.shards, self.first, 1, self.rows, values)
             return
         owners = torch.arange(self.first, self.first + len(self.rows), device=self.rows.device).unsqueeze(1)
-        where = (self.rows * self.shards + owners).flatten()
-        if isinstance(values, Tensor):
-            vector.index_copy_(0, where, values.flatten())
-        else:
-            vector.index_fill_(0, where, values)
+        vector.index_copy_(0, (self.rows * self.shards + owners).flatten(), values.flatten())
 
 
 def add(vector: Tensor, shards: int, shard: int, rows: Tensor, values: Tensor) -> None:

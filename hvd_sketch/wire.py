@@ -86,9 +86,9 @@ def write_digest(lanes: Tensor, content: Tensor, salt: int = 0) -> None:
     ``salt``, from 0 to 2^32 - 1, is a number to agree on as well.
     """
     mixed = (content.view(torch.int32) if content.is_floating_point() else content).to(torch.int64)
-    mixed = mixed + _ODD[0] * torch.arange(1, mixed.numel() + 1, device=mixed.device)
+    mixed = torch.arange(1, mixed.numel() + 1, device=mixed.device).mul_(_ODD[0]).add_(mixed)
     for odd in _ODD[1:]:
-        mixed = (mixed ^ (mixed >> 31)) * odd  # the finalizer of splitmix64, nearly
+        mixed.bitwise_xor_(mixed >> 31).mul_(odd)  # the finalizer of splitmix64, nearly
     checksum = mixed.sum() ^ salt
     lanes.copy_((checksum ^ (checksum >> 32)) >> torch.arange(DIGEST_BITS, device=mixed.device) & 1)
 

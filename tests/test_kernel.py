@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hvd_sketch.native
+from hvd_sketch.chosen import Chosen
+from hvd_sketch.exchange.comb import comb
 from hvd_sketch.sketch import CountSketch, Geometry, native, reference
 from hvd_sketch.sketch.geometry import TILE_WIDTH
+from tests.without_kernel import without_kernel
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 33)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -196,6 +200,46 @@ def test_many_slices_of_different_dtypes(edges: list[int], seed: int, scale: flo
     for part, offset in zip(slices, offsets, strict=True):
         reference.add(geometry, seed, theirs, part, offset, scale)
     assert torch.equal(bits(ours), bits(theirs))
+
+
+def check_add_advanced(geometry: Geometry, seed: int, scale: float, kept: Chosen) -> tuple[Tensor, Tensor]:
+    """With and without the kernel: the vector and the table."""
+    given, change = numbers(geometry.dim), numbers(geometry.dim, seed=1)
+    values = numbers(kept.at(given).numel(), seed=2)
+    both = []
+    for kernel in (nullcontext, without_kernel):
+        sketch, vector = CountSketch(geometry.dim, geometry.rows, geometry.cols, seed), given.clone()
+        with kernel():
+            sketch.add_advanced(vector, change, scale, kept, values)
+        both.append((vector, sketch.table))
+    for ours, theirs in zip(*both, strict=True):
+        assert torch.equal(bits(ours), bits(theirs))
+    return both[0]
+
+
+@given(st.data(), st.sampled_from((1, 3, 5)), columns, st.integers(0, 2**31), scales)
+@settings(max_examples=60)
+def test_a_vector_is_changed_on_its_way_into_the_table(
+    data: st.DataObject, rows: int, cols: int, seed: int, scale: float
+) -> None:
+    geometry = Geometry(data.draw(st.integers(1, min(12_000, 100 * cols))), rows, cols)
+    native.limit_lanes(data.draw(st.sampled_from(LANES)))
+    share = data.draw(st.sampled_from([0.0, 0.01, 1.0]))
+    indices = (torch.rand(geometry.dim, generator=torch.Generator().manual_seed(seed)) < share).nonzero().squeeze(1)
+    check_add_advanced(geometry, seed, scale, Chosen(indices, comb(geometry.dim, data.draw(st.integers(0, 50)), 0, 0)))
+
+
+def test_a_vector_is_changed_alike_by_any_number_of_threads() -> None:
+    geometry, kept = Geometry(BIG, 3, 9001), Chosen(torch.arange(0, BIG, 57), comb(BIG, 33, 1, 0))
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(check_add_advanced(geometry, 1, 0.3, kept))
+    assert all(torch.equal(*pair) for result in results for pair in zip(results[0], result, strict=True))
+    vector, table = results[0]
+    again = CountSketch(BIG, 3, 9001, 1)
+    again.add(vector)
+    assert torch.equal(bits(again.table), bits(table))
 
 
 def sketch_and_choose(seed: int) -> tuple[Tensor, Tensor]:

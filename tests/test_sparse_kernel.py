@@ -31,7 +31,7 @@ def train(comm: Communicator, method: str, ratio: float, momentum: Momentum | No
 @pytest.mark.parametrize("momentum", [None, Momentum(0.9)])
 @pytest.mark.parametrize("ratio", [3.0, 40.0])
 @pytest.mark.parametrize("ranks", [1, 3, 4])
-@pytest.mark.parametrize("method", ["sharded", "topk"])
+@pytest.mark.parametrize("method", ["sharded", "sketch", "topk"])
 def test_the_kernel_changes_nothing(method: str, ranks: int, ratio: float, momentum: Momentum | None) -> None:
     ours = run_in_process(ranks, lambda comm: train(comm, method, ratio, momentum))
     with without_kernel():

@@ -16,6 +16,7 @@ from hvd_sketch import wire
 from hvd_sketch.comm.base import Communicator, Pending
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.agreement import agree
+from hvd_sketch.exchange.staging import Staging
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Memory, Momentum
 from hvd_sketch.scope import next_scope
@@ -72,12 +73,12 @@ class Exchange(ABC):
         self.step = 0
         self.observers: list[Observer] = []
         self.describe_values: Callable[[], str] = str
-        self.gradient = torch.zeros(layout.total, dtype=torch.float32, device=device)
+        self._staging = Staging(layout, device)
+        self.gradient = self._staging.vector
         self.update = torch.zeros_like(self.gradient)
         self.memory = Memory(layout.total, device, momentum)
         self._settings, self._clip_norm, self._momentum = settings, clip_norm, momentum
         self._scope: str | None = None
-        self._submitted = [False] * len(layout.slots)
         self._agreed_size = 0
         self._flush_next = self._flush_now = False
         self._all_present = True
@@ -93,19 +94,11 @@ class Exchange(ABC):
         weight_decay: float = 0.0,
     ) -> None:
         """Hand in ``factor * gradient + weight_decay * parameter`` (dense) of slot ``position``."""
-        slot = self.layout.slots[position]
-        staged = self.gradient[slot.offset : slot.stop]
-        staged.view(slot.shape).copy_(gradient)
-        if factor != 1.0:
-            staged.mul_(factor)
-        if parameter is not None:
-            staged.view(slot.shape).add_(parameter.detach(), alpha=weight_decay)
-        self._submitted[position] = True
+        self._staging.put(position, gradient, factor, parameter, weight_decay)
 
     def submit_all(self, vector: Tensor) -> None:
         """Hand in the whole vector, in the layout's order, in place of one `submit` a slot."""
-        self.gradient.copy_(vector)
-        self._submitted = [True] * len(self._submitted)
+        self._staging.put_all(vector)
 
     def run(self) -> None:
         """Exchange the step's gradients; afterwards `update` is the same on all ranks.
@@ -117,7 +110,7 @@ class Exchange(ABC):
             ConfigurationError: alike on all ranks, when any of them called `fail_together`.
         """
         with self._counted():
-            self._complete()
+            self._staging.close()
             if self._agreed_size != self.comm.size:
                 self._agree()
             norm = self._gradient_norm()
@@ -206,7 +199,7 @@ class Exchange(ABC):
     def reset(self) -> None:
         """Forget the memory, and the gradients handed in since the last `run`."""
         self.memory.reset()
-        self._submitted = [False] * len(self.layout.slots)
+        self._staging.forget()
         self._problem = None
 
     @abstractmethod
@@ -268,7 +261,7 @@ class Exchange(ABC):
         return header.finite and not header.flush
 
     def _gradient_norm(self) -> float:
-        return float(torch.linalg.vector_norm(self.gradient))
+        return self._staging.norm()
 
     def _clip_factor(self, norm: float) -> float:
         if self._clip_norm is None or not math.isfinite(norm) or norm == 0.0:
@@ -290,13 +283,6 @@ class Exchange(ABC):
 
     def _mean_divisor(self) -> float:
         return float(self.comm.size) if self.average else 1.0
-
-    def _complete(self) -> None:
-        for position, submitted in enumerate(self._submitted):
-            if not submitted:
-                slot = self.layout.slots[position]
-                self.gradient[slot.offset : slot.stop].zero_()
-            self._submitted[position] = False
 
     def _fingerprint(self) -> int:
         return zlib.crc32(repr([(slot.name, slot.shape) for slot in self.layout.slots]).encode())

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hvd_sketch import wire
-from hvd_sketch.exchange.comb import Chosen, comb
+from hvd_sketch.chosen import Chosen
+from hvd_sketch.exchange.comb import comb
 from hvd_sketch.exchange.plan import SketchPlan
 from hvd_sketch.memory import Memory
 from hvd_sketch.sketch import CountSketch
@@ -104,11 +105,11 @@ class SketchBucket:
         self._left = self._computed - wire.unpack(lanes, self._scale, torch.empty_like(self._computed))
         return message
 
-    def advance(self) -> None:
-        """Take the gradient into the memory, and keep what is not sent."""
-        self._memory.absorb(self._gradient, self._clip)
+    def advance(self, seed: int) -> None:
+        """Take the gradient into the memory, keep what is not sent, and `carry` it into a step of this seed."""
+        self._sketch.reset(seed)
+        self._memory.advance(self._gradient, self._clip, self._sketch, self._chosen, self._left)
         self._memory.keep(self._dense, self._dense_left, mask=False)
-        self._memory.keep(self._chosen, self._left, mask=True)
 
     def read(self) -> bool:
         """Read round 2's sum: False if ranks chose differently. Of more candidates than k, drop the others."""
@@ -146,7 +147,7 @@ class SketchBucket:
     def _drop_lightest(self) -> None:
         """Of more candidates than k, keep those of the largest sums."""
         order = torch.sort(self._sums[: self._plan.candidates].abs(), descending=True, stable=True).indices
-        kept = order[: self._plan.k]
+        kept = order[: self._plan.k].sort().values
         teeth = torch.arange(self._plan.candidates, self._sums.numel(), device=kept.device)
         lanes = torch.cat([kept, teeth])
         self._chosen = Chosen(self._chosen.indices[kept], self._chosen.teeth)
@@ -175,4 +176,7 @@ def _fingerprint(*scales: float | None) -> int:
 
 
 def _largest(values: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(values, ord=torch.inf) if values.numel() else values.new_zeros(())
+    if values.numel() == 0:
+        return values.new_zeros(())
+    least, most = torch.aminmax(values)
+    return torch.maximum(-least, most)

@@ -156,9 +156,9 @@ class SketchExchange(Exchange):
         for pending in self._firsts:
             pending.poll()
         while (number := len(self._firsts)) < len(self._buckets) - 1:
-            if not all(self._submitted[self._positions[number]]):
+            if not self._staging.complete(self._positions[number]):
                 return
-            self._norms[number] = self._norm_of(number)
+            self._norms[number] = self._staging.norm(self._positions[number])
             with self._counted():
                 self._start_first(self._clip_factor(math.hypot(*self._norms)), math.isfinite(self._norms[number]))
 
@@ -166,9 +166,8 @@ class SketchExchange(Exchange):
         """Start round 1 of the next bucket."""
         number = len(self._firsts)
         with self.stats.phase("sketch"):
-            if number == 0 and self._carried != (self.step, *self.memory.version()):
-                self._carry(self.step)
-            self._carried = ()
+            if number == 0:
+                self._carry()
             message = self._buckets[number].pack(clip, self.comm.size)
         with self.stats.phase("exchange"):
             self._firsts.append(self._start_sum(message, finite, f"table{number}"))
@@ -207,17 +206,21 @@ class SketchExchange(Exchange):
             self.stats.captured_energy = min(1.0, sent / whole) if whole > 0 else 1.0
 
     def _advance(self) -> None:
+        step = self.step + self._all_present
         with self.stats.phase("memory"):
             for bucket in self._buckets:
-                bucket.advance()
-        with self.stats.phase("sketch"):
-            self._carry(self.step + self._all_present)
-
-    def _carry(self, step: int) -> None:
-        """Sketch what the memory carries into a step; void if others, as they may between steps, write to it."""
-        for bucket in self._buckets:
-            bucket.carry((self._seed << 32) + step)
+                bucket.advance(self._draws_of(step))
         self._carried = (step, *self.memory.version())
+
+    def _carry(self) -> None:
+        """Sketch what the memory carries into the step, unless the last one did and nobody has written to it since."""
+        if self._carried != (self.step, *self.memory.version()):
+            for bucket in self._buckets:
+                bucket.carry(self._draws_of(self.step))
+        self._carried = ()
+
+    def _draws_of(self, step: int) -> int:
+        return (self._seed << 32) + step
 
     def _forget_updates(self) -> None:
         for bucket in self._buckets:
@@ -225,11 +228,8 @@ class SketchExchange(Exchange):
 
     def _gradient_norm(self) -> float:
         for number in range(len(self._firsts), len(self._norms)):
-            self._norms[number] = self._norm_of(number)
+            self._norms[number] = self._staging.norm(self._positions[number])
         return math.hypot(*self._norms)
-
-    def _norm_of(self, number: int) -> float:
-        return float(torch.linalg.vector_norm(self.gradient[self.layout.buckets[number]]))
 
     def _mismatch(self) -> str:
         return (

@@ -18,6 +18,7 @@ _SKETCH = [_int64, _int64, ctypes.c_uint64, _pointer]
 _SCATTER = [_pointer, *[_int64] * 6, _pointer, _pointer]
 _SIGNATURES = {
     "sketch_add": [*_SKETCH, _pointer, _int64, ctypes.c_float, _int64],
+    "sketch_advance": [*_SKETCH, _int64, *[_pointer] * 2, ctypes.c_float, _pointer, *[_int64] * 3, _pointer, _int64],
     "sketch_estimate_all": [*_SKETCH, _int64, _pointer, _int64],
     "sketch_top_k": [*_SKETCH, _int64, _int64, _pointer, _pointer, _int64],
     "sketch_limit_lanes": [_int64],
@@ -26,6 +27,7 @@ _SIGNATURES = {
     "sparse_decode": [*[_int64] * 3, *[_pointer] * 3, _int64],
     "sparse_put": _SCATTER,
     "sparse_add": _SCATTER,
+    "stage_gradient": [_pointer, _pointer, _int64, ctypes.c_float, _int64],
 }
 
 
@@ -37,6 +39,7 @@ def _load() -> ctypes.CDLL | None:
             library = ctypes.CDLL(str(path))
             for name, arguments in _SIGNATURES.items():
                 getattr(library, name).argtypes = arguments
+            library.stage_gradient.restype = ctypes.c_double
             return library
     logging.getLogger(__name__).warning(
         "hvd_sketch: the native kernel is not built; the reference serves in its place, many times slower. "

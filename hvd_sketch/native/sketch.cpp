@@ -8,6 +8,7 @@
 
 #include "pool.hpp"
 #include "sketch/add.hpp"
+#include "sketch/advance.hpp"
 #include "sketch/estimate.hpp"
 #include "sketch/select.hpp"
 
@@ -15,10 +16,16 @@ namespace {
 
 using namespace sketch;
 
+struct AdvanceAndAdd {
+    Add add;
+    Advance advance;
+};
+
 struct Kernel {
     int64_t lanes;
     void (*add_by_chunk)(Add&, Worker&);
     void (*add_by_tile)(Add&, Worker&);
+    void (*advance_by_tile)(AdvanceAndAdd&, Worker&);
     void (*estimate_all)(EstimateAll&, Worker&);
     void (*sample)(TopK&, Worker&);
     void (*search)(TopK&, Worker&);
@@ -26,18 +33,23 @@ struct Kernel {
 
 #define SKETCH_KERNEL(name, lanes, ...)                                                                         \
     namespace name {                                                                                            \
-    __VA_ARGS__ void add_by_chunk(Add& add, Worker& worker) { add.by_chunk<lanes>(worker.draws); }              \
-    __VA_ARGS__ void add_by_tile(Add& add, Worker& worker) { add.by_tile<lanes>(worker.draws, worker.number); } \
+    __VA_ARGS__ void add_by_chunk(Add& add, Worker& worker) { add.by_chunk<lanes>(worker.draws, Nothing{}); }   \
+    __VA_ARGS__ void add_by_tile(Add& add, Worker& worker) {                                                    \
+        add.by_tile<lanes>(worker.draws, worker.number, Nothing{});                                             \
+    }                                                                                                           \
+    __VA_ARGS__ void advance_by_tile(AdvanceAndAdd& both, Worker& worker) {                                     \
+        both.add.by_tile<lanes>(worker.draws, worker.number, both.advance);                                     \
+    }                                                                                                           \
     __VA_ARGS__ void estimate_all(EstimateAll& all, Worker& w) { all.by_tile(w.draws, w.estimator, w.number); } \
     __VA_ARGS__ void sample(TopK& top, Worker& worker) { top.sample(worker); }                                  \
     __VA_ARGS__ void search(TopK& top, Worker& worker) { top.search<lanes>(worker); }                           \
-    constexpr Kernel kernel = {lanes, add_by_chunk, add_by_tile, estimate_all, sample, search};                 \
+    constexpr Kernel kernel = {lanes, add_by_chunk, add_by_tile, advance_by_tile, estimate_all, sample, search};\
     }
 
 SKETCH_KERNEL(baseline, 4)
 #if defined(__x86_64__)
-SKETCH_KERNEL(avx2, 8, __attribute__((target("avx2,bmi,bmi2,popcnt"))))
-SKETCH_KERNEL(avx512, 16, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,bmi,bmi2,popcnt"))))
+SKETCH_KERNEL(avx2, 8, __attribute__((target("avx2,fma,bmi,bmi2,popcnt"))))
+SKETCH_KERNEL(avx512, 16, __attribute__((target("avx512f,fma,avx512bw,avx512dq,avx512vl,bmi,bmi2,popcnt"))))
 #endif
 
 // The widest that the processor has, of at most so many lanes.
@@ -46,7 +58,8 @@ const Kernel& choose(int64_t most) {
     if (most >= 16 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2"))
         return avx512::kernel;
-    if (most >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")) return avx2::kernel;
+    if (most >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+        return avx2::kernel;
 #endif
     return baseline::kernel;
 }
@@ -112,6 +125,20 @@ void sketch_add(int64_t rows, int64_t cols, uint64_t seed, float* table, const S
         add.tiles.start(add.layout.tiles, threads);
         share(kernel->add_by_tile, add, workers, threads);
     }
+}
+
+void sketch_advance(int64_t rows, int64_t cols, uint64_t seed, float* table, int64_t dim, float* vector,
+                    const float* change, float scale, const int64_t* index, int64_t count, int64_t offset,
+                    int64_t stride, const float* values, int64_t max_threads) {
+    const Segment whole = {reinterpret_cast<const char*>(vector), kFloat32, 0, dim};
+    const Layout layout{rows, cols, seed};
+    const Kept kept = {index, count, offset, stride, values};
+    AdvanceAndAdd both = {{layout, table, &whole, 1, 1, crew.split}, {vector, change, scale, kept, layout.width}};
+    const int64_t chunks = (dim + layout.width - 1) / layout.width;
+    both.advance.find(chunks, crew.starts.reserve(chunks));
+    const int threads = useful(layout, dim, max_threads);
+    both.add.tiles.start(layout.tiles, threads);
+    share(kernel->advance_by_tile, both, crew.call(threads), threads);
 }
 
 void sketch_estimate_all(int64_t rows, int64_t cols, uint64_t seed, const float* table, int64_t dim, float* to,

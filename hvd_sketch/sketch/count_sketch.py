@@ -13,6 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from hvd_sketch.chosen import Chosen
+from hvd_sketch.native import serves
 from hvd_sketch.sketch import native, reference
 from hvd_sketch.sketch.geometry import Geometry
 
@@ -88,7 +90,7 @@ class CountSketch:
 
     @property
     def _kernel(self) -> ModuleType:
-        if self.table.device.type == "cpu" and native.available():
+        if serves(self.table):
             return native
         if self.table.device.type == "cuda" and self.geometry.rows <= _MOST_ROWS_ON_GPU:
             return _on_gpu()
@@ -138,6 +140,35 @@ class CountSketch:
         else:
             for vector, offset in zip(vectors, offsets, strict=True):
                 kernel.add(self.geometry, self.seed, self.table, vector.view(-1), offset, scale)
+
+    def add_advanced(self, vector: Tensor, change: Tensor, scale: float, kept: Chosen, values: Tensor) -> None:
+        """``vector += scale * change``, put the values that are kept in their places, and `add` the vector.
+
+        In one pass over both vectors where the native kernel serves.
+
+        Args:
+            vector: all coordinates, float32, contiguous; changed in place.
+            change: of the same kind and size.
+            scale: factor of the change, rounded to float32; the product is not rounded before it is added.
+            kept: which coordinates have other values than the sum; indices are contiguous.
+            values: these values, float32.
+
+        Raises:
+            ValueError: as `add`, and when one of the vectors is not of ``dim`` float32 values.
+        """
+        for given in (vector, change):
+            self._check(given, 0)
+            if given.numel() != self.geometry.dim or given.dtype != torch.float32:
+                raise ValueError(
+                    f"CountSketch.add_advanced: expected {self.geometry.dim} float32 values, "
+                    f"got {given.numel()} of dtype {given.dtype}"
+                )
+        if self._kernel is native:
+            native.add_advanced(self.geometry, self.seed, self.table, vector, change, scale, kept, values)
+            return
+        vector.add_(change, alpha=scale)
+        kept.put(vector, values)
+        self.add(vector)
 
     def _check(self, vector: Tensor, offset: int) -> None:
         if vector.dtype not in _INPUT_DTYPES:

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hvd_sketch.chosen import Chosen
 from hvd_sketch.native import available, library
 from hvd_sketch.sketch.geometry import Geometry
 
-__all__ = ["add", "add_many", "available", "estimate_all", "limit_lanes", "top_k"]
+__all__ = ["add", "add_advanced", "add_many", "available", "estimate_all", "limit_lanes", "top_k"]
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -45,6 +46,35 @@ def _add_segments(geometry: Geometry, seed: int, table: Tensor, segments: Sequen
         (ctypes.c_int64 * len(segments))(*segments),
         len(segments) // 4,
         scale,
+        torch.get_num_threads(),
+    )
+
+
+def add_advanced(
+    geometry: Geometry,
+    seed: int,
+    table: Tensor,
+    vector: Tensor,
+    change: Tensor,
+    scale: float,
+    kept: Chosen,
+    values: Tensor,
+) -> None:
+    """As `CountSketch.add_advanced`, tile by tile; all tensors are contiguous."""
+    library().sketch_advance(
+        geometry.rows,
+        geometry.cols,
+        seed,
+        table.data_ptr(),
+        geometry.dim,
+        vector.data_ptr(),
+        change.data_ptr(),
+        scale,
+        kept.indices.data_ptr(),
+        kept.indices.numel(),
+        kept.teeth.start or 0,
+        kept.teeth.step or 0,
+        values.data_ptr(),
         torch.get_num_threads(),
     )
 

@@ -126,6 +126,11 @@ struct Rows {
     }
 };
 
+// What a chunk, coordinates begin … end - 1, wants done before it is added; `ahead` begins the chunk after it.
+struct Nothing {
+    INLINE void operator()(int64_t begin, int64_t end, int64_t ahead) const {}
+};
+
 struct Add {
     Layout layout;
     float* table;
@@ -186,10 +191,11 @@ struct Add {
         }
     }
 
-    template <int N>
-    INLINE void chunk(Draws& draws, int64_t tile, int64_t chunk, int64_t next) const {
+    template <int N, class Before>
+    INLINE void chunk(Draws& draws, int64_t tile, int64_t chunk, int64_t next, const Before& before) const {
         const int64_t begin = chunk * layout.width, end = begin + layout.width;
         if (begin >= stop() || end <= start()) return;
+        before(begin, std::min(end, stop()), next * layout.width);
         draws.fill(layout, chunk);
         const Segment* segment = std::upper_bound(
             segments, segments + count, begin, [](int64_t at, const Segment& s) { return at < s.start + s.count; });
@@ -198,21 +204,22 @@ struct Add {
     }
 
     // At most a block: the chunks as they come, each into another tile.
-    template <int N>
-    INLINE void by_chunk(Draws& draws) const {
+    template <int N, class Before>
+    INLINE void by_chunk(Draws& draws, const Before& before) const {
         const int64_t last = (stop() - 1) / layout.width;
-        for (int64_t m = start() / layout.width; m <= last; m++) chunk<N>(draws, layout.tile_of(m), m, m + 1);
+        for (int64_t m = start() / layout.width; m <= last; m++)
+            chunk<N>(draws, layout.tile_of(m), m, m + 1, before);
     }
 
     // A tile stays in the first-level cache while everything that falls into it is added, block after block.
-    template <int N>
-    INLINE void by_tile(Draws& draws, int thread) const {
+    template <int N, class Before>
+    INLINE void by_tile(Draws& draws, int thread, const Before& before) const {
         const int64_t size = layout.width * layout.tiles, first = start() / size, last = (stop() - 1) / size;
         for (int64_t tile; (tile = tiles.take(thread)) >= 0;) {
             int64_t m = layout.chunk_of(tile, first);
             for (int64_t block = first; block <= last; block++) {
                 const int64_t next = layout.chunk_of(tile, block + 1);
-                chunk<N>(draws, tile, m, next);
+                chunk<N>(draws, tile, m, next, before);
                 m = next;
             }
         }

@@ -26,6 +26,8 @@ private:
     static constexpr int64_t kBlock = 1 << 14;  // entries
 };
 
+constexpr int64_t kAhead = 16;  // entries whose memory is asked for before it is their turn
+
 // Calls change(entry, value) for lists of `count` rows, each ascending; list i is of shard first_shard + i * step.
 template <class Change>
 INLINE void scatter(const Shards& all, float* vector, int64_t first_shard, int64_t step, int64_t lists, int64_t count,
@@ -35,7 +37,10 @@ INLINE void scatter(const Shards& all, float* vector, int64_t first_shard, int64
     all.by_block(first_shard, step, lists, [&](int64_t i, int64_t, int64_t last) {
         int64_t at = next[i];
         float* const shard = vector + first_shard + i * step;
-        for (; at < (i + 1) * count && rows[at] < last; at++) change(shard[rows[at] * all.shards], values[at]);
+        for (const int64_t end = (i + 1) * count; at < end && rows[at] < last; at++) {
+            __builtin_prefetch(shard + rows[std::min(at + kAhead, end - 1)] * all.shards, 1);
+            change(shard[rows[at] * all.shards], values[at]);
+        }
         next[i] = at;
     });
 }

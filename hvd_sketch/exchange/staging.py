@@ -1,0 +1,81 @@
+"""The step's gradients on their way into one vector, measured as they arrive."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+from torch import Tensor
+
+from hvd_sketch import native
+from hvd_sketch.layout import Layout
+
+
+class Staging:
+    """One vector for the gradients of all slots, in any order; a slot that gets none counts as zero.
+
+    Attributes:
+        vector: the gradients, float32, of the layout's size; stays as it is until the next step's arrive.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.vector = torch.zeros(layout.total, dtype=torch.float32, device=device)
+        self._slots = layout.slots
+        self._arrived = [False] * len(self._slots)
+        self._squares: list[float | None] = [0.0] * len(self._slots)
+        """Of each slot: the sum of its squares, if the copy came with it."""
+
+    def put(
+        self, position: int, gradient: Tensor, factor: float, parameter: Tensor | None, weight_decay: float
+    ) -> None:
+        """Set slot ``position`` to ``factor * gradient + weight_decay * parameter``."""
+        slot = self._slots[position]
+        staged = self.vector[slot.offset : slot.stop]
+        self._squares[position] = None
+        self._arrived[position] = True
+        if parameter is None and gradient.is_contiguous() and _served(gradient, staged):
+            self._squares[position] = native.library().stage_gradient(
+                gradient.data_ptr(), staged.data_ptr(), slot.numel, factor, torch.get_num_threads()
+            )
+            return
+        staged.view(slot.shape).copy_(gradient)
+        if factor != 1.0:
+            staged.mul_(factor)
+        if parameter is not None:
+            staged.view(slot.shape).add_(parameter.detach(), alpha=weight_decay)
+
+    def put_all(self, vector: Tensor) -> None:
+        """Set all slots, in the layout's order."""
+        self.vector.copy_(vector)
+        self._squares = [None] * len(self._slots)
+        self._arrived = [True] * len(self._slots)
+
+    def complete(self, positions: slice) -> bool:
+        """Whether all of these slots have arrived."""
+        return all(self._arrived[positions])
+
+    def close(self) -> None:
+        """End a step: what has not arrived is zero. The next `put` begins another step."""
+        for position, arrived in enumerate(self._arrived):
+            if not arrived:
+                self.vector[self._slots[position].offset : self._slots[position].stop].zero_()
+                self._squares[position] = 0.0
+        self.forget()
+
+    def forget(self) -> None:
+        """Count nothing as arrived."""
+        self._arrived = [False] * len(self._slots)
+
+    def norm(self, positions: slice = slice(None)) -> float:
+        """The 2-norm of these slots: summed in float64, then rounded to float32. It may be infinite, or NaN."""
+        slots, squares = self._slots[positions], self._squares[positions]
+        known = [square for square in squares if square is not None]
+        if len(known) == len(squares):
+            return ctypes.c_float(math.sqrt(sum(known))).value
+        part = self.vector[slots[0].offset : slots[-1].stop]
+        return ctypes.c_float(float(torch.linalg.vector_norm(part, dtype=torch.float64))).value
+
+
+def _served(gradient: Tensor, staged: Tensor) -> bool:
+    return gradient.dtype == torch.float32 and native.serves(gradient) and native.serves(staged)
