@@ -18,6 +18,7 @@ from benchmarks.cluster.requirements import program
 _BRIDGE = "switch"
 _BURST = 1e-3  # seconds of sending that an idle link saves up, and may then do at once
 _LEAST_BURST = 6000  # bytes: four full packets
+_MOST_AT_ONCE = 65536  # bytes of several packets that TCP may hand down as one, the kernel's own limit
 _QUEUE = "100ms"  # of sending time; what does not fit is dropped, and TCP slows down
 _GRACE = 3.0  # seconds between a polite end and a forced one
 
@@ -54,7 +55,8 @@ def make_switch(namespace: str) -> None:
 def make_host(namespace: str, switch: str, port: str, address: str, mbit: float) -> None:
     """A namespace with ``eth0`` at ``address``, plugged into a port of the switch.
 
-    The link carries ``mbit`` Mbit/s in each direction, all headers included.
+    The link carries ``mbit`` Mbit/s in each direction, all headers included. TCP hands down no more at once than the
+    link sends at once: more would be cut into packets by the hosts' processors, which on real hosts a network card does.
     """
     tool("ip", "netns", "add", namespace)
     tool("ip", "-n", switch, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", namespace)
@@ -64,6 +66,7 @@ def make_host(namespace: str, switch: str, port: str, address: str, mbit: float)
         tool("ip", "-n", place, "link", "set", device, "up")
     for place, device in ((namespace, "eth0"), (switch, port)):
         burst = max(_LEAST_BURST, int(mbit * 1e6 / 8 * _BURST))
+        tool("ip", "-n", place, "link", "set", device, "gso_max_size", str(min(burst, _MOST_AT_ONCE)))
         rate = ("rate", f"{mbit}mbit", "burst", f"{burst}b", "latency", _QUEUE)
         tool("tc", "-n", place, "qdisc", "add", "dev", device, "root", "tbf", *rate)
 
