@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hvd_sketch.shards import Rows
+from hvd_sketch import native
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,11 +24,31 @@ class Chosen:
         return torch.cat([vector.index_select(0, self.indices), vector[self.teeth]])
 
     def put(self, vector: Tensor, values: Tensor | float) -> None:
-        """Set these entries of a vector (contiguous, float32)."""
-        if isinstance(values, Tensor):
-            few = self.indices.numel()
-            Rows(1, 0, self.indices.unsqueeze(0)).put(vector, values[:few].unsqueeze(0))
-            vector[self.teeth] = values[few:]
-        else:
-            Rows(1, 0, self.indices.unsqueeze(0)).put(vector, values)
+        """Set these entries of a vector, contiguous and float32."""
+        few = self.indices.numel()
+        if not isinstance(values, Tensor):
+            vector.index_fill_(0, self.indices, values)
             vector[self.teeth] = values
+        elif native.serves(vector):
+            self.put_in_pieces({0: vector}, values, clear=False)
+        else:
+            vector.index_copy_(0, self.indices, values[:few])
+            vector[self.teeth] = values[few:]
+
+    def put_in_pieces(self, pieces: Mapping[int, Tensor], values: Tensor, *, clear: bool) -> None:
+        """Set these entries of a vector of which only pieces are there, where `native.serves`.
+
+        ``pieces`` are contiguous float32 tensors of any shape by the coordinate of their first element; with
+        ``clear`` all other entries become zero.
+        """
+        places = [number for start, piece in pieces.items() for number in (piece.data_ptr(), start, piece.numel())]
+        native.library().sparse_keep(
+            (ctypes.c_int64 * len(places))(*places),
+            len(pieces),
+            self.indices.data_ptr(),
+            self.indices.numel(),
+            self.teeth.start or 0,
+            self.teeth.step or 0,
+            values.data_ptr(),
+            clear,
+        )

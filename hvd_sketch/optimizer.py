@@ -285,17 +285,14 @@ def _submit(optimizer: Any, parameter: Tensor) -> None:
 def _write_gradients(optimizer: Any) -> None:
     """Put the update into every gradient, in place, in the scaler's units and the parameter's strides."""
     exchange = optimizer.exchange
-    if optimizer._grad_scaler is not None:
-        exchange.update.mul_(optimizer._grad_scaler.get_scale())
-    gradients, updates = [], []
+    scale = optimizer._grad_scaler.get_scale() if optimizer._grad_scaler is not None else 1.0
+    gradients = {}
     for parameter, position in optimizer._positions.items():
-        update = exchange.update_of(position)
         if parameter.grad is None:
             parameter.grad = torch.empty_like(parameter)
         elif parameter.grad.is_sparse:
+            update = exchange.update_of(position) * scale
             parameter.grad = update.to_sparse(parameter.grad.sparse_dim()).to(parameter.dtype)
             continue
-        gradients.append(parameter.grad)
-        updates.append(update)
-    if gradients:
-        torch._foreach_copy_(gradients, updates)
+        gradients[position] = parameter.grad
+    exchange.write_update(gradients, scale)

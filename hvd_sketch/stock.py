@@ -92,7 +92,7 @@ class _Client:
             for position, gradient in zip(positions, gradients, strict=True):
                 self.exchange.submit(position, gradient)
             self.exchange.run()
-            torch._foreach_copy_(gradients, [self.exchange.update_of(position) for position in positions])
+            self.exchange.write_update(dict(zip(positions, gradients, strict=True)))
         for ticket in tickets:
             ticket.done = True
 

@@ -11,6 +11,7 @@ from hvd_sketch.chosen import Chosen
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.exchange.comb import comb
 from tests.simulation import heavy_tailed, lost, rounding, simulate
+from tests.without_kernel import without_kernel
 
 TOTAL, COMPRESSED = 5470, 5400
 
@@ -38,6 +39,32 @@ def test_a_coordinate_chosen_twice_has_one_value() -> None:
     assert vector.tolist() == [0.0, 10.0, 2.0, 30.0, 41.0, 5.0, 6.0, 71.0, 8.0, 9.0]
     chosen.put(vector, 0.0)
     assert vector.tolist() == [0.0, 0.0, 2.0, 0.0, 0.0, 5.0, 6.0, 0.0, 8.0, 9.0]
+
+
+@given(st.integers(1, 5000), st.integers(0, 60), st.lists(st.integers(0, 5000), max_size=9), st.booleans())
+def test_pieces_of_a_vector_get_their_part(size: int, stride: int, edges: list[int], clear: bool) -> None:
+    generator = torch.Generator().manual_seed(size)
+    indices = (torch.rand(size, generator=generator) < 0.1).nonzero().squeeze(1)
+    chosen = Chosen(indices, comb(size, stride, 3, 1))
+    before = torch.randn(size, generator=generator)
+    values = torch.randn(chosen.at(before).numel(), generator=generator)
+    whole = torch.zeros(size) if clear else before.clone()
+    with without_kernel():
+        chosen.put(whole, values)
+    edges = sorted(edge for edge in edges if edge <= size)
+    spans = {start: stop for start, stop in zip(edges[::2], edges[1::2], strict=False) if start < stop}
+    pieces = {start: before[start:stop].clone() for start, stop in spans.items()}
+    chosen.put_in_pieces(pieces, values, clear=clear)
+    for start, stop in spans.items():
+        assert torch.equal(pieces[start], whole[start:stop])
+
+
+def test_a_large_piece_is_cleared() -> None:
+    size = (1 << 20) + 7
+    chosen, vector = Chosen(torch.tensor([0, 5, size - 2]), slice(0)), torch.ones(size + 1)
+    chosen.put_in_pieces({0: vector[1:]}, torch.tensor([2.0, 3.0, 4.0]), clear=True)
+    assert vector.nonzero().flatten().tolist() == [0, 1, 6, size - 1]
+    assert vector[[0, 1, 6, size - 1]].tolist() == [1.0, 2.0, 3.0, 4.0]
 
 
 def test_nothing_waits_for_longer_than_two_rounds_of_a_sketch() -> None:

@@ -563,3 +563,35 @@ def test_ranks_that_choose_differently_are_told_and_keep_the_step_unsent(
     runs = [Run(updates, exchange) for updates, exchange in run_in_process(2, body)]
     assert torch.equal(runs[0].updates, runs[1].updates)
     assert conserved(runs, gradients, half=getattr(compressor, "half", False))
+
+
+@SPARSE
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_tensors_of_any_kind_get_the_update(compressor: Compressor, factor: float) -> None:
+    """Before and after it was asked for as a whole; in steps that are void, and in those that send everything."""
+    gradients = heavy_tailed(5, TOTAL)
+    gradients[2, 7] = torch.nan
+
+    def tensors(exchange: Exchange) -> dict[int, Tensor]:
+        made = {at: torch.full(slot.shape, 9.0) for at, slot in enumerate(exchange.layout.slots)}
+        return {at: tensor.half() if at % 3 == 1 else tensor for at, tensor in made.items() if at != 4}
+
+    def body(comm: Communicator) -> None:
+        exchange = make(compressor, comm)
+        for number, gradient in enumerate(gradients):
+            submit(exchange, gradient)
+            if number == 3:
+                exchange.flush()
+            exchange.run()
+            early, late = tensors(exchange), tensors(exchange)
+            strided = {at: torch.full_like(tensor.t(), 9.0).t() for at, tensor in early.items() if tensor.dim() == 2}
+            for written in (early, strided):
+                exchange.write_update(written, factor)
+            update = exchange.update.clone()
+            exchange.write_update(late, factor)
+            for at, tensor in [*early.items(), *late.items(), *strided.items()]:
+                slot = exchange.layout.slots[at]
+                expected = (update[slot.offset : slot.stop].view(slot.shape) * factor).to(tensor.dtype)
+                torch.testing.assert_close(tensor, expected, rtol=0, atol=0, equal_nan=True)
+
+    run_in_process(2, body)

@@ -47,6 +47,17 @@ def test_the_kernel_copies_and_measures_as_the_reference_does(sizes: list[int], 
         assert ours[1] == norm
 
 
+def test_large_gradients_arrive_wherever_they_lie() -> None:
+    """They are written past the caches, in pieces that begin where memory allows it."""
+    for before in (1, 2, 3, 4):
+        gradients = [numbers(before), numbers((1 << 20) + 5), numbers((1 << 20) + 2, seed=1)]
+        staging = Staging(layout(*(len(gradient) for gradient in gradients)), CPU)
+        for position, gradient in enumerate(gradients):
+            staging.put(position, gradient, 0.5, None, 0.0)
+        assert torch.equal(staging.vector, torch.cat(gradients) * 0.5)
+        assert staging.norm() == pytest.approx(float(staging.vector.double().norm()), rel=1e-7)
+
+
 def test_a_part_has_a_norm_of_its_own() -> None:
     staging = Staging(layout(3, 4, 5), CPU)
     for position, size in enumerate((3, 4, 5)):

@@ -56,7 +56,7 @@ def make_host(namespace: str, switch: str, port: str, address: str, mbit: float)
     """A namespace with ``eth0`` at ``address``, plugged into a port of the switch.
 
     The link carries ``mbit`` Mbit/s in each direction, all headers included. TCP hands down no more at once than the
-    link sends at once: more would be cut into packets by the hosts' processors, which on real hosts a network card does.
+    link sends at once: more would be cut into packets by the processors, which on real hosts a network card does.
     """
     tool("ip", "netns", "add", namespace)
     tool("ip", "-n", switch, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", namespace)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -75,7 +75,7 @@ class Exchange(ABC):
         self.describe_values: Callable[[], str] = str
         self._staging = Staging(layout, device)
         self.gradient = self._staging.vector
-        self.update = torch.zeros_like(self.gradient)
+        self._update: Tensor | None = None
         self.memory = Memory(layout.total, device, momentum)
         self._settings, self._clip_norm, self._momentum = settings, clip_norm, momentum
         self._scope: str | None = None
@@ -141,6 +141,21 @@ class Exchange(ABC):
     def fail_together(self, problem: str) -> None:
         """Make the coming `run` raise `ConfigurationError` on all ranks, with every rank's problem."""
         self._problem = self._problem or problem
+
+    @property
+    def update(self) -> Tensor:
+        """The update of the last `run`, in the layout's order; valid until the next one."""
+        if self._update is None:
+            self._update = torch.zeros_like(self.gradient)
+        return self._update
+
+    def write_update(self, tensors: Mapping[int, Tensor], factor: float = 1.0) -> None:
+        """Write the update, times a factor, to tensors of any dtype and strides, by the position of their slot."""
+        updates = [self.update_of(position) for position in tensors]
+        if factor != 1.0:
+            updates = [update * factor for update in updates]
+        if updates:
+            torch._foreach_copy_(list(tensors.values()), updates)
 
     def update_of(self, position: int) -> Tensor:
         """The update of one slot in its shape: a view, valid until the next `run`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 
 import torch
@@ -28,7 +29,7 @@ class Scales:
 
 
 class SketchBucket:
-    """Views of a part of gradient, update and memory, ``compressed`` coordinates and then dense ones.
+    """Views of a part of gradient and memory, ``compressed`` coordinates and then dense ones, and the update of it.
 
     In every step, in this order: `pack`, whose message is summed over the ranks, `open`, `choose`, whose
     message is summed as well, `read`, `apply`; and `advance` before or after `read`. Sends nothing
@@ -40,7 +41,6 @@ class SketchBucket:
     def __init__(
         self,
         gradient: Tensor,
-        update: Tensor,
         memory: Memory,
         compressed: int,
         plan: SketchPlan,
@@ -48,7 +48,7 @@ class SketchBucket:
         dtype: torch.dtype,
     ) -> None:
         device = gradient.device
-        self._gradient, self._update, self._memory, self._dtype = gradient, update, memory, dtype
+        self._gradient, self._memory, self._dtype = gradient, memory, dtype
         self._compressed, self._plan, self._scales = compressed, plan, scales
         self._dense = slice(compressed, gradient.numel())
         self._sketch = CountSketch(compressed, plan.rows, plan.cols, device=device)
@@ -56,7 +56,8 @@ class SketchBucket:
         self._first = torch.zeros(wire.HEADER + plan.rows * plan.cols + dense, dtype=dtype, device=device)
         teeth = -(-compressed // plan.stride) if plan.stride else 0
         self._second = torch.zeros(_VALUES + plan.candidates + teeth, dtype=dtype, device=device)
-        self._applied: Chosen | None = None
+        self._dense_update = torch.zeros(dense, dtype=torch.float32, device=device)
+        self._written: Chosen | None = None
         self.energy = self.norm = 0.0
         """Of what the last step sent, squared, and of the memory's sum by the sketch's estimate."""
 
@@ -79,10 +80,10 @@ class SketchBucket:
         return self._message
 
     def open(self, ranks: int) -> wire.Header:
-        """Read round 1's sum: the table, the dense update into its place, and the header."""
+        """Read round 1's sum: the table, the dense update, and the header."""
         table, dense = self._lanes()
         cells = wire.unpack(table, self._scales.cell or 1.0, self._sketch.table.view(-1))
-        update = wire.unpack(dense, self._scales.dense or 1.0, self._update[self._dense])
+        update = wire.unpack(dense, self._scales.dense or 1.0, self._dense_update)
         sizes = torch.stack([_largest(cells), _largest(update), self._sketch.l2_norm().float()])
         told = torch.cat([self._message[: wire.HEADER], sizes])
         *lanes, self._largest_cell, largest_dense, self.norm = told.tolist()
@@ -131,18 +132,32 @@ class SketchBucket:
         self._memory.keep(self._chosen, self._computed, mask=False)
 
     def apply(self, divisor: float) -> None:
-        """Write the update, of which only what the last step wrote is other than zero."""
-        if self._applied is None:
-            self._update[: self._compressed].zero_()
-        else:
-            self._applied.put(self._update, 0.0)
-        self._chosen.put(self._update, self._sums * (1.0 / divisor))
-        self._update[self._dense].mul_(1.0 / divisor)
-        self._applied = self._chosen
+        """Make the update of what was read."""
+        self._sums.mul_(1.0 / divisor)
+        self._dense_update.mul_(1.0 / divisor)
 
-    def forget_update(self) -> None:
+    def write(self, update: Tensor) -> None:
+        """Write the update; of the compressed part, only what was written last is other than zero."""
+        if self._written is None:
+            update[: self._compressed].zero_()
+        else:
+            self._written.put(update, 0.0)
+        self._chosen.put(update, self._sums)
+        update[self._dense] = self._dense_update
+        self._written = self._chosen
+
+    def write_in_pieces(self, pieces: Mapping[int, Tensor], factor: float) -> None:
+        """Write the update, times a factor, to contiguous tensors by the coordinate of their first element."""
+        compressed = {start: piece for start, piece in pieces.items() if start < self._compressed}
+        self._chosen.put_in_pieces(compressed, self._sums * factor, clear=True)
+        for start, piece in pieces.items():
+            if start >= self._compressed:
+                part = self._dense_update[start - self._compressed :][: piece.numel()]
+                torch.mul(part.view(piece.shape), factor, out=piece)
+
+    def forget_written(self) -> None:
         """Somebody else wrote the update."""
-        self._applied = None
+        self._written = None
 
     def _drop_lightest(self) -> None:
         """Of more candidates than k, keep those of the largest sums."""

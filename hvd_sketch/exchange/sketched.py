@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from hvd_sketch import wire
+from hvd_sketch import native, wire
 from hvd_sketch.comm.base import Communicator, Pending
 from hvd_sketch.errors import RankMismatchError
 from hvd_sketch.exchange.base import Exchange
@@ -77,6 +78,7 @@ class SketchExchange(Exchange):
         self._positions = [layout.positions(where) for where in layout.buckets]
         self._firsts: list[Pending] = []  # round 1 of so many buckets has started
         self._carried: tuple[int, ...] = ()
+        self._unwritten = False  # the update is in the buckets alone
         self._prepare()
 
     def submit(
@@ -91,7 +93,29 @@ class SketchExchange(Exchange):
         if len(self._norms) > 1 and self._agreed_size == self.comm.size and self._plan is not None:
             self._start_complete()
 
+    @property
+    def update(self) -> Tensor:
+        """The update of the last `run`, in the layout's order; valid until the next one."""
+        update = super().update
+        if self._unwritten:
+            self._unwritten = False
+            for where, bucket in zip(self.layout.buckets, self._buckets, strict=True):
+                bucket.write(update[where])
+        return update
+
+    def write_update(self, tensors: Mapping[int, Tensor], factor: float = 1.0) -> None:
+        """As of every exchange; directly to those tensors that the native kernel serves, without the whole update."""
+        direct = {at: tensor for at, tensor in sorted(tensors.items()) if self._unwritten and _is_plain(tensor)}
+        if direct:
+            for where, positions, bucket in zip(self.layout.buckets, self._positions, self._buckets, strict=True):
+                slots = [at for at in range(len(self.layout.slots))[positions] if at in direct]
+                bucket.write_in_pieces(
+                    {self.layout.slots[at].offset - where.start: direct[at] for at in slots}, factor
+                )
+        super().write_update({at: tensor for at, tensor in tensors.items() if at not in direct}, factor)
+
     def run(self) -> None:
+        self._unwritten = False
         try:
             super().run()
         finally:
@@ -118,12 +142,11 @@ class SketchExchange(Exchange):
         """Sizes, table and messages for the coming step."""
         plan = self._planner(self.layout, self.step)
         if plan is not None and plan != self._plan:
+            _ = self.update  # which may be in the buckets that go
             wheres, sizes = self.layout.buckets, self.layout.sizes
             self._carried = ()
             self._buckets = [
-                SketchBucket(
-                    self.gradient[where], self.update[where], self.memory.part(where), size, part, scales, self._dtype
-                )
+                SketchBucket(self.gradient[where], self.memory.part(where), size, part, scales, self._dtype)
                 for where, size, part, scales in zip(wheres, sizes, plan.split(sizes), self._scales, strict=True)
             ]
         self._plan = plan
@@ -132,7 +155,7 @@ class SketchExchange(Exchange):
         return self._plan is None
 
     def _send_everything(self, clip: float, finite: bool, dtype: torch.dtype = torch.float32) -> bool:
-        self._forget_updates()
+        self._forget_written()
         return super()._send_everything(clip, finite, dtype)
 
     def _send_selected(self, clip: float, finite: bool) -> bool:
@@ -146,7 +169,7 @@ class SketchExchange(Exchange):
         if header.void:
             _wait(seconds)
         if not self._heed(header):
-            self._forget_updates()
+            self._forget_written()
             return False
         self._finish(seconds)
         return True
@@ -201,6 +224,7 @@ class SketchExchange(Exchange):
         with self.stats.phase("memory"):
             for bucket in self._buckets:
                 bucket.apply(self._mean_divisor())
+            self._unwritten = True
             whole = sum(bucket.norm**2 for bucket in self._buckets)
             sent = sum(bucket.energy for bucket in self._buckets)
             self.stats.captured_energy = min(1.0, sent / whole) if whole > 0 else 1.0
@@ -222,9 +246,9 @@ class SketchExchange(Exchange):
     def _draws_of(self, step: int) -> int:
         return (self._seed << 32) + step
 
-    def _forget_updates(self) -> None:
+    def _forget_written(self) -> None:
         for bucket in self._buckets:
-            bucket.forget_update()
+            bucket.forget_written()
 
     def _gradient_norm(self) -> float:
         for number in range(len(self._firsts), len(self._norms)):
@@ -238,6 +262,10 @@ class SketchExchange(Exchange):
             "bits, or they run different builds: use one build of hvd_sketch and PyTorch on all ranks, and a "
             "deterministic allreduce algorithm"
         )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.is_contiguous() and native.serves(tensor)
 
 
 def _wait(collectives: list[Pending | None]) -> None:

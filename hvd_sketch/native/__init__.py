@@ -25,6 +25,7 @@ _SIGNATURES = {
     "sparse_heaviest": [_pointer, *[_int64] * 4, _pointer, _pointer, _int64],
     "sparse_encode": [*[_int64] * 3, *[_pointer] * 4, _int64],
     "sparse_decode": [*[_int64] * 3, *[_pointer] * 3, _int64],
+    "sparse_keep": [_pointer, _int64, _pointer, *[_int64] * 3, _pointer, _int64],
     "sparse_put": _SCATTER,
     "sparse_add": _SCATTER,
     "stage_gradient": [_pointer, _pointer, _int64, ctypes.c_float, _int64],

@@ -13,6 +13,7 @@
 namespace sketch {
 
 constexpr size_t kLine = 128;  // bytes that processors fetch together
+constexpr int64_t kAhead = 16;  // entries whose memory is asked for before it is their turn
 constexpr uint32_t kSignBit = 0x80000000u;
 
 // Memory that grows to the largest size asked for and is kept; its content is not. It is never so small that two

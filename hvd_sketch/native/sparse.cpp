@@ -3,9 +3,11 @@
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a function boundary: all is inlined
 
+#include "kept.hpp"
 #include "share.hpp"
 #include "sparse/code.hpp"
 #include "sparse/heaviest.hpp"
+#include "stream.hpp"
 
 namespace {
 
@@ -15,6 +17,12 @@ using namespace sparse;
 thread_local Buffer<uint8_t> nibbles;
 thread_local Buffer<int64_t> chosen;
 thread_local Finder finder;
+
+// Entries start … start + count - 1 of a vector.
+struct Piece {
+    float* data;
+    int64_t start, count;
+};
 
 }  // namespace
 
@@ -45,6 +53,16 @@ int sparse_decode(int64_t universe, int64_t count, int64_t vectors, const uint8_
             if (!codec.decode(code + i * codec.nbytes(), rows + i * count, values + i * count)) good = false;
     });
     return good;
+}
+
+void sparse_keep(const Piece* pieces, int64_t number, const int64_t* index, int64_t count, int64_t offset,
+                 int64_t stride, const float* values, int64_t clear) {
+    const sketch::Kept kept = {index, count, offset, stride, values};
+    for (const Piece* piece = pieces; piece < pieces + number; piece++) {
+        if (clear) sketch::clear(piece->data, piece->count);
+        const int64_t first = std::lower_bound(index, index + count, piece->start) - index;
+        kept.put(piece->data, piece->start, piece->start + piece->count, first);
+    }
 }
 
 void sparse_put(float* vector, int64_t size, int64_t shards, int64_t first_shard, int64_t step, int64_t lists,

@@ -3,17 +3,9 @@
 
 #include <cmath>
 
-#include "../basics.hpp"
+#include "../kept.hpp"
 
 namespace sketch {
-
-// Entries of a vector that get a value: some by index, ascending, and then a comb, which is stronger.
-struct Kept {
-    const int64_t* index;
-    int64_t count;
-    int64_t offset, stride;  // of the comb: 0 is none
-    const float* values;     // by index, then of the comb
-};
 
 // vector += scale * change, rounded once; then what is kept is put in its place.
 struct Advance {
@@ -45,12 +37,7 @@ struct Advance {
             for (int64_t lane = 0; lane < line; lane++) to[i + lane] = std::fma(scale, from[i + lane], to[i + lane]);
         }
         for (; i < end - begin; i++) to[i] = std::fma(scale, from[i], to[i]);
-        for (int64_t at = starts[begin / width]; at < kept.count && kept.index[at] < end; at++)
-            vector[kept.index[at]] = kept.values[at];
-        if (kept.stride == 0) return;
-        int64_t tooth = std::max<int64_t>(0, (begin - kept.offset + kept.stride - 1) / kept.stride);
-        for (int64_t at = kept.offset + tooth * kept.stride; at < end; at += kept.stride)
-            vector[at] = kept.values[kept.count + tooth++];
+        kept.put(to, begin, end, starts[begin / width]);
     }
 };
 

@@ -26,8 +26,6 @@ private:
     static constexpr int64_t kBlock = 1 << 14;  // entries
 };
 
-constexpr int64_t kAhead = 16;  // entries whose memory is asked for before it is their turn
-
 // Calls change(entry, value) for lists of `count` rows, each ascending; list i is of shard first_shard + i * step.
 template <class Change>
 INLINE void scatter(const Shards& all, float* vector, int64_t first_shard, int64_t step, int64_t lists, int64_t count,
@@ -38,7 +36,7 @@ INLINE void scatter(const Shards& all, float* vector, int64_t first_shard, int64
         int64_t at = next[i];
         float* const shard = vector + first_shard + i * step;
         for (const int64_t end = (i + 1) * count; at < end && rows[at] < last; at++) {
-            __builtin_prefetch(shard + rows[std::min(at + kAhead, end - 1)] * all.shards, 1);
+            __builtin_prefetch(shard + rows[std::min(at + sketch::kAhead, end - 1)] * all.shards, 1);
             change(shard[rows[at] * all.shards], values[at]);
         }
         next[i] = at;
