@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import groupby, product
 from pathlib import Path
+from string import ascii_uppercase
 
 from benchmarks.cluster.bench import Cell, Row
 from benchmarks.cluster.pictures import draw
@@ -23,8 +24,8 @@ This page is written by `python -m benchmarks.cluster report` from
 [`benchmarks/results/cluster.json`](../../benchmarks/results/cluster.json); [the cluster on one machine](../cluster.md)
 says how the rows come about and how to measure your own.
 
-Measured on {machine}; {software}.
-
+{machines}
+- **on**: which of these machines a row was measured on; compare rows of the same one.
 - **step**: seconds of a whole training step, the median of the runs; the slowest host counts.
 - **compute**: the same step without any exchange, all hosts at the same time.
 - **exchange**: step minus compute, so all that the method costs: its arithmetic, its messages and its waiting.
@@ -50,9 +51,10 @@ def write(rows: dict[Cell, Row], page: Path = PAGE) -> None:
     """Write the page and its pictures beside it."""
     page.parent.mkdir(parents=True, exist_ok=True)
     measured = {cell: row for cell, row in rows.items() if "error" not in row}
-    newest = max(rows.values(), key=lambda row: row["date"])
-    machine = str(newest["machine"])
-    parts = [_HEAD.format(machine=machine, software=newest["software"], cores=machine.split()[0])]
+    machines = _machines(rows.values())
+    cores = " or ".join(sorted({machine.split()[0] for machine, _ in machines}))
+    listed = "".join(f"Measured on ({name}) {on}; {software}.\n" for (on, software), name in machines.items())
+    parts = [_HEAD.format(machines=listed, cores=cores)]
     parts.append(_goal(measured))
     parts.append("## Where something else is faster\n\n" + _lost(measured))
     parts.append("## When not to compress\n\n" + _break_even(measured))
@@ -66,9 +68,19 @@ def write(rows: dict[Cell, Row], page: Path = PAGE) -> None:
     page.write_text("\n".join(part for part in parts if part))
 
 
+def _machine(row: Row) -> tuple[str, str]:
+    return row["machine"], row["software"]
+
+
+def _machines(rows: Iterable[Row]) -> dict[tuple[str, str], str]:
+    """A letter for every machine and its software, in the order in which they were first measured on."""
+    ordered = dict.fromkeys(_machine(row) for row in sorted(rows, key=lambda row: str(row["date"])))
+    return dict(zip(ordered, ascii_uppercase, strict=False))
+
+
 def _table(cells: Iterable[Cell], rows: dict[Cell, Row]) -> str:
     columns = ["hosts", "model", "method", "step", "compute", "exchange", "wire", "limit", "exchange / limit"]
-    columns += ["kB a rank", "counted", "processor", "load", "faster", "runs"]
+    columns += ["kB a rank", "counted", "processor", "load", "on", "faster", "runs"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * 3 + "---:|" * (len(columns) - 3)]
     return "\n".join([*lines, *(_line(cell, rows) for cell in cells if "error" not in rows[cell])]) + "\n"
 
@@ -86,6 +98,7 @@ def _line(cell: Cell, rows: dict[Cell, Row]) -> str:
         f"{row['counter_bytes_per_rank'] / row['bytes_per_rank']:.3f}",
         _seconds(row["seconds_processor"]),
         f"{row['load']:.1f}",
+        _machines(rows.values())[_machine(row)],
         _faster(cell, rows),
         str(row["runs"]),
     ]
