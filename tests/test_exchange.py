@@ -595,3 +595,12 @@ def test_tensors_of_any_kind_get_the_update(compressor: Compressor, factor: floa
                 torch.testing.assert_close(tensor, expected, rtol=0, atol=0, equal_nan=True)
 
     run_in_process(2, body)
+
+
+def test_a_sketched_update_that_nobody_asks_for_as_a_whole_takes_no_memory() -> None:
+    exchange = make(IN_TURN, SingleProcess())
+    for gradient in heavy_tailed(3, TOTAL):
+        submit(exchange, gradient)
+        exchange.run()
+        exchange.write_update({at: torch.empty(slot.shape) for at, slot in enumerate(exchange.layout.slots)})
+    assert exchange._update is None

@@ -96,22 +96,16 @@ class SketchExchange(Exchange):
     @property
     def update(self) -> Tensor:
         """The update of the last `run`, in the layout's order; valid until the next one."""
-        update = super().update
-        if self._unwritten:
-            self._unwritten = False
-            for where, bucket in zip(self.layout.buckets, self._buckets, strict=True):
-                bucket.write(update[where])
-        return update
+        self._write_out()
+        return super().update
 
     def write_update(self, tensors: Mapping[int, Tensor], factor: float = 1.0) -> None:
         """As of every exchange; directly to those tensors that the native kernel serves, without the whole update."""
         direct = {at: tensor for at, tensor in sorted(tensors.items()) if self._unwritten and _is_plain(tensor)}
         if direct:
             for where, positions, bucket in zip(self.layout.buckets, self._positions, self._buckets, strict=True):
-                slots = [at for at in range(len(self.layout.slots))[positions] if at in direct]
-                bucket.write_in_pieces(
-                    {self.layout.slots[at].offset - where.start: direct[at] for at in slots}, factor
-                )
+                slots = {at: self.layout.slots[at] for at in range(positions.start, positions.stop) if at in direct}
+                bucket.write_in_pieces({slot.offset - where.start: direct[at] for at, slot in slots.items()}, factor)
         super().write_update({at: tensor for at, tensor in tensors.items() if at not in direct}, factor)
 
     def run(self) -> None:
@@ -142,7 +136,7 @@ class SketchExchange(Exchange):
         """Sizes, table and messages for the coming step."""
         plan = self._planner(self.layout, self.step)
         if plan is not None and plan != self._plan:
-            _ = self.update  # which may be in the buckets that go
+            self._write_out()
             wheres, sizes = self.layout.buckets, self.layout.sizes
             self._carried = ()
             self._buckets = [
@@ -245,6 +239,13 @@ class SketchExchange(Exchange):
 
     def _draws_of(self, step: int) -> int:
         return (self._seed << 32) + step
+
+    def _write_out(self) -> None:
+        """Write an update that is in the buckets alone, as that of an exchange's whole vector."""
+        if self._unwritten:
+            self._unwritten = False
+            for where, bucket in zip(self.layout.buckets, self._buckets, strict=True):
+                bucket.write(super().update[where])
 
     def _forget_written(self) -> None:
         for bucket in self._buckets:
