@@ -101,7 +101,7 @@ class SketchExchange(Exchange):
 
     def write_update(self, tensors: Mapping[int, Tensor], factor: float = 1.0) -> None:
         """As of every exchange; directly to those tensors that the native kernel serves, without the whole update."""
-        direct = {at: tensor for at, tensor in sorted(tensors.items()) if self._unwritten and _is_plain(tensor)}
+        direct = {at: tensor for at, tensor in tensors.items() if self._unwritten and native.serves_floats(tensor)}
         if direct:
             for where, positions, bucket in zip(self.layout.buckets, self._positions, self._buckets, strict=True):
                 slots = {at: self.layout.slots[at] for at in range(positions.start, positions.stop) if at in direct}
@@ -263,10 +263,6 @@ class SketchExchange(Exchange):
             "bits, or they run different builds: use one build of hvd_sketch and PyTorch on all ranks, and a "
             "deterministic allreduce algorithm"
         )
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.float32 and tensor.is_contiguous() and native.serves(tensor)
 
 
 def _wait(collectives: list[Pending | None]) -> None:

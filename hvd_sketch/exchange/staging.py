@@ -22,6 +22,7 @@ class Staging:
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.vector = torch.zeros(layout.total, dtype=torch.float32, device=device)
         self._slots = layout.slots
+        self._parts = [self.vector[slot.offset : slot.stop] for slot in layout.slots]
         self._arrived = [False] * len(self._slots)
         self._squares: list[float | None] = [0.0] * len(self._slots)
         """Of each slot: the sum of its squares, if the copy came with it."""
@@ -30,20 +31,25 @@ class Staging:
         self, position: int, gradient: Tensor, factor: float, parameter: Tensor | None, weight_decay: float
     ) -> None:
         """Set slot ``position`` to ``factor * gradient + weight_decay * parameter``."""
-        slot = self._slots[position]
-        staged = self.vector[slot.offset : slot.stop]
+        part = self._parts[position]
         self._squares[position] = None
         self._arrived[position] = True
-        if parameter is None and gradient.is_contiguous() and _served(gradient, staged):
+        if parameter is None and native.serves_floats(gradient) and native.serves(part):
             self._squares[position] = native.library().stage_gradient(
-                gradient.data_ptr(), staged.data_ptr(), slot.numel, factor, torch.get_num_threads()
+                gradient.data_ptr(),
+                part.data_ptr(),
+                part.numel(),
+                factor,
+                self.vector.numel(),
+                torch.get_num_threads(),
             )
             return
-        staged.view(slot.shape).copy_(gradient)
+        shaped = part.view(gradient.shape)
+        shaped.copy_(gradient)
         if factor != 1.0:
-            staged.mul_(factor)
+            shaped.mul_(factor)
         if parameter is not None:
-            staged.view(slot.shape).add_(parameter.detach(), alpha=weight_decay)
+            shaped.add_(parameter.detach(), alpha=weight_decay)
 
     def put_all(self, vector: Tensor) -> None:
         """Set all slots, in the layout's order."""
@@ -59,7 +65,7 @@ class Staging:
         """End a step: what has not arrived is zero. The next `put` begins another step."""
         for position, arrived in enumerate(self._arrived):
             if not arrived:
-                self.vector[self._slots[position].offset : self._slots[position].stop].zero_()
+                self._parts[position].zero_()
                 self._squares[position] = 0.0
         self.forget()
 
@@ -75,7 +81,3 @@ class Staging:
             return ctypes.c_float(math.sqrt(sum(known))).value
         part = self.vector[slots[0].offset : slots[-1].stop]
         return ctypes.c_float(float(torch.linalg.vector_norm(part, dtype=torch.float64))).value
-
-
-def _served(gradient: Tensor, staged: Tensor) -> bool:
-    return gradient.dtype == torch.float32 and native.serves(gradient) and native.serves(staged)

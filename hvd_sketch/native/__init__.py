@@ -11,6 +11,7 @@ import logging
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 _int64, _pointer = ctypes.c_int64, ctypes.c_void_p
@@ -28,7 +29,7 @@ _SIGNATURES = {
     "sparse_keep": [_pointer, _int64, _pointer, *[_int64] * 3, _pointer, _int64],
     "sparse_put": _SCATTER,
     "sparse_add": _SCATTER,
-    "stage_gradient": [_pointer, _pointer, _int64, ctypes.c_float, _int64],
+    "stage_gradient": [_pointer, _pointer, _int64, ctypes.c_float, _int64, _int64],
 }
 
 
@@ -69,3 +70,8 @@ def available() -> bool:
 def serves(tensor: Tensor) -> bool:
     """Whether the kernel can work on this tensor: it is in the processor's memory, and the kernel is built."""
     return tensor.device.type == "cpu" and available()
+
+
+def serves_floats(tensor: Tensor) -> bool:
+    """Whether it can work on this tensor as one run of float32."""
+    return tensor.dtype == torch.float32 and tensor.is_contiguous() and serves(tensor)

@@ -58,8 +58,10 @@ int sparse_decode(int64_t universe, int64_t count, int64_t vectors, const uint8_
 void sparse_keep(const Piece* pieces, int64_t number, const int64_t* index, int64_t count, int64_t offset,
                  int64_t stride, const float* values, int64_t clear) {
     const sketch::Kept kept = {index, count, offset, stride, values};
+    int64_t whole = 0;
+    for (const Piece* piece = pieces; piece < pieces + number; piece++) whole += piece->count;
     for (const Piece* piece = pieces; piece < pieces + number; piece++) {
-        if (clear) sketch::clear(piece->data, piece->count);
+        if (clear) sketch::clear(piece->data, piece->count, whole);
         const int64_t first = std::lower_bound(index, index + count, piece->start) - index;
         kept.put(piece->data, piece->start, piece->start + piece->count, first);
     }

@@ -64,10 +64,11 @@ Stage* const fastest = plain;
 
 }  // namespace
 
-// Writes factor * from to `to`; the sum of its squares.
-extern "C" double stage_gradient(const float* from, float* to, int64_t count, float factor, int64_t threads) {
+// Writes factor * from to `to`, a part of a vector of so many elements; the sum of its squares.
+extern "C" double stage_gradient(const float* from, float* to, int64_t count, float factor, int64_t vector,
+                                 int64_t threads) {
     const int64_t blocks = (count + kBlock - 1) / kBlock;
-    const bool streams = sketch::streams(count);
+    const bool streams = sketch::streams(count, vector);
     double* const sum = sums.reserve(blocks);
     sketch::share(blocks, threads, [=](int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end; block++) {

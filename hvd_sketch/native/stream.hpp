@@ -9,15 +9,14 @@
 
 namespace sketch {
 
-// From so many elements on, what is written has left the caches before it is read, and a processor that does not fetch
-// it first, as it does for an ordinary store, takes half the time.
-constexpr int64_t kStreamed = 1 << 20;
-
 constexpr int64_t kStreamedAtOnce = 4;  // elements
 
-INLINE bool streams(int64_t count) {
+// Whether a part of something large is better written with `stream`. From a megabyte or so on, what is written has left
+// the caches before it is read, and a processor that does not fetch it first, as it does for an ordinary store, takes
+// half the time; which a few lines of a cache do not repay.
+INLINE bool streams(int64_t part, int64_t whole) {
 #if defined(__SSE2__)
-    return count >= kStreamed;
+    return part >= 1 << 12 && whole >= 1 << 20;
 #else
     return false;
 #endif
@@ -45,8 +44,9 @@ INLINE int64_t unstreamed(const float* to, int64_t count) {
     return std::min(count, (kStreamedAtOnce - off) % kStreamedAtOnce);
 }
 
-INLINE void clear(float* to, int64_t count) {
-    if (!streams(count)) {
+// Sets a part of something of `whole` elements to zero.
+INLINE void clear(float* to, int64_t count, int64_t whole) {
+    if (!streams(count, whole)) {
         std::fill_n(to, count, 0.0f);
         return;
     }
