@@ -7,6 +7,9 @@ done (``op``) by what (``impl``) on which ``device``, the size of the vector ``d
 
 - ``add``: sketch the vector; ``add_slices``: the same vector as 100 slices in one call, ``add_each``: in 100;
 - ``top_k``: choose k coordinates from the table, and ``estimate``: estimate all of them;
+- ``stage``: copy a gradient to its place and take its norm; by ``torch`` in two passes;
+- ``advance``: add a gradient to the memory, set what was sent, a hundredth, and sketch the result; by ``passes`` one
+  after the other, of which the last is ``add``;
 - by ``index_add``: a classic Count Sketch in PyTorch, with buckets and signs looked up, not hashed;
 - by ``topk``: ``torch.topk`` of the vector itself, of which no sketch was taken;
 - by ``triton``: on the GPU, where there is one, timed by its events; ``threads`` is 0.
@@ -31,6 +34,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels_page import write
+from hvd_sketch.chosen import Chosen
+from hvd_sketch.exchange.staging import Staging
+from hvd_sketch.layout import Layout, Slot
 from hvd_sketch.sketch import CountSketch, native
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.json"
@@ -78,6 +84,10 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
             for k in choices:
                 row = {"op": "top_k", "impl": "topk", "d": d, "k": k, "threads": threads}
                 yield _time(row, partial(_topk, vector, k), vector, options.seconds)
+            for impl, function in _stage(vector):
+                yield _time(
+                    {"op": "stage", "impl": impl, "d": d, "threads": threads}, function, vector, options.seconds
+                )
             for rows in options.rows:
                 for share in options.columns:
                     shape = {"d": d, "rows": rows, "cols": int(d * share), "threads": threads}
@@ -122,6 +132,32 @@ def _native(shape: Row, vector: Tensor, choices: Sequence[int]) -> Iterator[tupl
     for k in choices:
         yield {"op": "top_k", "impl": "native", "k": k, **shape}, partial(sketch.top_k, k)
     yield {"op": "estimate", "impl": "native", **shape}, sketch.estimate
+    for impl, function in _advance(sketch, vector, max(choices)):
+        yield {"op": "advance", "impl": impl, **shape}, function
+
+
+def _stage(vector: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
+    staging = Staging(Layout((Slot("", tuple(vector.shape), 0, vector.numel()),), 0, vector.numel()), vector.device)
+
+    def native() -> float:
+        staging.put(0, vector, 1.0, None, 0.0)
+        return staging.norm()
+
+    yield "native", native
+    yield "torch", lambda: float(torch.linalg.vector_norm(staging.vector.copy_(vector)))
+
+
+def _advance(sketch: CountSketch, vector: Tensor, k: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    memory, kept = torch.zeros_like(vector), torch.zeros(k)
+    chosen = Chosen(sketch.top_k(k)[0], slice(0))
+
+    def passes() -> None:
+        memory.add_(vector, alpha=0.5)
+        chosen.put(memory, kept)
+        sketch.add(memory)
+
+    yield "native", lambda: sketch.add_advanced(memory, vector, 0.5, chosen, kept)
+    yield "passes", passes
 
 
 def _topk(vector: Tensor, k: int) -> object:

@@ -116,6 +116,18 @@ AIMS = (
     ),
     Aim("Two threads are at least 1.8 times as fast as one", 1.8, False, _two_threads),
     Aim("A vector in 100 slices takes at most 1.1 of the whole one", 1.1, True, _slices),
+    Aim(
+        "`stage`, a copy and its norm in one pass, is faster than PyTorch's two passes",
+        1.0,
+        False,
+        _faster_than("stage", "torch", "d", "threads"),
+    ),
+    Aim(
+        "`advance`, three changes of the memory in one pass, is faster than the passes one after the other",
+        1.0,
+        False,
+        _faster_than("advance", "passes", "d", "rows", "cols", "threads"),
+    ),
 )
 
 
@@ -157,7 +169,8 @@ def _against(aim: Aim, rows: list[Row]) -> str:
 def _shape(row: Row) -> str:
     k = f", k {row['k']}" if row["k"] else ""
     by = "GPU" if _on_gpu(row) else f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
-    return f"{row['d'] / 1e6:g} M, {row['rows']} x {row['cols']}{k}, {by}"
+    table = f", {row['rows']} x {row['cols']}" if row["rows"] else ""
+    return f"{row['d'] / 1e6:g} M{table}{k}, {by}"
 
 
 def _table(rows: list[Row]) -> str:
