@@ -112,6 +112,14 @@ class Layout:
         """The position of each name in ``slots``."""
         return {slot.name: position for position, slot in enumerate(self.slots)}
 
+    def describe(self) -> str:
+        """Names and shapes, in order: ``"bias[10] weight[10x20]"``."""
+        return " ".join(f"{slot.name}[{'x'.join(map(str, slot.shape))}]" for slot in self.slots)
+
+    def fingerprint(self) -> int:
+        """A checksum of names and shapes, in order."""
+        return zlib.crc32(repr([(slot.name, slot.shape) for slot in self.slots]).encode())
+
 
 def describe_values(parameters: Mapping[str, Tensor]) -> str:
     """A checksum of each parameter's values, by name: equal text on ranks that hold the same bits."""

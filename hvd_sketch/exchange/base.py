@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -180,7 +179,7 @@ class Exchange(ABC):
             "rank": self.comm.rank,
             "size": self.comm.size,
             "step": self.step,
-            "layout": self._fingerprint(),
+            "layout": self.layout.fingerprint(),
             "memory": self.memory.state_dict(),
             "observers": [observer.state_dict() for observer in self.observers],
             **self._extra_state(),
@@ -193,7 +192,7 @@ class Exchange(ABC):
             ConfigurationError: when the state belongs to another rank, number of ranks, or
                 model. Call `flush` and do one more step before saving to change the number.
         """
-        expected = {"rank": self.comm.rank, "size": self.comm.size, "layout": self._fingerprint()}
+        expected = {"rank": self.comm.rank, "size": self.comm.size, "layout": self.layout.fingerprint()}
         for key, value in expected.items():
             if state[key] != value:
                 raise ConfigurationError(
@@ -299,15 +298,12 @@ class Exchange(ABC):
     def _mean_divisor(self) -> float:
         return float(self.comm.size) if self.average else 1.0
 
-    def _fingerprint(self) -> int:
-        return zlib.crc32(repr([(slot.name, slot.shape) for slot in self.layout.slots]).encode())
-
     def _agree(self) -> None:
         """Compare settings, parameters and their values; on a difference, tell every rank what differs."""
         mine = {
             "settings": f"{self._settings} average={self.average} momentum_correction={self._momentum}",
             "step": str(self.step),
-            "parameters": " ".join(f"{slot.name}[{'x'.join(map(str, slot.shape))}]" for slot in self.layout.slots),
+            "parameters": self.layout.describe(),
             "compressed": str(self.layout.compressed),
             "values": self.describe_values(),
         }
