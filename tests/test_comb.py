@@ -60,7 +60,7 @@ def test_pieces_of_a_vector_get_their_part(size: int, stride: int, edges: list[i
 
 
 def test_a_large_piece_is_cleared() -> None:
-    size = (1 << 20) + 7
+    size = (1 << 23) + 7
     chosen, vector = Chosen(torch.tensor([0, 5, size - 2]), slice(0)), torch.ones(size + 1)
     chosen.put_in_pieces({0: vector[1:]}, torch.tensor([2.0, 3.0, 4.0]), clear=True)
     assert vector.nonzero().flatten().tolist() == [0, 1, 6, size - 1]

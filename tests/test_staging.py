@@ -49,8 +49,8 @@ def test_the_kernel_copies_and_measures_as_the_reference_does(sizes: list[int], 
 
 def test_large_gradients_arrive_wherever_they_lie() -> None:
     """They are written past the caches, in pieces that begin where memory allows it."""
-    for before in (1, 2, 3, 4):
-        gradients = [numbers(before), numbers((1 << 20) + 5), numbers((1 << 20) + 2, seed=1)]
+    for before in (1, 4):
+        gradients = [numbers(before), numbers((1 << 23) + 5), numbers(5002, seed=1)]
         staging = Staging(layout(*(len(gradient) for gradient in gradients)), CPU)
         for position, gradient in enumerate(gradients):
             staging.put(position, gradient, 0.5, None, 0.0)

@@ -11,12 +11,12 @@ namespace sketch {
 
 constexpr int64_t kStreamedAtOnce = 4;  // elements
 
-// Whether a part of something large is better written with `stream`. From a megabyte or so on, what is written has left
+// Whether a part of something large is better written with `stream`. From some ten megabytes on, what is written has left
 // the caches before it is read, and a processor that does not fetch it first, as it does for an ordinary store, takes
-// half the time; which a few lines of a cache do not repay.
+// less time. Of less, and of a few lines of a cache, it takes more.
 INLINE bool streams(int64_t part, int64_t whole) {
 #if defined(__SSE2__)
-    return part >= 1 << 12 && whole >= 1 << 20;
+    return part >= 1 << 12 && whole >= 1 << 23;
 #else
     return false;
 #endif
