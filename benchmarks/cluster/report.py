@@ -24,6 +24,8 @@ This page is written by `python -m benchmarks.cluster report` from
 [`benchmarks/results/cluster.json`](../../benchmarks/results/cluster.json); [the cluster on one machine](../cluster.md)
 says how the rows come about and how to measure your own.
 
+Measured on
+
 {machines}
 - **on**: which of these machines a row was measured on; compare rows of the same one.
 - **step**: seconds of a whole training step, the median of the runs; the slowest host counts.
@@ -53,7 +55,7 @@ def write(rows: dict[Cell, Row], page: Path = PAGE) -> None:
     measured = {cell: row for cell, row in rows.items() if "error" not in row}
     machines = _machines(rows.values())
     cores = " or ".join(sorted({machine.split()[0] for machine, _ in machines}))
-    listed = "".join(f"Measured on ({name}) {on}; {software}.\n" for (on, software), name in machines.items())
+    listed = "".join(f"- **{name}**: {on}; {software}.\n" for (on, software), name in machines.items())
     parts = [_HEAD.format(machines=listed, cores=cores)]
     parts.append(_goal(measured))
     parts.append("## Where something else is faster\n\n" + _lost(measured))
