@@ -73,7 +73,7 @@ class Memory:
         return part
 
     def version(self) -> tuple[int, ...]:
-        """A number that changes with every write, by whomever."""
+        """Numbers that change with every write by PyTorch, by whomever; not with those of the native kernel."""
         return self.residual._version, 0 if self.velocity is None else self.velocity._version
 
     def sketch_carried(self, sketch: CountSketch) -> None:

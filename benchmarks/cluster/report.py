@@ -84,10 +84,12 @@ def _table(cells: Iterable[Cell], rows: dict[Cell, Row]) -> str:
     columns = ["hosts", "model", "method", "step", "compute", "exchange", "wire", "limit", "exchange / limit"]
     columns += ["kB a rank", "counted", "processor", "load", "on", "faster", "runs"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * 3 + "---:|" * (len(columns) - 3)]
-    return "\n".join([*lines, *(_line(cell, rows) for cell in cells if "error" not in rows[cell])]) + "\n"
+    machines = _machines(rows.values())
+    lines += [_line(cell, rows, machines[_machine(rows[cell])]) for cell in cells if "error" not in rows[cell]]
+    return "\n".join(lines) + "\n"
 
 
-def _line(cell: Cell, rows: dict[Cell, Row]) -> str:
+def _line(cell: Cell, rows: dict[Cell, Row], machine: str) -> str:
     row = rows[cell]
     values = [
         str(cell.hosts),
@@ -100,7 +102,7 @@ def _line(cell: Cell, rows: dict[Cell, Row]) -> str:
         f"{row['counter_bytes_per_rank'] / row['bytes_per_rank']:.3f}",
         _seconds(row["seconds_processor"]),
         f"{row['load']:.1f}",
-        _machines(rows.values())[_machine(row)],
+        machine,
         _faster(cell, rows),
         str(row["runs"]),
     ]

@@ -212,6 +212,7 @@ class SketchExchange(Exchange):
         if not all(bucket.read() for bucket in self._buckets):
             for bucket in self._buckets:
                 bucket.put_back(advanced=all_applied)
+            self._carried = ()
             raise RankMismatchError(self._mismatch())
         if not all_applied:
             self._advance()

@@ -33,7 +33,7 @@ struct Kernel {
 
 #define SKETCH_KERNEL(name, lanes, ...)                                                                         \
     namespace name {                                                                                            \
-    __VA_ARGS__ void add_by_chunk(Add& add, Worker& worker) { add.by_chunk<lanes>(worker.draws, Nothing{}); }   \
+    __VA_ARGS__ void add_by_chunk(Add& add, Worker& worker) { add.by_chunk<lanes>(worker.draws); }              \
     __VA_ARGS__ void add_by_tile(Add& add, Worker& worker) {                                                    \
         add.by_tile<lanes>(worker.draws, worker.number, Nothing{});                                             \
     }                                                                                                           \

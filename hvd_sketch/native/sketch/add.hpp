@@ -126,7 +126,7 @@ struct Rows {
     }
 };
 
-// What a chunk, coordinates begin … end - 1, wants done before it is added; `ahead` begins the chunk after it.
+// What is done with a chunk, coordinates begin … end - 1, before it is added; `ahead` begins the chunk after it.
 struct Nothing {
     INLINE void operator()(int64_t begin, int64_t end, int64_t ahead) const {}
 };
@@ -204,11 +204,11 @@ struct Add {
     }
 
     // At most a block: the chunks as they come, each into another tile.
-    template <int N, class Before>
-    INLINE void by_chunk(Draws& draws, const Before& before) const {
+    template <int N>
+    INLINE void by_chunk(Draws& draws) const {
         const int64_t last = (stop() - 1) / layout.width;
         for (int64_t m = start() / layout.width; m <= last; m++)
-            chunk<N>(draws, layout.tile_of(m), m, m + 1, before);
+            chunk<N>(draws, layout.tile_of(m), m, m + 1, Nothing{});
     }
 
     // A tile stays in the first-level cache while everything that falls into it is added, block after block.

@@ -16,7 +16,7 @@ struct Advance {
     int64_t width;          // of a chunk
     const int64_t* starts;  // of each chunk: the first index in it
 
-    // Chunks are asked for one after the other; the last one's end is `count`.
+    // Finds the starts of so many chunks, in memory for as many.
     void find(int64_t chunks, int64_t* to) {
         int64_t at = 0;
         for (int64_t chunk = 0; chunk < chunks; chunk++) {
