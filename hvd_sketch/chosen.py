@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -41,10 +40,8 @@ class Chosen:
         ``pieces`` are contiguous float32 tensors of any shape by the coordinate of their first element; with
         ``clear`` all other entries become zero.
         """
-        places = [number for start, piece in pieces.items() for number in (piece.data_ptr(), start, piece.numel())]
         native.library().sparse_keep(
-            (ctypes.c_int64 * len(places))(*places),
-            len(pieces),
+            *native.pieces(pieces),
             self.indices.data_ptr(),
             self.indices.numel(),
             self.teeth.start or 0,

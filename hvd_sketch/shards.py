@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,30 +27,37 @@ class Rows:
         if not isinstance(values, Tensor):
             values = vector.new_full(self.rows.shape, values)
         if native.serves(vector):
-            _scatter("sparse_put", vector, self.shards, self.first, 1, self.rows, values)
+            self.put_in_pieces({0: vector}, values, clear=False)
             return
         owners = torch.arange(self.first, self.first + len(self.rows), device=self.rows.device).unsqueeze(1)
         vector.index_copy_(0, (self.rows * self.shards + owners).flatten(), values.flatten())
+
+    def put_in_pieces(self, pieces: Mapping[int, Tensor], values: Tensor, *, clear: bool) -> None:
+        """Set these entries of a vector of which only pieces are there, where `native.serves`.
+
+        ``pieces`` are contiguous float32 tensors of any shape by the coordinate of their first element, ascending;
+        with ``clear`` all other entries become zero.
+        """
+        values = values.contiguous()
+        native.library().sparse_put(
+            *native.pieces(pieces),
+            self.shards,
+            self.first,
+            1,
+            *self.rows.shape,
+            self.rows.data_ptr(),
+            values.data_ptr(),
+            clear,
+        )
 
 
 def add(vector: Tensor, shards: int, shard: int, rows: Tensor, values: Tensor) -> None:
     """Add lists of values to rows of one shard, one list after the other; both ``(lists, count)``, rows ascending."""
     if native.serves(vector):
-        _scatter("sparse_add", vector, shards, shard, 0, rows, values)
+        values = values.contiguous()
+        native.library().sparse_add(
+            *native.pieces({0: vector}), shards, shard, 0, *rows.shape, rows.data_ptr(), values.data_ptr()
+        )
         return
     for chosen, added in zip(rows, values, strict=True):
         vector[shard::shards].index_add_(0, chosen, added)
-
-
-def _scatter(name: str, vector: Tensor, shards: int, first: int, step: int, rows: Tensor, values: Tensor) -> None:
-    values = values.contiguous()
-    getattr(native.library(), name)(
-        vector.data_ptr(),
-        vector.numel(),
-        shards,
-        first,
-        step,
-        *rows.shape,
-        rows.data_ptr(),
-        values.data_ptr(),
-    )

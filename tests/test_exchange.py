@@ -597,10 +597,11 @@ def test_tensors_of_any_kind_get_the_update(compressor: Compressor, factor: floa
     run_in_process(2, body)
 
 
-def test_a_sketched_update_that_nobody_asks_for_as_a_whole_takes_no_memory() -> None:
-    exchange = make(IN_TURN, SingleProcess())
+@pytest.mark.parametrize("method", ["sketch", "sharded"])
+def test_an_update_that_nobody_asks_for_as_a_whole_takes_no_memory(method: str) -> None:
+    exchange = make(getattr(Compression, method)(ratio=8, warmup_steps=0, buckets=2), SingleProcess())
     for gradient in heavy_tailed(3, TOTAL):
         submit(exchange, gradient)
         exchange.run()
         exchange.write_update({at: torch.empty(slot.shape) for at, slot in enumerate(exchange.layout.slots)})
-    assert exchange._update is None
+    assert exchange._update._whole is None

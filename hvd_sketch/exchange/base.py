@@ -16,6 +16,7 @@ from hvd_sketch.comm.base import Communicator, Pending
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.agreement import agree
 from hvd_sketch.exchange.staging import Staging
+from hvd_sketch.exchange.update import Update
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Memory, Momentum
 from hvd_sketch.scope import next_scope
@@ -74,7 +75,7 @@ class Exchange(ABC):
         self.describe_values: Callable[[], str] = str
         self._staging = Staging(layout, device)
         self.gradient = self._staging.vector
-        self._update: Tensor | None = None
+        self._update = Update(layout, device)
         self.memory = Memory(layout.total, device, momentum)
         self._settings, self._clip_norm, self._momentum = settings, clip_norm, momentum
         self._scope: str | None = None
@@ -108,6 +109,7 @@ class Exchange(ABC):
                 then holds the step's gradient too, unsent.
             ConfigurationError: alike on all ranks, when any of them called `fail_together`.
         """
+        self._update.hold()
         with self._counted():
             self._staging.close()
             if self._agreed_size != self.comm.size:
@@ -144,17 +146,11 @@ class Exchange(ABC):
     @property
     def update(self) -> Tensor:
         """The update of the last `run`, in the layout's order; valid until the next one."""
-        if self._update is None:
-            self._update = torch.zeros_like(self.gradient)
-        return self._update
+        return self._update.whole()
 
     def write_update(self, tensors: Mapping[int, Tensor], factor: float = 1.0) -> None:
         """Write the update, times a factor, to tensors of any dtype and strides, by the position of their slot."""
-        updates = [self.update_of(position) for position in tensors]
-        if factor != 1.0:
-            updates = [update * factor for update in updates]
-        if updates:
-            torch._foreach_copy_(list(tensors.values()), updates)
+        self._update.write(tensors, factor)
 
     def update_of(self, position: int) -> Tensor:
         """The update of one slot in its shape: a view, valid until the next `run`."""
@@ -218,7 +214,7 @@ class Exchange(ABC):
 
     @abstractmethod
     def _send_selected(self, clip: float, finite: bool) -> bool:
-        """Fill `update` and advance the memory; False, and nothing changed, when `_sum` says so."""
+        """Make the update and advance the memory; False, and nothing changed, when `_sum` says so."""
 
     def _is_dense_step(self) -> bool:
         return False

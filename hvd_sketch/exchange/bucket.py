@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 
 import torch
@@ -13,6 +12,7 @@ from hvd_sketch import wire
 from hvd_sketch.chosen import Chosen
 from hvd_sketch.exchange.comb import comb
 from hvd_sketch.exchange.plan import SketchPlan
+from hvd_sketch.exchange.update import Part
 from hvd_sketch.memory import Memory
 from hvd_sketch.sketch import CountSketch
 
@@ -32,7 +32,7 @@ class SketchBucket:
     """Views of a part of gradient and memory, ``compressed`` coordinates and then dense ones, and the update of it.
 
     In every step, in this order: `pack`, whose message is summed over the ranks, `open`, `choose`, whose
-    message is summed as well, `read`, `apply`; and `advance` before or after `read`. Sends nothing
+    message is summed as well, `read`, `update`; and `advance` before or after `read`. Sends nothing
     by itself; `open` and `read` are where the host waits for the device. In half precision cells and
     values carry a power-of-two scale that follows from the last sum, so all ranks know it (the first
     is in float32); what rounding cut off stays in the memory.
@@ -57,7 +57,6 @@ class SketchBucket:
         teeth = -(-compressed // plan.stride) if plan.stride else 0
         self._second = torch.zeros(_VALUES + plan.candidates + teeth, dtype=dtype, device=device)
         self._dense_update = torch.zeros(dense, dtype=torch.float32, device=device)
-        self._written: Chosen | None = None
         self.energy = self.norm = 0.0
         """Of what the last step sent, squared, and of the memory's sum by the sketch's estimate."""
 
@@ -123,7 +122,7 @@ class SketchBucket:
         return bool(agreed_by_all)
 
     def put_back(self, *, advanced: bool) -> None:
-        """Instead of `apply`, when ranks have seen different sums: the memory gets the whole step, unsent."""
+        """Instead of `update`, when ranks have seen different sums: the memory gets the whole step, unsent."""
         self._scales.cell = self._scales.dense = None
         if not advanced:
             self._memory.absorb(self._gradient, self._clip)
@@ -131,33 +130,13 @@ class SketchBucket:
         self._memory.keep(self._dense, self._dense_computed, mask=False)
         self._memory.keep(self._chosen, self._computed, mask=False)
 
-    def apply(self, divisor: float) -> None:
-        """Make the update of what was read."""
-        self._sums.mul_(1.0 / divisor)
-        self._dense_update.mul_(1.0 / divisor)
-
-    def write(self, update: Tensor) -> None:
-        """Write the update; of the compressed part, only what was written last is other than zero."""
-        if self._written is None:
-            update[: self._compressed].zero_()
-        else:
-            self._written.put(update, 0.0)
-        self._chosen.put(update, self._sums)
-        update[self._dense] = self._dense_update
-        self._written = self._chosen
-
-    def write_in_pieces(self, pieces: Mapping[int, Tensor], factor: float) -> None:
-        """Write the update, times a factor, to contiguous tensors by the coordinate of their first element."""
-        compressed = {start: piece for start, piece in pieces.items() if start < self._compressed}
-        self._chosen.put_in_pieces(compressed, self._sums * factor, clear=True)
-        for start, piece in pieces.items():
-            if start >= self._compressed:
-                part = self._dense_update[start - self._compressed :][: piece.numel()]
-                torch.mul(part.view(piece.shape), factor, out=piece)
-
-    def forget_written(self) -> None:
-        """Somebody else wrote the update."""
-        self._written = None
+    def update(self, where: slice, divisor: float) -> tuple[Part, Part]:
+        """The update of coordinates ``where``, of which this is the bucket: what was read, over a divisor."""
+        edge = where.start + self._compressed
+        return (
+            Part(slice(where.start, edge), self._sums.mul_(1.0 / divisor), self._chosen),
+            Part(slice(edge, where.stop), self._dense_update.mul_(1.0 / divisor)),
+        )
 
     def _drop_lightest(self) -> None:
         """Of more candidates than k, keep those of the largest sums."""

@@ -12,6 +12,7 @@ from hvd_sketch.comm.base import Pending
 from hvd_sketch.exchange.plan import shard_codes
 from hvd_sketch.exchange.select import heaviest_of_shards
 from hvd_sketch.exchange.sparse import SparseExchange
+from hvd_sketch.exchange.update import Part
 from hvd_sketch.shards import Rows, add
 
 
@@ -46,33 +47,30 @@ class ShardedExchange(SparseExchange):
         """This rank's shard."""
         return slice(self.comm.rank, self.layout.compressed, self.comm.size)
 
-    def _send_pairs(self, count: int) -> None:
+    def _send_pairs(self, count: int) -> list[Part]:
         parts = shard_codes(self.layout.compressed, self.comm.size, count, self._buckets)
-        with self.stats.phase("select"):
-            whole = torch.linalg.vector_norm(self.memory.residual[: self.layout.compressed])
-        ups, sizes = zip(*(self._start_up(number, *part) for number, part in enumerate(parts)), strict=True)
-        self.stats.note_captured(torch.stack(sizes), whole)
+        ups, norms = zip(*(self._start_up(number, *part) for number, part in enumerate(parts)), strict=True)
+        self.stats.note_captured(*torch.stack(norms).unbind(1))
         downs = [self._start_down(number, up, *part) for number, (up, part) in enumerate(zip(ups, parts, strict=True))]
-        with self.stats.phase("memory"):
-            self.update[: self.layout.compressed].zero_()
-        for down, part in zip(downs, parts, strict=True):
-            self._write_update(down, *part)
+        return [self._read(down, *part) for down, part in zip(downs, parts, strict=True)]
 
     def _start_up(self, number: int, where: slice, codec: SparseCodec) -> tuple[Pending, Tensor]:
-        """Choose of every shard's part, keep the rest, and send the owners what is theirs; the norm of the choice."""
+        """Choose of every shard's part, send the owners theirs, and keep the rest; norms of choice and part."""
         size, rank, memory = self.comm.size, self.comm.rank, self.memory.part(where)
         with self.stats.phase("select"):
             rows, values = heaviest_of_shards(memory.residual, size, codec.count)
-            norm = torch.linalg.vector_norm(values)
             code, decoded = codec.encode(rows, values)
+        with self.stats.phase("exchange"):
+            pending = self.comm.start_alltoall(code, self._name(f"up{number}"))
+        with self.stats.phase("memory"):
+            norms = torch.stack([torch.linalg.vector_norm(values), torch.linalg.vector_norm(memory.residual)])
             left = values.sub_(decoded)
             for first, others in ((0, slice(rank)), (rank + 1, slice(rank + 1, None))):
                 memory.keep(Rows(size, first, rows[others]), left[others], mask=True)
-        with self.stats.phase("exchange"):
-            return self.comm.start_alltoall(code, self._name(f"up{number}")), norm
+        return pending, norms
 
     def _start_down(self, number: int, up: Pending, where: slice, codec: SparseCodec) -> Pending:
-        """Sum what came for a part of this rank's shard, choose again, keep the rest, and tell everybody."""
+        """Sum what came for a part of this rank's shard, choose again, tell everybody, and keep the rest."""
         size, rank, memory = self.comm.size, self.comm.rank, self.memory.part(where)
         with self.stats.phase("exchange"):
             received = up.wait()
@@ -82,13 +80,16 @@ class ShardedExchange(SparseExchange):
                 add(memory.residual, size, rank, rows[others], values[others])
             rows, values = heaviest_of_shards(memory.residual[rank::size], 1, codec.count)
             code, decoded = codec.encode(rows, values)
-            memory.keep(Rows(size, rank, rows), values.sub_(decoded), mask=True)
         with self.stats.phase("exchange"):
-            return self.comm.start_allgather(code[0], self._name(f"down{number}"))
+            pending = self.comm.start_allgather(code[0], self._name(f"down{number}"))
+        with self.stats.phase("memory"):
+            memory.keep(Rows(size, rank, rows), values.sub_(decoded), mask=True)
+        return pending
 
-    def _write_update(self, down: Pending, where: slice, codec: SparseCodec) -> None:
+    def _read(self, down: Pending, where: slice, codec: SparseCodec) -> Part:
+        """The update of a part."""
         with self.stats.phase("exchange"):
             gathered = down.wait()
         with self.stats.phase("memory"):
             rows, values = codec.decode(gathered)
-            Rows(self.comm.size, 0, rows).put(self.update[where], values.mul_(1.0 / self._mean_divisor()))
+            return Part(where, values.mul_(1.0 / self._mean_divisor()), Rows(self.comm.size, 0, rows))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from hvd_sketch import native, wire
+from hvd_sketch import wire
 from hvd_sketch.comm.base import Communicator, Pending
 from hvd_sketch.errors import RankMismatchError
 from hvd_sketch.exchange.base import Exchange
@@ -78,7 +78,6 @@ class SketchExchange(Exchange):
         self._positions = [layout.positions(where) for where in layout.buckets]
         self._firsts: list[Pending] = []  # round 1 of so many buckets has started
         self._carried: tuple[int, ...] = ()
-        self._unwritten = False  # the update is in the buckets alone
         self._prepare()
 
     def submit(
@@ -93,23 +92,7 @@ class SketchExchange(Exchange):
         if len(self._norms) > 1 and self._agreed_size == self.comm.size and self._plan is not None:
             self._start_complete()
 
-    @property
-    def update(self) -> Tensor:
-        """The update of the last `run`, in the layout's order; valid until the next one."""
-        self._write_out()
-        return super().update
-
-    def write_update(self, tensors: Mapping[int, Tensor], factor: float = 1.0) -> None:
-        """As of every exchange; directly to those tensors that the native kernel serves, without the whole update."""
-        direct = {at: tensor for at, tensor in tensors.items() if self._unwritten and native.serves_floats(tensor)}
-        if direct:
-            for where, positions, bucket in zip(self.layout.buckets, self._positions, self._buckets, strict=True):
-                slots = {at: self.layout.slots[at] for at in range(positions.start, positions.stop) if at in direct}
-                bucket.write_in_pieces({slot.offset - where.start: direct[at] for at, slot in slots.items()}, factor)
-        super().write_update({at: tensor for at, tensor in tensors.items() if at not in direct}, factor)
-
     def run(self) -> None:
-        self._unwritten = False
         try:
             super().run()
         finally:
@@ -136,7 +119,6 @@ class SketchExchange(Exchange):
         """Sizes, table and messages for the coming step."""
         plan = self._planner(self.layout, self.step)
         if plan is not None and plan != self._plan:
-            self._write_out()
             wheres, sizes = self.layout.buckets, self.layout.sizes
             self._carried = ()
             self._buckets = [
@@ -147,10 +129,6 @@ class SketchExchange(Exchange):
 
     def _is_dense_step(self) -> bool:
         return self._plan is None
-
-    def _send_everything(self, clip: float, finite: bool, dtype: torch.dtype = torch.float32) -> bool:
-        self._forget_written()
-        return super()._send_everything(clip, finite, dtype)
 
     def _send_selected(self, clip: float, finite: bool) -> bool:
         while len(self._firsts) < len(self._buckets):
@@ -163,7 +141,6 @@ class SketchExchange(Exchange):
         if header.void:
             _wait(seconds)
         if not self._heed(header):
-            self._forget_written()
             return False
         self._finish(seconds)
         return True
@@ -217,9 +194,9 @@ class SketchExchange(Exchange):
         if not all_applied:
             self._advance()
         with self.stats.phase("memory"):
-            for bucket in self._buckets:
-                bucket.apply(self._mean_divisor())
-            self._unwritten = True
+            divisor, wheres = self._mean_divisor(), self.layout.buckets
+            parts = [bucket.update(where, divisor) for bucket, where in zip(self._buckets, wheres, strict=True)]
+            self._update.hold(*chain(*parts))
             whole = sum(bucket.norm**2 for bucket in self._buckets)
             sent = sum(bucket.energy for bucket in self._buckets)
             self.stats.captured_energy = min(1.0, sent / whole) if whole > 0 else 1.0
@@ -240,17 +217,6 @@ class SketchExchange(Exchange):
 
     def _draws_of(self, step: int) -> int:
         return (self._seed << 32) + step
-
-    def _write_out(self) -> None:
-        """Write an update that is in the buckets alone, as that of an exchange's whole vector."""
-        if self._unwritten:
-            self._unwritten = False
-            for where, bucket in zip(self.layout.buckets, self._buckets, strict=True):
-                bucket.write(super().update[where])
-
-    def _forget_written(self) -> None:
-        for bucket in self._buckets:
-            bucket.forget_written()
 
     def _gradient_norm(self) -> float:
         for number in range(len(self._firsts), len(self._norms)):

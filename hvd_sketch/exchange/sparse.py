@@ -6,10 +6,12 @@ from abc import abstractmethod
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from hvd_sketch import wire
 from hvd_sketch.comm.base import Communicator
 from hvd_sketch.exchange.base import Exchange
+from hvd_sketch.exchange.update import Part
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
 
@@ -48,8 +50,8 @@ class SparseExchange(Exchange):
         self._dense = slice(layout.compressed, layout.total)
 
     @abstractmethod
-    def _send_pairs(self, count: int) -> None:
-        """Send ``count`` coordinates of the memory, which has the step's gradient; fill `update` with the means."""
+    def _send_pairs(self, count: int) -> list[Part]:
+        """Send ``count`` coordinates of the memory, which has the step's gradient; the compressed part's update."""
 
     def _is_dense_step(self) -> bool:
         return self._planner(self.layout, self.step, self.comm.size) is None
@@ -57,13 +59,14 @@ class SparseExchange(Exchange):
     def _send_selected(self, clip: float, finite: bool) -> bool:
         count = self._planner(self.layout, self.step, self.comm.size)
         assert count is not None
-        if not self._sum_dense(clip, finite):
+        summed = self._sum_dense(clip, finite)
+        if summed is None:
             return False
-        self._send_pairs(count)
-        self.update[self._dense].mul_(1.0 / self._mean_divisor())
+        self._update.hold(*self._send_pairs(count), Part(self._dense, summed.mul_(1.0 / self._mean_divisor())))
         return True
 
-    def _sum_dense(self, clip: float, finite: bool) -> bool:
+    def _sum_dense(self, clip: float, finite: bool) -> Tensor | None:
+        """Sum the dense part, and take the gradient into the memory; None, and nothing done, when `_sum` says so."""
         ranks, scale = self.comm.size, self._dense_scale or 1.0
         dtype = self._dtype if self._dense_scale else torch.float32
         message = torch.empty(wire.HEADER + self.layout.dense, dtype=dtype, device=self.gradient.device)
@@ -71,14 +74,14 @@ class SparseExchange(Exchange):
         wire.pack(lanes, computed.clone(), scale, ranks)
         left = computed - wire.unpack(lanes, scale, torch.empty_like(computed))
         if not self._sum(message, finite, "dense"):
-            return False
+            return None
         self.memory.absorb(self.gradient, clip)
         self.memory.keep(self._dense, left, mask=False)
-        update = wire.unpack(lanes, scale, self.update[self._dense])
+        summed = wire.unpack(lanes, scale, computed)
         if self._all_present:
-            largest = float(torch.linalg.vector_norm(update, ord=torch.inf)) / ranks if update.numel() else 0.0
+            largest = float(torch.linalg.vector_norm(summed, ord=torch.inf)) / ranks if summed.numel() else 0.0
             self._dense_scale = wire.shared_scale(largest, ranks, self._dtype) if largest > 0.0 else None
-        return True
+        return summed
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)

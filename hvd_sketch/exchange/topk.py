@@ -11,6 +11,7 @@ from hvd_sketch.comm.base import Communicator
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.select import heaviest
 from hvd_sketch.exchange.sparse import SparseExchange
+from hvd_sketch.exchange.update import Part
 from hvd_sketch.layout import Layout
 from hvd_sketch.shards import add
 
@@ -29,26 +30,26 @@ class TopKExchange(SparseExchange):
                 f"topk: indices are 32-bit, the model has {layout.compressed} compressed coordinates; use sketch"
             )
         super().__init__(layout, comm, *arguments, **settings)
+        self._means = torch.zeros(layout.compressed, dtype=torch.float32, device=self.gradient.device)
 
-    def _send_pairs(self, count: int) -> None:
+    def _send_pairs(self, count: int) -> list[Part]:
         with self.stats.phase("select"):
             residual = self.memory.residual[: self.layout.compressed]
             chosen = self._choose(residual, count)
             values = residual.index_select(0, chosen)
             pairs = torch.cat([chosen.to(torch.int32), values.view(torch.int32)])
-            self.stats.note_captured(values, residual)
         with self.stats.phase("exchange"):
-            gathered = self.comm.allgather(pairs, self._name("pairs"))
+            pending = self.comm.start_allgather(pairs, self._name("pairs"))
         with self.stats.phase("memory"):
+            self.stats.note_captured(values, residual)
             self.memory.keep(chosen, 0.0, mask=True)
-            self._write_update(gathered)
+        with self.stats.phase("exchange"):
+            gathered = pending.wait()
+        with self.stats.phase("memory"):
+            indices, values = gathered.view(self.comm.size, 2, -1).unbind(1)
+            add(self._means.zero_(), 1, 0, indices.to(torch.int64), values.contiguous().view(torch.float32))
+            return [Part(slice(0, self.layout.compressed), self._means.mul_(1.0 / self._mean_divisor()))]
 
     def _choose(self, residual: Tensor, count: int) -> Tensor:
         """Which ``count`` coordinates of the memory's compressed part to send."""
         return heaviest(residual, count)
-
-    def _write_update(self, gathered: Tensor) -> None:
-        indices, values = gathered.view(self.comm.size, 2, -1).unbind(1)
-        update = self.update[: self.layout.compressed].zero_()
-        add(update, 1, 0, indices.to(torch.int64), values.contiguous().view(torch.float32))
-        update.mul_(1.0 / self._mean_divisor())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+from collections.abc import Mapping
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from torch import Tensor
 
 _int64, _pointer = ctypes.c_int64, ctypes.c_void_p
 _SKETCH = [_int64, _int64, ctypes.c_uint64, _pointer]
-_SCATTER = [_pointer, *[_int64] * 6, _pointer, _pointer]
+_PIECES = [_pointer, _int64]
+_SCATTER = [*_PIECES, *[_int64] * 5, _pointer, _pointer]
 _SIGNATURES = {
     "sketch_add": [*_SKETCH, _pointer, _int64, ctypes.c_float, _int64],
     "sketch_advance": [*_SKETCH, _int64, *[_pointer] * 2, ctypes.c_float, _pointer, *[_int64] * 3, _pointer, _int64],
@@ -26,8 +28,8 @@ _SIGNATURES = {
     "sparse_heaviest": [_pointer, *[_int64] * 4, _pointer, _pointer, _int64],
     "sparse_encode": [*[_int64] * 3, *[_pointer] * 4, _int64],
     "sparse_decode": [*[_int64] * 3, *[_pointer] * 3, _int64],
-    "sparse_keep": [_pointer, _int64, _pointer, *[_int64] * 3, _pointer, _int64],
-    "sparse_put": _SCATTER,
+    "sparse_keep": [*_PIECES, _pointer, *[_int64] * 3, _pointer, _int64],
+    "sparse_put": [*_SCATTER, _int64],
     "sparse_add": _SCATTER,
     "stage_gradient": [_pointer, _pointer, _int64, ctypes.c_float, _int64, _int64],
 }
@@ -75,3 +77,9 @@ def serves(tensor: Tensor) -> bool:
 def serves_floats(tensor: Tensor) -> bool:
     """Whether it can work on this tensor as one run of float32."""
     return tensor.dtype == torch.float32 and tensor.is_contiguous() and serves(tensor)
+
+
+def pieces(tensors: Mapping[int, Tensor]) -> tuple[ctypes.Array[ctypes.c_int64], int]:
+    """Stretches of a vector for the kernel: contiguous float32 tensors by the coordinate of their first element."""
+    numbers = [number for start, piece in tensors.items() for number in (piece.data_ptr(), start, piece.numel())]
+    return (_int64 * len(numbers))(*numbers), len(tensors)

@@ -7,7 +7,6 @@
 #include "share.hpp"
 #include "sparse/code.hpp"
 #include "sparse/heaviest.hpp"
-#include "stream.hpp"
 
 namespace {
 
@@ -17,12 +16,6 @@ using namespace sparse;
 thread_local Buffer<uint8_t> nibbles;
 thread_local Buffer<int64_t> chosen;
 thread_local Finder finder;
-
-// Entries start … start + count - 1 of a vector.
-struct Piece {
-    float* data;
-    int64_t start, count;
-};
 
 }  // namespace
 
@@ -55,28 +48,27 @@ int sparse_decode(int64_t universe, int64_t count, int64_t vectors, const uint8_
     return good;
 }
 
-void sparse_keep(const Piece* pieces, int64_t number, const int64_t* index, int64_t count, int64_t offset,
+void sparse_keep(const sketch::Piece* pieces, int64_t number, const int64_t* index, int64_t count, int64_t offset,
                  int64_t stride, const float* values, int64_t clear) {
     const sketch::Kept kept = {index, count, offset, stride, values};
-    int64_t whole = 0;
-    for (const Piece* piece = pieces; piece < pieces + number; piece++) whole += piece->count;
-    for (const Piece* piece = pieces; piece < pieces + number; piece++) {
+    const int64_t whole = sketch::whole(pieces, number);
+    for (const sketch::Piece* piece = pieces; piece < pieces + number; piece++) {
         if (clear) sketch::clear(piece->data, piece->count, whole);
         const int64_t first = std::lower_bound(index, index + count, piece->start) - index;
         kept.put(piece->data, piece->start, piece->start + piece->count, first);
     }
 }
 
-void sparse_put(float* vector, int64_t size, int64_t shards, int64_t first_shard, int64_t step, int64_t lists,
-                int64_t count, const int64_t* rows, const float* values) {
+void sparse_put(const sketch::Piece* pieces, int64_t number, int64_t shards, int64_t first_shard, int64_t step,
+                int64_t lists, int64_t count, const int64_t* rows, const float* values, int64_t clears) {
     const auto put = [](float& entry, float value) { entry = value; };
-    scatter({size, shards}, vector, first_shard, step, lists, count, rows, values, chosen, put);
+    scatter(shards, pieces, number, clears, first_shard, step, lists, count, rows, values, chosen, put);
 }
 
-void sparse_add(float* vector, int64_t size, int64_t shards, int64_t first_shard, int64_t step, int64_t lists,
-                int64_t count, const int64_t* rows, const float* values) {
+void sparse_add(const sketch::Piece* pieces, int64_t number, int64_t shards, int64_t first_shard, int64_t step,
+                int64_t lists, int64_t count, const int64_t* rows, const float* values) {
     const auto add = [](float& entry, float value) { entry += value; };
-    scatter({size, shards}, vector, first_shard, step, lists, count, rows, values, chosen, add);
+    scatter(shards, pieces, number, false, first_shard, step, lists, count, rows, values, chosen, add);
 }
 
 }  // extern "C"

@@ -1,6 +1,7 @@
 // Sieving: which coordinates are worth an estimate.
 #pragma once
 
+#include "../flags.hpp"
 #include "layout.hpp"
 
 namespace sketch {
@@ -88,7 +89,7 @@ private:
         uint8_t* const byte = reinterpret_cast<uint8_t*>(packed + 1);
         for (int i = 0; i < width; i++) flag[i] = magnitude(row[i]) >= threshold;
         for (int i = int(width); i < words_ * 64; i++) flag[i] = 0;
-        for (int i = 0; i < words_ * 8; i++) byte[i] = uint8_t(flags[i] * 0x0102040810204080u >> 56);
+        pack_flags(flags, byte, words_ * 8);
         for (int i = 0; i < words_; i++) bits[i] = packed[i + 1];
         uint64_t* const second = bits + width / 64;
         const int shift = int(width % 64);

@@ -5,7 +5,7 @@
 #include <functional>
 
 #include "../histogram.hpp"
-#include "shards.hpp"
+#include "sweep.hpp"
 
 namespace sparse {
 
@@ -37,6 +37,7 @@ struct Finder {
     Buffer<uint32_t> sample;
     Buffer<uint64_t> edge;
     Histogram histogram;
+    Sweep sweep;
 };
 
 // A sample gives a threshold that a few more entries than wanted exceed; those alone are ranked. Should they be too few,
@@ -71,7 +72,7 @@ struct Heaviest {
     }
 
 private:
-    static constexpr int64_t kSample = 1 << 14;
+    static constexpr int64_t kSample = 1 << 14, kSweepsAtOnce = 16;
 
     INLINE const float* entry(int64_t shard, int64_t row) const { return vector + (row * all.shards + shard) * stride; }
 
@@ -92,10 +93,39 @@ private:
     int64_t room() const { return 2 * count + all.block() + 1; }
 
     void gather(int64_t shard, int64_t shards, Found* found, Finder& finder) const {
-        all.by_block(shard, 1, shards, [&](int64_t i, int64_t first, int64_t last) {
-            if (found[i].size() > 2 * count) keep_heaviest(found[i], finder);
+        if (stride == 1 && all.shards <= kSweep) {
+            sweep(shard, shards, found, finder);
+            return;
+        }
+        all.by_block(0, all.size, shard, 1, shards, [&](int64_t i, int64_t first, int64_t last) {
+            make_room(found[i], finder);
             collect(shard + i, first, last, found[i]);
         });
+    }
+
+    void sweep(int64_t shard, int64_t shards, Found* found, Finder& finder) const {
+        Sweep& sweep = finder.sweep;
+        sweep.start(all);
+        const int64_t sweeps = all.size < kSweep ? 0 : (all.size - kSweep) / sweep.stride() + 1;
+        const int64_t rows_a_sweep = sweep.stride() / all.shards;
+        for (int64_t i = 0; i < sweeps; i++) {
+            if (i % kSweepsAtOnce == 0) {
+                for (int64_t j = 0; j < shards; j++) make_room(found[j], finder);
+                sweep.bound([&](int64_t at) {
+                    return at < shard || at >= shard + shards ? Sweep::kUnwanted : found[at - shard].floor;
+                });
+            }
+            const int64_t first = i * rows_a_sweep;
+            sweep(vector + i * sweep.stride(), [&](int64_t at, int64_t row, float value) {
+                *found[at - shard].end++ = {value, uint32_t(first + row)};
+            });
+        }
+        for (int64_t j = 0; j < shards; j++)
+            collect(shard + j, sweeps * rows_a_sweep, all.rows(shard + j), found[j]);
+    }
+
+    void make_room(Found& found, Finder& finder) const {
+        if (found.size() > 2 * count) keep_heaviest(found, finder);
     }
 
     INLINE void collect(int64_t shard, int64_t first, int64_t last, Found& found) const {

@@ -1,0 +1,99 @@
+"""The update of a step as it was received, on its way to where it is wanted."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hvd_sketch import native
+from hvd_sketch.layout import Layout
+
+
+class Places(Protocol):
+    """Coordinates of a vector that know how to write to it, and to pieces of it."""
+
+    def put(self, vector: Tensor, values: Tensor | float) -> None: ...
+
+    def put_in_pieces(self, pieces: Mapping[int, Tensor], values: Tensor, *, clear: bool) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Coordinates ``where`` of the update: zeros but for the values at some places, or without places all values."""
+
+    where: slice
+    values: Tensor
+    places: Places | None = None
+
+    def write(self, vector: Tensor) -> None:
+        """Write it to a vector of its size."""
+        if self.places is None:
+            vector.copy_(self.values)
+        else:
+            self.places.put(vector.zero_(), self.values)
+
+    def write_in_pieces(self, pieces: Mapping[int, Tensor], factor: float) -> None:
+        """Write it, times a factor, to stretches of it, by the coordinate of their first element, ascending."""
+        if self.places is not None:
+            self.places.put_in_pieces(pieces, self.values * factor, clear=True)
+            return
+        for start, piece in pieces.items():
+            torch.mul(self.values[start : start + piece.numel()], factor, out=piece)
+
+
+class Update:
+    """The update of all coordinates, in parts; a vector of all of them only when somebody asks for it."""
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self._layout, self._device = layout, device
+        self._offsets = [slot.offset for slot in layout.slots]
+        self._parts: tuple[Part, ...] = ()
+        self._whole: Tensor | None = None
+
+    def hold(self, *parts: Part) -> None:
+        """Take these as the update; together they are all of it. Of none, it is what `whole` has."""
+        self._parts = parts
+
+    def whole(self) -> Tensor:
+        """The update in the layout's order, float32; also to be written to."""
+        if self._whole is None:
+            self._whole = torch.zeros(self._layout.total, dtype=torch.float32, device=self._device)
+        for part in self._parts:
+            part.write(self._whole[part.where])
+        self._parts = ()
+        return self._whole
+
+    def write(self, tensors: Mapping[int, Tensor], factor: float) -> None:
+        """Write it, times a factor, to tensors of any dtype and strides, by the position of their slot.
+
+        Those that the native kernel serves get it from the parts.
+        """
+        direct = {at: tensor for at, tensor in tensors.items() if self._parts and native.serves_floats(tensor)}
+        for part in self._parts if direct else ():
+            part.write_in_pieces(self._pieces(part.where, direct), factor)
+        rest = {at: tensor for at, tensor in tensors.items() if at not in direct}
+        if rest:
+            whole = self.whole()
+            slots = [self._layout.slots[at] for at in rest]
+            updates = [whole[slot.offset : slot.stop].view(slot.shape) for slot in slots]
+            if factor != 1.0:
+                updates = [update * factor for update in updates]
+            torch._foreach_copy_(list(rest.values()), updates)
+
+    def _pieces(self, where: slice, tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """What of the tensors lies in a stretch of the vector, by the place in it where it begins."""
+        found = {}
+        first = bisect_right(self._offsets, where.start) - 1
+        for at in range(first, bisect_left(self._offsets, where.stop, first)):
+            if at not in tensors:
+                continue
+            slot, tensor = self._layout.slots[at], tensors[at]
+            start, stop = max(slot.offset, where.start), min(slot.stop, where.stop)
+            if start < stop:
+                found[start - where.start] = tensor.view(-1)[start - slot.offset : stop - slot.offset]
+        return found
