@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,48 +13,29 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from hvd_sketch import Compression, ConfigurationError, RankMismatchError
+from hvd_sketch import Compression, ConfigurationError
 from hvd_sketch.comm import Communicator, SingleProcess
-from hvd_sketch.comm.base import Pending
 from hvd_sketch.comm.in_process import run_in_process
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.memory import Momentum
 from tests import known_answers
-from tests.simulation import (
-    SHAPES,
-    UNIT_ROUNDOFF,
-    Run,
-    heavy_tailed,
-    lost,
-    make,
-    rounding,
-    simulate,
-    step,
-    submit,
+from tests.kinds import (
+    BUCKETS,
+    COMPRESSED,
+    EVERYTHING,
+    HALF,
+    PLAIN,
+    POWERSGD,
+    SINGLE,
+    SIZES,
+    SPARSE,
+    TOPK,
+    TOTAL,
+    WHOLE,
+    conserved,
 )
-
-TOTAL, COMPRESSED = 5470, 5400
-PLAIN: dict[str, Any] = {"warmup_steps": 0, "clip_norm": None}
-SINGLE = Compression.sketch(ratio=10.0, half=False, **PLAIN)
-HALF = Compression.sketch(ratio=10.0, oversampling=2.0, **PLAIN)
-TOPK = Compression.topk(ratio=10.0, **PLAIN)
-EVERYTHING = Compression.sketch(cols=COMPRESSED, k=COMPRESSED, half=False, **PLAIN)
-SHARDED = Compression.sharded(ratio=10.0, **PLAIN)
-BUCKETS = Compression.sketch(ratio=10.0, buckets=2, **PLAIN)
-IN_TURN = Compression.sketch(ratio=10.0, in_turn=0.75, oversampling=2.0, buckets=2, **PLAIN)
-POWERSGD = Compression.powersgd(rank=1, start_step=2, clip_norm=None)
-KINDS = {"sketch": SINGLE, "half": HALF, "topk": TOPK, "sharded": SHARDED, "powersgd": POWERSGD}
-WHOLE = pytest.mark.parametrize("compressor", KINDS.values(), ids=KINDS)
-BOTH = {**KINDS, "buckets": BUCKETS, "in turn": IN_TURN, "sharded buckets": replace(SHARDED, buckets=3)}
-SPARSE = pytest.mark.parametrize("compressor", BOTH.values(), ids=BOTH)
-SIZES = pytest.mark.parametrize("size", [1, 2, 4])
-
-
-def conserved(runs: list[Run], gradients: Tensor, *, half: bool) -> bool:
-    """Whether what was applied and what is kept add up to what was computed."""
-    missing = lost(gradients, runs[0].updates, [run.residual for run in runs])
-    return bool((missing <= rounding(gradients, half=half)).all())
+from tests.simulation import UNIT_ROUNDOFF, Run, heavy_tailed, make, simulate, step
 
 
 @SPARSE
@@ -379,103 +359,6 @@ def test_a_memory_of_another_rank_size_or_model_is_refused() -> None:
     run_in_process(2, load)
 
 
-def run_or_error(exchange: Exchange) -> str:
-    try:
-        exchange.run()
-    except (ConfigurationError, RankMismatchError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def different_on_rank_1(first: Compressor, second: Compressor, **keywords: Any) -> list[str]:
-    """What a step tells each of three ranks when rank 1 has other settings."""
-
-    def body(comm: Communicator) -> str:
-        exchange = make(second if comm.rank == 1 else first, comm, **keywords)
-        submit(exchange, heavy_tailed(TOTAL))
-        return run_or_error(exchange)
-
-    return run_in_process(3, body)
-
-
-@pytest.mark.parametrize(
-    ("name", "other"),
-    [
-        ("ratio=10.0", Compression.sketch(ratio=12.0, **PLAIN)),
-        ("seed=0", Compression.sketch(ratio=10.0, seed=1, **PLAIN)),
-        ("half=True", Compression.sketch(ratio=10.0, half=False, **PLAIN)),
-        ("clip_norm=None", Compression.sketch(ratio=10.0, warmup_steps=0)),
-        ("Sketch", Compression.topk(ratio=10.0, **PLAIN)),
-        ("exclude=()", Compression.sketch(ratio=10.0, exclude=("*head*",), **PLAIN)),
-        ("momentum=None", Compression.sketch(ratio=10.0, momentum=Momentum(0.9), **PLAIN)),
-    ],
-)
-def test_settings_that_differ_are_told_on_all_ranks(name: str, other: Compressor) -> None:
-    """The fifteen, item 15: fail early, loudly, and alike on all ranks."""
-    messages = different_on_rank_1(Compression.sketch(ratio=10.0, **PLAIN), other)
-    assert len(set(messages)) == 1
-    for part in (
-        "RankMismatchError",
-        "settings: rank 0 has",
-        name,
-        "rank 1 has",
-        "the same model, compression settings",
-    ):
-        assert part in messages[0]
-    assert "rank 2" not in messages[0]
-
-
-@pytest.mark.parametrize("keywords", [{"average": True}, {"momentum": Momentum(0.9)}])
-def test_op_and_momentum_correction_that_differ_are_told(keywords: dict[str, Any]) -> None:
-    def body(comm: Communicator) -> str:
-        exchange = make(HALF, comm, **(keywords if comm.rank == 1 else {"average": False}))
-        submit(exchange, heavy_tailed(TOTAL))
-        return run_or_error(exchange)
-
-    messages = run_in_process(2, body)
-    assert len(set(messages)) == 1
-    assert "RankMismatchError" in messages[0]
-
-
-def test_parameters_that_differ_are_told_on_all_ranks() -> None:
-    def body(comm: Communicator) -> str:
-        renamed = {name.replace("b.", "c."): shape for name, shape in SHAPES.items()} if comm.rank == 2 else SHAPES
-        exchange = make(HALF, comm, renamed)
-        submit(exchange, heavy_tailed(TOTAL))
-        return run_or_error(exchange)
-
-    messages = run_in_process(3, body)
-    assert len(set(messages)) == 1
-    for part in ("parameters: rank 0 has", "b.weight[30x100]", "rank 2 has", "c.weight[30x100]"):
-        assert part in messages[0]
-
-
-@SPARSE
-def test_a_problem_on_one_rank_is_told_on_all_and_the_step_can_be_repeated(compressor: Compressor) -> None:
-    gradients = heavy_tailed(2, 6, TOTAL)
-    expected = simulate(compressor, gradients)
-
-    def body(comm: Communicator) -> tuple[str, Tensor]:
-        exchange = make(compressor, comm)
-        updates, message = [], ""
-        for number, gradient in enumerate(gradients[comm.rank]):
-            if number == 3:
-                if comm.rank == 1:
-                    exchange.fail_together("parameter 'a.weight' is odd; make it even")
-                before = exchange.memory.residual.clone()
-                submit(exchange, heavy_tailed(TOTAL, seed=9) * 50)
-                message = run_or_error(exchange)
-                assert torch.equal(exchange.memory.residual, before)
-            updates.append(step(exchange, gradient))
-        return message, torch.stack(updates)
-
-    results = run_in_process(2, body)
-    for message, updates in results:
-        assert message.startswith("ConfigurationError")
-        assert "rank 1: parameter 'a.weight' is odd" in message
-        assert torch.equal(updates, expected[0].updates)
-
-
 @SPARSE
 def test_every_default_dtype_will_do(compressor: Compressor) -> None:
     gradients = heavy_tailed(2, 4, TOTAL)
@@ -522,86 +405,3 @@ def test_a_sketched_step_waits_for_the_device_once_before_and_once_after_every_r
     with HostReads() as host:
         exchange.run()
     assert len(host.calls) == 3 * len(exchange.layout.buckets), host.calls
-
-
-@pytest.mark.parametrize(
-    ("compressor", "lie"),
-    [
-        (SINGLE, lambda sums: sums.flip(0)),
-        (HALF, lambda sums: sums.flip(0)),
-        (BUCKETS, lambda sums: sums.flip(0)),
-        (HALF, lambda sums: sums / 8),  # the same choice, but another scale
-    ],
-    ids=["single", "oversampled", "buckets", "scale"],
-)
-def test_ranks_that_choose_differently_are_told_and_keep_the_step_unsent(
-    compressor: Compressor, lie: Callable[[Tensor], Tensor]
-) -> None:
-    """A backend whose sums differ between ranks, in step 3 only."""
-    gradients = heavy_tailed(2, 8, TOTAL)
-
-    def body(comm: Communicator) -> tuple[Tensor, Exchange]:
-        exchange, honest, updates = make(compressor, comm), comm._start_allreduce, []
-
-        def dishonest(tensor: Tensor, name: str) -> Pending:
-            pending = honest(tensor, name)
-            if exchange.step == 3 and comm.rank == 1 and "table" in name:
-                tensor[10:] = lie(tensor[10:])
-            return pending
-
-        comm._start_allreduce = dishonest  # type: ignore[method-assign]
-        for number, gradient in enumerate(gradients[comm.rank]):
-            if number == 3:
-                with pytest.raises(RankMismatchError, match="in step 3 the ranks selected different coordinates"):
-                    step(exchange, gradient)
-                exchange.step += 1
-                updates.append(torch.zeros(TOTAL))
-            else:
-                updates.append(step(exchange, gradient))
-        return torch.stack(updates), exchange
-
-    runs = [Run(updates, exchange) for updates, exchange in run_in_process(2, body)]
-    assert torch.equal(runs[0].updates, runs[1].updates)
-    assert conserved(runs, gradients, half=getattr(compressor, "half", False))
-
-
-@SPARSE
-@pytest.mark.parametrize("factor", [1.0, 0.5])
-def test_tensors_of_any_kind_get_the_update(compressor: Compressor, factor: float) -> None:
-    """Before and after it was asked for as a whole; in steps that are void, and in those that send everything."""
-    gradients = heavy_tailed(5, TOTAL)
-    gradients[2, 7] = torch.nan
-
-    def tensors(exchange: Exchange) -> dict[int, Tensor]:
-        made = {at: torch.full(slot.shape, 9.0) for at, slot in enumerate(exchange.layout.slots)}
-        return {at: tensor.half() if at % 3 == 1 else tensor for at, tensor in made.items() if at != 4}
-
-    def body(comm: Communicator) -> None:
-        exchange = make(compressor, comm)
-        for number, gradient in enumerate(gradients):
-            submit(exchange, gradient)
-            if number == 3:
-                exchange.flush()
-            exchange.run()
-            early, late = tensors(exchange), tensors(exchange)
-            strided = {at: torch.full_like(tensor.t(), 9.0).t() for at, tensor in early.items() if tensor.dim() == 2}
-            for written in (early, strided):
-                exchange.write_update(written, factor)
-            update = exchange.update.clone()
-            exchange.write_update(late, factor)
-            for at, tensor in [*early.items(), *late.items(), *strided.items()]:
-                slot = exchange.layout.slots[at]
-                expected = (update[slot.offset : slot.stop].view(slot.shape) * factor).to(tensor.dtype)
-                torch.testing.assert_close(tensor, expected, rtol=0, atol=0, equal_nan=True)
-
-    run_in_process(2, body)
-
-
-@pytest.mark.parametrize("method", ["sketch", "sharded"])
-def test_an_update_that_nobody_asks_for_as_a_whole_takes_no_memory(method: str) -> None:
-    exchange = make(getattr(Compression, method)(ratio=8, warmup_steps=0, buckets=2), SingleProcess())
-    for gradient in heavy_tailed(3, TOTAL):
-        submit(exchange, gradient)
-        exchange.run()
-        exchange.write_update({at: torch.empty(slot.shape) for at, slot in enumerate(exchange.layout.slots)})
-    assert exchange._update._whole is None
