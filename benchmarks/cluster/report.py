@@ -27,7 +27,7 @@ says how the rows come about and how to measure your own.
 Measured on
 
 {machines}
-- **on**: which of these machines a row was measured on; compare rows of the same one.
+- **on**: which of these a row is from; what is measured changes from day to day as well, so compare rows of the same one.
 - **step**: seconds of a whole training step, the median of the runs; the slowest host counts.
 - **compute**: the same step without any exchange, all hosts at the same time.
 - **exchange**: step minus compute, so all that the method costs: its arithmetic, its messages and its waiting.
@@ -54,8 +54,8 @@ def write(rows: dict[Cell, Row], page: Path = PAGE) -> None:
     page.parent.mkdir(parents=True, exist_ok=True)
     measured = {cell: row for cell, row in rows.items() if "error" not in row}
     machines = _machines(rows.values())
-    cores = " or ".join(sorted({machine.split()[0] for machine, _ in machines}))
-    listed = "".join(f"- **{name}**: {on}; {software}.\n" for (on, software), name in machines.items())
+    cores = " or ".join(sorted({machine.split()[0] for _, machine, _ in machines}))
+    listed = "".join(f"- **{name}**: {date}, {on}; {software}.\n" for (date, on, software), name in machines.items())
     parts = [_HEAD.format(machines=listed, cores=cores)]
     parts.append(_goal(measured))
     parts.append("## Where something else is faster\n\n" + _lost(measured))
@@ -70,14 +70,13 @@ def write(rows: dict[Cell, Row], page: Path = PAGE) -> None:
     page.write_text("\n".join(part for part in parts if part))
 
 
-def _machine(row: Row) -> tuple[str, str]:
-    return row["machine"], row["software"]
+def _machine(row: Row) -> tuple[str, str, str]:
+    return row["date"], row["machine"], row["software"]
 
 
-def _machines(rows: Iterable[Row]) -> dict[tuple[str, str], str]:
-    """A letter for every machine and its software, in the order in which they were first measured on."""
-    ordered = dict.fromkeys(_machine(row) for row in sorted(rows, key=lambda row: str(row["date"])))
-    return dict(zip(ordered, ascii_uppercase, strict=False))
+def _machines(rows: Iterable[Row]) -> dict[tuple[str, str, str], str]:
+    """A letter for every day, machine and its software, in the order in which they were measured on."""
+    return dict(zip(sorted({_machine(row) for row in rows}), ascii_uppercase, strict=False))
 
 
 def _table(cells: Iterable[Cell], rows: dict[Cell, Row]) -> str:
