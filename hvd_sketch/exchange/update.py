@@ -12,12 +12,11 @@ from torch import Tensor
 
 from hvd_sketch import native
 from hvd_sketch.layout import Layout
+from hvd_sketch.memory import Places
 
 
-class Places(Protocol):
-    """Coordinates of a vector that know how to write to it, and to pieces of it."""
-
-    def put(self, vector: Tensor, values: Tensor | float) -> None: ...
+class Divisible(Places, Protocol):
+    """Coordinates of a vector that also know how to write to pieces of it."""
 
     def put_in_pieces(self, pieces: Mapping[int, Tensor], values: Tensor, *, clear: bool) -> None: ...
 
@@ -28,7 +27,7 @@ class Part:
 
     where: slice
     values: Tensor
-    places: Places | None = None
+    places: Divisible | None = None
 
     def write(self, vector: Tensor) -> None:
         """Write it to a vector of its size."""
