@@ -27,7 +27,7 @@ says how the rows come about and how to measure your own.
 Measured on
 
 {machines}
-- **on**: which of these a row is from; what is measured changes from day to day as well, so compare rows of the same one.
+- **on**: which of these a row is from. What is measured changes from day to day as well: compare rows of the same one.
 - **step**: seconds of a whole training step, the median of the runs; the slowest host counts.
 - **compute**: the same step without any exchange, all hosts at the same time.
 - **exchange**: step minus compute, so all that the method costs: its arithmetic, its messages and its waiting.
