@@ -54,7 +54,8 @@ class Layout:
     """The vector of all parameters: compressed coordinates first, the dense ones behind them.
 
     Within each part parameters are ordered by name, never by the order in which hooks fire, so
-    the layout is the same on every rank. ``cuts`` are the offsets at which it is cut into buckets.
+    the layout is the same on every rank. ``cuts`` are the offsets at which it is cut into buckets, if
+    need be within a parameter.
     """
 
     slots: tuple[Slot, ...]
@@ -78,7 +79,7 @@ class Layout:
         return tuple(min(where.stop, self.compressed) - where.start for where in self.buckets)
 
     def positions(self, where: slice) -> slice:
-        """The positions of the slots inside a part of the vector."""
+        """The positions of the slots that begin in a part of the vector."""
         starts = [slot.offset for slot in self.slots]
         return slice(bisect_left(starts, where.start), bisect_left(starts, where.stop))
 
@@ -86,9 +87,9 @@ class Layout:
     def of(cls, named_parameters: Iterable[tuple[str, Tensor]], is_dense: DensePredicate, buckets: int = 1) -> Layout:
         """Lay out the given parameters.
 
-        With ``buckets`` above one, those given last come first, for their gradients are ready first: whole
-        parameters, in groups of about the same number of compressed coordinates. Their order must then be
-        the same on all ranks.
+        With ``buckets`` above one, compressed parameters that are given last come first, for their gradients are
+        ready first; their order must then be the same on all ranks. Buckets have about the same size, and end
+        with a parameter where one ends near by.
 
         Raises:
             ConfigurationError: for an empty list, a duplicate name, or a dtype that is complex
@@ -98,15 +99,14 @@ class Layout:
         named = sorted(given, key=lambda item: item[0])
         _check(named)
         dense = {name: is_dense(name, parameter) or parameter.numel() == 0 for name, parameter in named}
-        groups = _group([item for item in reversed(given) if not dense[item[0]]], buckets)
         slots: list[Slot] = []
-        stops = [0]
-        for group in (*groups, [item for item in named if dense[item[0]]]):
-            for name, parameter in sorted(group, key=lambda item: item[0]):
-                offset = slots[-1].stop if slots else 0
-                slots.append(Slot(name, tuple(parameter.shape), offset, parameter.numel()))
-            stops.append(slots[-1].stop if slots else 0)
-        return cls(tuple(slots), stops[-2], stops[-1], tuple(stops[1:-2]))
+        for part, ordered in ((False, reversed(given) if buckets > 1 else named), (True, named)):
+            for name, parameter in ordered:
+                if dense[name] is part:
+                    offset = slots[-1].stop if slots else 0
+                    slots.append(Slot(name, tuple(parameter.shape), offset, parameter.numel()))
+        compressed = sum(slot.numel for slot in slots if not dense[slot.name])
+        return cls(tuple(slots), compressed, slots[-1].stop, _cuts(slots, compressed, buckets))
 
     def index(self) -> dict[str, int]:
         """The position of each name in ``slots``."""
@@ -126,15 +126,15 @@ def describe_values(parameters: Mapping[str, Tensor]) -> str:
     return " ".join(f"{name}={_checksum(parameters[name]):08x}" for name in sorted(parameters))
 
 
-def _group(named: Sequence[tuple[str, Tensor]], buckets: int) -> list[list[tuple[str, Tensor]]]:
-    """Cut a list of parameters into at most so many runs of about the same number of elements."""
-    total, before = sum(parameter.numel() for _, parameter in named), 0
-    groups: dict[int, list[tuple[str, Tensor]]] = {}
-    for name, parameter in named:
-        middle = before + parameter.numel() / 2
-        groups.setdefault(int(middle * buckets / total), []).append((name, parameter))
-        before += parameter.numel()
-    return list(groups.values())
+def _cuts(slots: Sequence[Slot], compressed: int, buckets: int) -> tuple[int, ...]:
+    """Where to cut the compressed coordinates into so many parts: evenly, but at a slot's edge a quarter part away."""
+
+    def settle(even: int) -> int:
+        edge = min((slot.offset for slot in slots), key=lambda edge: abs(edge - even))
+        return edge if abs(edge - even) <= compressed / buckets / 4 else even
+
+    cuts = {settle(compressed * number // buckets) for number in range(1, buckets)}
+    return tuple(sorted(cuts - {0, compressed}))
 
 
 def _checksum(parameter: Tensor) -> int:

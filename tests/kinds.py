@@ -18,7 +18,7 @@ HALF = Compression.sketch(ratio=10.0, oversampling=2.0, **PLAIN)
 TOPK = Compression.topk(ratio=10.0, **PLAIN)
 EVERYTHING = Compression.sketch(cols=COMPRESSED, k=COMPRESSED, half=False, **PLAIN)
 SHARDED = Compression.sharded(ratio=10.0, **PLAIN)
-BUCKETS = Compression.sketch(ratio=10.0, buckets=2, **PLAIN)
+BUCKETS = Compression.sketch(ratio=10.0, buckets=5, **PLAIN)
 IN_TURN = Compression.sketch(ratio=10.0, in_turn=0.75, oversampling=2.0, buckets=2, **PLAIN)
 POWERSGD = Compression.powersgd(rank=1, start_step=2, clip_norm=None)
 KINDS = {"sketch": SINGLE, "half": HALF, "topk": TOPK, "sharded": SHARDED, "powersgd": POWERSGD}

@@ -38,16 +38,27 @@ class Recording(SingleProcess):
         return Pending(tensor)
 
 
-@pytest.mark.parametrize(("buckets", "expected"), [(1, [0]), (2, [0, 300]), (3, [0, 300, 450]), (9, [0, 300, 450])])
-def test_parameters_given_last_come_first_in_buckets_of_equal_size(buckets: int, expected: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("buckets", "expected"),
+    [
+        (1, [0]),
+        (2, [0, 300]),
+        (3, [0, 200, 450]),
+        (4, [0, 150, 300, 450]),
+        (6, [0, 100, 200, 300, 400, 500]),
+    ],
+)
+def test_parameters_given_last_come_first_in_buckets_of_about_equal_size(buckets: int, expected: list[int]) -> None:
+    """Where a parameter ends near by, there; otherwise within one."""
     shapes = {"x": (10, 15), "bias": (7,), "a": (10, 15), "none": (0, 3), "b": (30, 10)}
     layout = Layout.of(parameters(shapes).items(), small_or_named(100), buckets)
     assert [where.start for where in layout.buckets] == expected
     assert layout.buckets[-1].stop == layout.total
     assert (layout.compressed, layout.total) == (600, 607)
-    if buckets == 3:
-        assert [slot.name for slot in layout.slots] == ["b", "a", "x", "bias", "none"]
-        assert [layout.slots[layout.positions(where)][0].name for where in layout.buckets] == ["b", "a", "x"]
+    names = ["b", "a", "x"] if buckets > 1 else ["a", "b", "x"]
+    assert [slot.name for slot in layout.slots] == [*names, "bias", "none"]
+    begin = [slot.name for where in layout.buckets for slot in layout.slots[layout.positions(where)]]
+    assert begin == [slot.name for slot in layout.slots if slot.numel]
 
 
 def test_the_first_bucket_travels_while_backward_computes_the_next() -> None:
