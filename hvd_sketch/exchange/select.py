@@ -9,6 +9,8 @@ from hvd_sketch import native
 
 _SAMPLE = 1 << 14
 _MARGIN = 1.2
+_GOLDEN = 0x9E3779B1
+"""2^32 over the golden ratio: its multiples spread evenly (Knuth, The Art of Computer Programming, 6.4)."""
 
 
 def heaviest(vector: Tensor, count: int) -> Tensor:
@@ -55,9 +57,11 @@ def _reference(vector: Tensor, count: int) -> Tensor:
     magnitudes = vector.view(torch.int32) & 0x7FFFFFFF
     stride = magnitudes.numel() // _SAMPLE
     if stride > 1:
-        sample = magnitudes[::stride]
+        blocks = torch.arange(_SAMPLE, device=vector.device)
+        # One entry of each block, never the same one: matrices have a period.
+        sample = magnitudes[blocks * stride + ((blocks * _GOLDEN & 0xFFFFFFFF) * stride >> 32)]
         rank = int(_MARGIN * count / stride) + 32
-        if 2 * rank < sample.numel():
+        if 2 * rank < _SAMPLE:
             candidates = (magnitudes >= sample.topk(rank, sorted=False).values.min()).nonzero().squeeze(1)
             if candidates.numel() >= count:
                 return candidates[_rank(magnitudes[candidates], count)]

@@ -80,12 +80,16 @@ private:
     uint32_t guess(int64_t shard, Buffer<uint32_t>& kept) const {
         const int64_t step = all.rows(shard) / kSample;
         if (step <= 1) return 0;
-        const int64_t size = (all.rows(shard) + step - 1) / step;
+        const int64_t size = all.rows(shard) / step;
         const double expected = double(count) / double(step);
         const int64_t rank = int64_t(expected + 4 * std::sqrt(expected)) + 8;
         if (rank > size) return 0;
         uint32_t* const sample = kept.reserve(size);
-        for (int64_t i = 0; i < size; i++) sample[i] = magnitude(*entry(shard, i * step));
+        // One of each `step` rows, never the same one: matrices have a period.
+        for (int64_t i = 0; i < size; i++) {
+            const uint64_t drawn = uint32_t(uint64_t(i) * 0x9e3779b97f4a7c15u >> 32);
+            sample[i] = magnitude(*entry(shard, i * step + int64_t(drawn * uint64_t(step) >> 32)));
+        }
         std::nth_element(sample, sample + rank - 1, sample + size, std::greater<uint32_t>());
         return sample[rank - 1];
     }
