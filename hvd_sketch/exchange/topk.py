@@ -30,7 +30,6 @@ class TopKExchange(SparseExchange):
                 f"topk: indices are 32-bit, the model has {layout.compressed} compressed coordinates; use sketch"
             )
         super().__init__(layout, comm, *arguments, **settings)
-        self._means = torch.zeros(layout.compressed, dtype=torch.float32, device=self.gradient.device)
 
     def _send_pairs(self, count: int) -> list[Part]:
         with self.stats.phase("select"):
@@ -47,8 +46,10 @@ class TopKExchange(SparseExchange):
             gathered = pending.wait()
         with self.stats.phase("memory"):
             indices, values = gathered.view(self.comm.size, 2, -1).unbind(1)
-            add(self._means.zero_(), 1, 0, indices.to(torch.int64), values.contiguous().view(torch.float32))
-            return [Part(slice(0, self.layout.compressed), self._means.mul_(1.0 / self._mean_divisor()))]
+            where = slice(0, self.layout.compressed)
+            update = self.update[where].zero_()
+            add(update, 1, 0, indices.to(torch.int64), values.contiguous().view(torch.float32))
+            return [Part(where, update.mul_(1.0 / self._mean_divisor()))]
 
     def _choose(self, residual: Tensor, count: int) -> Tensor:
         """Which ``count`` coordinates of the memory's compressed part to send."""

@@ -18,10 +18,10 @@ INLINE void exceed(const float* values, const int32_t* bounds, uint64_t* bits) {
 
 using Exceed = void(const float*, const int32_t*, uint64_t*);
 
-void exceed_plain(const float* values, const int32_t* bounds, uint64_t* bits) { exceed(values, bounds, bits); }
+inline void exceed_plain(const float* values, const int32_t* bounds, uint64_t* bits) { exceed(values, bounds, bits); }
 
 #if defined(__x86_64__)
-__attribute__((target("avx2"))) void exceed_avx2(const float* values, const int32_t* bounds, uint64_t* bits) {
+__attribute__((target("avx2"))) inline void exceed_avx2(const float* values, const int32_t* bounds, uint64_t* bits) {
     exceed(values, bounds, bits);
 }
 Exceed* const fastest = __builtin_cpu_supports("avx2") ? exceed_avx2 : exceed_plain;
