@@ -117,8 +117,9 @@ class Layout:
         return " ".join(f"{slot.name}[{'x'.join(map(str, slot.shape))}]" for slot in self.slots)
 
     def fingerprint(self) -> int:
-        """A checksum of names and shapes, in order."""
-        return zlib.crc32(repr([(slot.name, slot.shape) for slot in self.slots]).encode())
+        """A checksum of names and shapes, in order, and of the cuts if there are any."""
+        named = repr([(slot.name, slot.shape) for slot in self.slots])
+        return zlib.crc32((named + repr(self.cuts) if self.cuts else named).encode())
 
 
 def describe_values(parameters: Mapping[str, Tensor]) -> str:

@@ -116,6 +116,13 @@ def test_a_bad_gradient_in_any_bucket_voids_the_step(where: int) -> None:
     assert (missing <= rounding(gradients, half=True)).all()
 
 
+def test_a_memory_of_other_buckets_is_refused() -> None:
+    saved = make(TWO, SingleProcess()).state_dict()
+    make(TWO, SingleProcess()).load_state_dict(saved)
+    with pytest.raises(ConfigurationError, match=r"the saved memory has layout=\d+, here it is \d+; .*flush\(\)"):
+        make(replace(TWO, buckets=3), SingleProcess()).load_state_dict(saved)
+
+
 def test_a_problem_that_shows_after_the_first_bucket_started_is_told_on_all_ranks() -> None:
     gradients = heavy_tailed(2, 4, TOTAL)
 
