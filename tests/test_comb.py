@@ -10,10 +10,9 @@ from hvd_sketch import Compression
 from hvd_sketch.chosen import Chosen
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.exchange.comb import comb
+from tests.kinds import COMPRESSED, TOTAL
+from tests.pieces import check_pieces
 from tests.simulation import heavy_tailed, lost, rounding, simulate
-from tests.without_kernel import without_kernel
-
-TOTAL, COMPRESSED = 5470, 5400
 
 
 @given(st.integers(1, 200), st.integers(1, 40), st.integers(0, 10**6), st.integers(0, 2**31))
@@ -48,15 +47,7 @@ def test_pieces_of_a_vector_get_their_part(size: int, stride: int, edges: list[i
     chosen = Chosen(indices, comb(size, stride, 3, 1))
     before = torch.randn(size, generator=generator)
     values = torch.randn(chosen.at(before).numel(), generator=generator)
-    whole = torch.zeros(size) if clear else before.clone()
-    with without_kernel():
-        chosen.put(whole, values)
-    edges = sorted(edge for edge in edges if edge <= size)
-    spans = {start: stop for start, stop in zip(edges[::2], edges[1::2], strict=False) if start < stop}
-    pieces = {start: before[start:stop].clone() for start, stop in spans.items()}
-    chosen.put_in_pieces(pieces, values, clear=clear)
-    for start, stop in spans.items():
-        assert torch.equal(pieces[start], whole[start:stop])
+    check_pieces(chosen, before, values, clear=clear, edges=edges)
 
 
 def test_a_large_piece_is_cleared() -> None:

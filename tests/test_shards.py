@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hvd_sketch.shards import Rows, add
+from tests.pieces import check_pieces
 from tests.without_kernel import without_kernel
 
 
@@ -41,15 +42,7 @@ def test_rows_are_entries_at_a_distance_of_the_number_of_shards(shards: int, dat
 def test_pieces_of_a_vector_get_their_part(shards: int, clear: bool, edges: list[int], data: st.DataObject) -> None:
     size = data.draw(st.integers(shards, 60_000))
     before, rows, values = draw(size, shards, shards, data)
-    whole = torch.zeros(size) if clear else before.clone()
-    with without_kernel():
-        Rows(shards, 0, rows).put(whole, values)
-    edges = sorted(edge for edge in edges if edge <= size)
-    spans = {start: stop for start, stop in zip(edges[::2], edges[1::2], strict=False) if start < stop}
-    pieces = {start: before[start:stop].clone() for start, stop in spans.items()}
-    Rows(shards, 0, rows).put_in_pieces(pieces, values, clear=clear)
-    for start, stop in spans.items():
-        assert torch.equal(pieces[start], whole[start:stop])
+    check_pieces(Rows(shards, 0, rows), before, values, clear=clear, edges=edges)
 
 
 @settings(max_examples=60, deadline=None)

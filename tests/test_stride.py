@@ -9,9 +9,9 @@ import torch
 
 from hvd_sketch import Compression, ConfigurationError
 from hvd_sketch.comm import SingleProcess
+from tests.kinds import COMPRESSED, TOTAL
 from tests.simulation import UNIT_ROUNDOFF, heavy_tailed, make, simulate
 
-TOTAL, COMPRESSED = 5470, 5400
 PLAIN: dict[str, Any] = {"warmup_steps": 0, "clip_norm": None}
 
 

@@ -154,8 +154,7 @@ class Exchange(ABC):
 
     def update_of(self, position: int) -> Tensor:
         """The update of one slot in its shape: a view, valid until the next `run`."""
-        slot = self.layout.slots[position]
-        return self.update[slot.offset : slot.stop].view(slot.shape)
+        return self._update.of(position)
 
     @property
     def owned(self) -> slice:

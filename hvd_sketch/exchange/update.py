@@ -67,6 +67,11 @@ class Update:
         self._parts = ()
         return self._whole
 
+    def of(self, position: int) -> Tensor:
+        """The update of one slot in its shape: a view of `whole`."""
+        slot = self._layout.slots[position]
+        return self.whole()[slot.offset : slot.stop].view(slot.shape)
+
     def write(self, tensors: Mapping[int, Tensor], factor: float) -> None:
         """Write it, times a factor, to tensors of any dtype and strides, by the position of their slot.
 
@@ -77,9 +82,7 @@ class Update:
             part.write_in_pieces(self._pieces(part.where, direct), factor)
         rest = {at: tensor for at, tensor in tensors.items() if at not in direct}
         if rest:
-            whole = self.whole()
-            slots = [self._layout.slots[at] for at in rest]
-            updates = [whole[slot.offset : slot.stop].view(slot.shape) for slot in slots]
+            updates = [self.of(at) for at in rest]
             if factor != 1.0:
                 updates = [update * factor for update in updates]
             torch._foreach_copy_(list(rest.values()), updates)
