@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 from hvd_sketch import Compression, ConfigurationError
 from hvd_sketch.comm import SingleProcess
-from tests.kinds import COMPRESSED, TOTAL
+from tests.kinds import COMPRESSED, PLAIN, TOTAL
 from tests.simulation import UNIT_ROUNDOFF, heavy_tailed, make, simulate
-
-PLAIN: dict[str, Any] = {"warmup_steps": 0, "clip_norm": None}
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

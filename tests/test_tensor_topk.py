@@ -13,12 +13,12 @@ from hvd_sketch.comm.in_process import run_in_process
 from hvd_sketch.methods.accordion import Accordion
 from hvd_sketch.methods.tensor_topk import TensorTopK
 from tests import training
+from tests.kinds import PLAIN
 from tests.launch import ranks
 from tests.simulation import heavy_tailed, lost, make, rounding, simulate, step
 
 PARTS = {"a.weight": slice(0, 2400), "b.weight": slice(2400, 5400)}
 TOTAL, EPOCH = 5470, 3
-PLAIN: dict[str, Any] = {"warmup_steps": 0, "clip_norm": None}
 
 
 def sent(update: torch.Tensor) -> list[int]:
