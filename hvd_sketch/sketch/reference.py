@@ -35,7 +35,7 @@ def estimate(geometry: Geometry, seed: int, table: Tensor, index: Tensor) -> Ten
     With an even number of rows the median is the mean of the two middle values.
     """
     bucket, sign = buckets_and_signs(geometry, seed, index)
-    ordered = (table.gather(1, bucket) * sign).sort(dim=0).values
+    ordered = (table.gather(1, bucket) * sign).sort(dim=0, stable=True).values
     middle = geometry.rows // 2
     if geometry.rows % 2:
         return ordered[middle]
