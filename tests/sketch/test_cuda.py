@@ -83,6 +83,7 @@ def _in_another_process(tmp_path: Path, *arguments: str, **environment: str) -> 
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED or not INSTALLED, reason="needs Triton")
 def test_on_the_interpreter(tmp_path: Path) -> None:
     _in_another_process(tmp_path, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, TRITON_INTERPRET="1")
