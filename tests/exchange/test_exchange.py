@@ -371,6 +371,17 @@ def test_a_memory_of_another_rank_size_or_model_is_refused() -> None:
 
 
 @EVERY
+def test_another_seed_draws_otherwise(compressor: Compressor) -> None:
+    if not hasattr(compressor, "seed"):
+        pytest.skip("it draws nothing")
+    gradients = heavy_tailed(2, 6, TOTAL)
+    seeds: list[Any] = [{"seed": seed} for seed in (3, 3, 4)]
+    first, same, other = (simulate(replace(compressor, **seed), gradients)[0].updates for seed in seeds)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+@EVERY
 def test_every_default_dtype_will_do(compressor: Compressor) -> None:
     gradients = heavy_tailed(2, 4, TOTAL)
     expected = simulate(compressor, gradients)
