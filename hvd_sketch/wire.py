@@ -18,6 +18,8 @@ _ODD = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 DIGEST_BITS = 32
 _HALF_LIMIT = 32768.0
 _HEADROOM = 8.0
+_LARGEST_EXPONENT = 126
+"""Of a scale: it and its inverse are normal float32 numbers, however small the values are."""
 
 
 class Header(NamedTuple):
@@ -47,7 +49,7 @@ def shared_scale(largest: float, ranks: int, dtype: torch.dtype) -> float:
     """
     if dtype != torch.float16 or not 0.0 < largest < math.inf:
         return 1.0
-    return 2.0 ** math.floor(math.log2(_HALF_LIMIT / (_HEADROOM * ranks * largest)))
+    return 2.0 ** min(_LARGEST_EXPONENT, math.floor(math.log2(_HALF_LIMIT / (_HEADROOM * ranks * largest))))
 
 
 def pack(lanes: Tensor, values: Tensor, scale: float, ranks: int) -> None:

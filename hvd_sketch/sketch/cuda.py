@@ -82,15 +82,14 @@ def estimate_all(geometry: Geometry, seed: int, table: Tensor) -> Tensor:
 
 def top_k(geometry: Geometry, seed: int, table: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """As `reference.top_k`, without waiting for the GPU."""
-    indices = torch.empty(k, dtype=torch.int64, device=table.device)
-    estimates = torch.empty(k, dtype=torch.float32, device=table.device)
+    indices, estimates = _room_for(k, table.device)
     with torch.cuda.device_of(table):
         passes = _Passes(geometry, seed, table)
         wanted = torch.full((1,), k, dtype=torch.int64, device=table.device)
         floor, _ = _find(passes.digits(torch.zeros_like(wanted), stride=_SAMPLE), wanted)
         upper, within = _find(passes.digits(floor), wanted)
         lower, ties = _find(passes.digits(upper, lower=True), within)
-        limit = (upper << _LOW_BITS) + lower
+        limit = ((upper << _LOW_BITS) + lower).to(torch.int32)
         before_above, before_equal = passes.before(limit)
         passes.launch(
             kernels.write,
@@ -101,9 +100,15 @@ def top_k(geometry: Geometry, seed: int, table: Tensor, k: int) -> tuple[Tensor,
             before_equal,
             indices,
             estimates,
+            k=k,
             run=passes.run,
         )
     return indices, estimates
+
+
+def _room_for(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For what is chosen: indices and estimates."""
+    return torch.empty(k, dtype=torch.int64, device=device), torch.empty(k, dtype=torch.float32, device=device)
 
 
 class _Passes:
