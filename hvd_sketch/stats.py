@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hvd_sketch.comm.base import Communicator
+
 
 @dataclass
 class Stats:
@@ -44,6 +46,13 @@ class Stats:
         """Take the captured energy of a step from what was sent of which memory."""
         part, whole = torch.stack([torch.linalg.vector_norm(sent), torch.linalg.vector_norm(memory)]).tolist()
         self.captured_energy = (part / whole) ** 2 if whole > 0 else 1.0
+
+    @contextmanager
+    def counting(self, comm: Communicator) -> Iterator[None]:
+        """Add the bytes that this rank sends inside to ``bytes_sent``."""
+        before = comm.bytes_sent
+        yield
+        self.bytes_sent += comm.bytes_sent - before
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

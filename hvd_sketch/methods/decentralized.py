@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.comm import Communicator
-from hvd_sketch.errors import RankMismatchError
+from hvd_sketch.exchange.agreement import agree
 from hvd_sketch.methods.flat import FlatModel, LayoutRule, whole
 from hvd_sketch.methods.wrapper import WrappedOptimizer
 from hvd_sketch.stats import Stats
@@ -56,7 +56,7 @@ class Decentralized(WrappedOptimizer):
         self._buffers = [buffer for _, buffer in sorted(model.named_buffers()) if buffer.is_floating_point()]
         tensors = sorted([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[0])
         shapes = " ".join(f"{name}{list(tensor.shape)}" for name, tensor in tensors)
-        _agree(comm, {"method": type(self).__name__, "parameters": shapes, **settings})
+        agree(comm, {"method": type(self).__name__, "parameters": shapes, **settings}, "hvd_sketch.{}".format)
         for _, tensor in tensors if same_start else ():
             value = tensor.detach().contiguous()
             comm.broadcast(value, 0, "hvd_sketch.start")
@@ -119,14 +119,3 @@ class Decentralized(WrappedOptimizer):
         """Collective: replace ``vector`` by its mean over the ranks."""
         self._collectives.allreduce(vector, "hvd_sketch.mean")
         vector.div_(self._collectives.size)
-
-
-def _agree(comm: Communicator, mine: dict[str, str]) -> None:
-    answers = comm.allgather_object(mine, "hvd_sketch.agree")
-    for rank, answer in enumerate(answers):
-        for key, value in answers[0].items():
-            if answer.get(key) != value:
-                raise RankMismatchError(
-                    f"{key}: rank 0 has {value[:200]!r}, rank {rank} has {str(answer.get(key))[:200]!r}; "
-                    "build the same model with the same settings on every rank"
-                )

@@ -13,10 +13,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from hvd_sketch.chosen import Chosen
 from hvd_sketch.native import serves
 from hvd_sketch.sketch import native, reference
 from hvd_sketch.sketch.geometry import Geometry
+from hvd_sketch.sparse.chosen import Chosen
 
 _INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MOST_ROWS_ON_GPU = 9

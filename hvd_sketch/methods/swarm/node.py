@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.comm.buffers import Buffers
+from hvd_sketch.methods.swarm.lattice import FullPrecision, Lattice, LatticeCode, OutsideRadius
 from hvd_sketch.methods.swarm.message import HEADER, Header, Kind
-from hvd_sketch.quantize import FullPrecision, Lattice, LatticeCode, OutsideRadius
 
 
 @dataclass(eq=False)

@@ -16,15 +16,15 @@ from torch import Tensor
 from hvd_sketch.comm import as_communicator
 from hvd_sketch.comm.buffers import Buffers
 from hvd_sketch.errors import ConfigurationError
-from hvd_sketch.graphs import graph_of
 from hvd_sketch.methods.decentralized import Decentralized
+from hvd_sketch.methods.graphs import graph_of
 from hvd_sketch.methods.swarm.assembly import Assembly
+from hvd_sketch.methods.swarm.lattice import Lattice
 from hvd_sketch.methods.swarm.meetings import Meeting, Meetings, SwarmStats
 from hvd_sketch.methods.swarm.message import HEADER, Header, Kind
 from hvd_sketch.methods.swarm.node import Node
 from hvd_sketch.methods.swarm.peers import OnLost, Peers
 from hvd_sketch.methods.swarm.settings import Geometric, Settings
-from hvd_sketch.quantize import Lattice
 
 _LAST_WORDS = 2.0  # seconds for messages to leave when a node ends
 

@@ -7,8 +7,8 @@ import random
 from dataclasses import dataclass
 
 from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.methods.swarm.lattice import Lattice
 from hvd_sketch.methods.swarm.peers import OnLost
-from hvd_sketch.quantize import Lattice
 
 
 @dataclass(frozen=True)
