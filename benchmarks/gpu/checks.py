@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.gpu.measure import Bench
 
-_TESTS = {"sketch": ("tests/test_sketch_cuda.py", "-k", "gpu"), "exchanges": ("tests/test_device.py",)}
+_TESTS = {"sketch": ("tests/sketch/test_cuda.py", "-k", "gpu"), "exchanges": ("tests/exchange/test_device.py",)}
 
 
 class _Rows:

@@ -11,15 +11,15 @@ from torch import Tensor
 from benchmarks.gpu.measure import Bench
 from benchmarks.gpu.ranks import Alike
 from benchmarks.gpu.steps import RATIO, SPARSE, Model
-from hvd_sketch.chosen import Chosen
-from hvd_sketch.codec import SparseCodec
+from hvd_sketch.error_feedback.common_share import CommonShare
+from hvd_sketch.error_feedback.factored_moments import FactoredMoments, MomentsObserver
 from hvd_sketch.exchange import Exchange
-from hvd_sketch.exchange.select import heaviest_of_shards
 from hvd_sketch.exchange.staging import Staging
 from hvd_sketch.layout import Layout
-from hvd_sketch.methods.common_share import CommonShare
-from hvd_sketch.methods.factored_moments import FactoredMoments, MomentsObserver
 from hvd_sketch.sketch import CountSketch
+from hvd_sketch.sparse.chosen import Chosen
+from hvd_sketch.sparse.codec import SparseCodec
+from hvd_sketch.sparse.heaviest import heaviest_of_shards
 
 ROWS = 3
 

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from hvd_sketch import Anticipate, Compression, DistributedOptimizer, FactoredMoments, LocalSGD, StepAhead
-from hvd_sketch.codec import SparseCodec
 from hvd_sketch.comm import Communicator, SingleProcess
 from hvd_sketch.comm.in_process import run_in_process
 from hvd_sketch.exchange import Exchange
-from hvd_sketch.exchange.select import heaviest_of_shards
 from hvd_sketch.memory import Memory, Momentum
-from tests.kinds import IN_TURN, KINDS, PLAIN, SHARDED, conserved
-from tests.simulation import Run, heavy_tailed, parameters
-from tests.without_kernel import without_kernel
+from hvd_sketch.sparse.codec import SparseCodec
+from hvd_sketch.sparse.heaviest import heaviest_of_shards
+from tests.support.compressors import IN_TURN, KINDS, PLAIN, SHARDED, conserved
+from tests.support.simulation import Run, heavy_tailed, parameters
+from tests.support.without_kernel import without_kernel
 
 ON_GPU = torch.cuda.is_available()
 TOTAL = 5470
