@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from hvd_sketch import native
+from hvd_sketch import gpu, native
+
+_MOST_SHARDS_ON_GPU = 1024
 
 
 def heaviest(vector: Tensor, count: int) -> Tensor:
@@ -26,6 +31,9 @@ def heaviest_of_shards(vector: Tensor, shards: int, count: int) -> tuple[Tensor,
         raise ValueError(f"vector must be float32, got {vector.dtype}")
     if not 1 <= count <= vector.numel() // shards:
         raise ValueError(f"count must be between 1 and {vector.numel() // shards}, got {count}")
+    if gpu.serves(vector) and shards <= _MOST_SHARDS_ON_GPU:
+        rows, values = _on_gpu().heaviest(vector, shards, count)
+        return rows, values
     if vector.numel() >= 2**32 or not native.serves(vector):
         return _reference(vector, shards, count)
     rows = torch.empty(shards, count, dtype=torch.int64)
@@ -41,6 +49,10 @@ def heaviest_of_shards(vector: Tensor, shards: int, count: int) -> tuple[Tensor,
         torch.get_num_threads(),
     )
     return rows, values
+
+
+def _on_gpu() -> ModuleType:
+    return importlib.import_module("hvd_sketch.sparse.cuda")  # with Triton, which no other device needs
 
 
 def _reference(vector: Tensor, shards: int, count: int) -> tuple[Tensor, Tensor]:

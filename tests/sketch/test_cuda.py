@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from importlib import metadata
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from hvd_sketch.sketch import CountSketch, Geometry, count_sketch, reference
+from hvd_sketch.sketch import CountSketch, Geometry, reference
 from hvd_sketch.sketch.geometry import TILE_WIDTH
+from tests.support.triton import (
+    INSTALLED,
+    INTERPRETED,
+    compile_all,
+    compiles,
+    in_another_process,
+    interpret,
+    on_interpreter,
+    starts_interpreter,
+)
 
-INTERPRETED = "TRITON_INTERPRET" in os.environ
-INSTALLED = importlib.util.find_spec("triton") is not None
-on_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, on Triton's interpreter")
 on_gpu = pytest.mark.skipif(
     INTERPRETED or not INSTALLED or not torch.cuda.is_available(),
     reason="needs a GPU and Triton: nothing here has one",
 )
-UNFIT = INSTALLED and metadata.version("triton") < "3.7" and metadata.version("numpy") >= "2.4"
 WIDE = 2 * TILE_WIDTH + 5
 """Columns of two tiles."""
 
@@ -86,23 +88,9 @@ def check_bounds(sketch: CountSketch, k: int) -> None:
         assert bool((buffer[:k] == 7).all() & (buffer[2 * k :] == 7).all())
 
 
-def _in_another_process(tmp_path: Path, *arguments: str, **environment: str) -> None:
-    """The kernels are bound to the interpreter or the compiler when they are imported: once per process."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), **environment},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.skipif(INTERPRETED or not INSTALLED, reason="needs Triton")
-@pytest.mark.skipif(UNFIT, reason="Triton's interpreter fails with a NumPy that is newer than it")
+@starts_interpreter
 def test_on_the_interpreter(tmp_path: Path) -> None:
-    _in_another_process(tmp_path, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, TRITON_INTERPRET="1")
+    interpret(tmp_path, __file__)
 
 
 @on_interpreter
@@ -193,65 +181,39 @@ def test_an_empty_vector_changes_nothing() -> None:
     check_add(Geometry(100, 3, 10), 1, torch.zeros(0), 100, 1.0)
 
 
-_COMPILE = """
-import re, sys, triton
-from triton.backends.compiler import GPUTarget
-from hvd_sketch.sketch import cuda_kernels
+def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+    """All of them, with the types of their arguments other than int64 and their constants."""
+    from hvd_sketch.sketch import cuda_kernels
 
-table = {"table": "*fp32", "draws": "*i32"}
-counted = dict(table, limit="*i32", above="*i64", equal="*i64")
-for rows in (4, 9):
-    shape = {"row_count": rows, "lanes": 512}
-    for name, pointers, constants in (
-        ("draw", {"draws": "*i32"}, {"lanes": 256}),
-        *(("add", dict(table, vector=dtype), {"lanes": 32}) for dtype in ("*fp16", "*bf16", "*fp32")),
-        ("estimate_all", dict(table, to="*fp32"), shape),
-        ("count_digits", dict(table, counts="*i64", limit="*i64"), dict(shape, lower=False, low_bits=15)),
-        ("count_digits", dict(table, counts="*i64", limit="*i64"), dict(shape, lower=True, low_bits=15)),
-        ("weigh", counted, shape),
-        ("write", dict(counted, ties="*i64", indices="*i64", estimates="*fp32"), shape),
-    ):
-        kernel = getattr(cuda_kernels, name)
-        types = {p.name: pointers.get(p.name, "fp32" if p.name == "scale" else "i64") for p in kernel.params}
-        types |= dict.fromkeys(constants, "constexpr")
-        source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=constants)
-        target = GPUTarget("cuda", int(sys.argv[1]), 32)
-        compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False})
-        wrong = re.findall(r"fma\\S*|mad\\S*f32|\\S+ftz\\S*|div[.]full\\S*|rsqrt[.]approx\\S*", compiled.asm["ptx"])
-        assert not wrong, (name, wrong)
-"""
+    table = {"table": "*fp32", "draws": "*i32"}
+    counted = {**table, "limit": "*i32", "above": "*i64", "equal": "*i64"}
+    yield cuda_kernels.draw, {"draws": "*i32"}, {"lanes": 256}
+    for dtype in ("*fp16", "*bf16", "*fp32"):
+        yield cuda_kernels.add, {**table, "vector": dtype, "scale": "fp32"}, {"lanes": 32}
+    for rows in (4, 9):
+        shape = {"row_count": rows, "lanes": 512}
+        yield cuda_kernels.estimate_all, {**table, "to": "*fp32"}, shape
+        for lower in (False, True):
+            digits = {**table, "counts": "*i64", "limit": "*i64"}
+            yield cuda_kernels.count_digits, digits, {**shape, "lower": lower, "low_bits": 15}
+        yield cuda_kernels.weigh, counted, shape
+        yield cuda_kernels.write, {**counted, "ties": "*i64", "indices": "*i64", "estimates": "*fp32"}, shape
 
 
-@pytest.mark.skipif(INTERPRETED or not INSTALLED, reason="needs Triton")
+@compiles
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_all_kernels_compile_and_nothing_is_fused_or_flushed(tmp_path: Path, capability: int) -> None:
-    """Neither a fused product and sum nor a subnormal taken for zero: either would change the bits of a result."""
-    _in_another_process(tmp_path, "-c", _COMPILE, str(capability))
+    compile_all(tmp_path, __name__, capability)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="asked once, in the process without the interpreter")
 def test_a_processor_has_no_use_for_triton(tmp_path: Path) -> None:
-    _in_another_process(
+    in_another_process(
         tmp_path,
         "-c",
         "import sys; from hvd_sketch.sketch import CountSketch; s = CountSketch(99, 3, 10); s.top_k(3); s.estimate()\n"
         "assert not {'triton', 'hvd_sketch.sketch.cuda'} & set(sys.modules)",
     )
-
-
-@pytest.mark.parametrize("triton", [None, SimpleNamespace(__version__="3.2.0", __spec__="any")])
-def test_without_a_triton_new_enough_the_reference_serves(
-    triton: object, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    count_sketch._on_gpu.cache_clear()
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "triton", triton)
-        patch.setattr(importlib.util, "find_spec", lambda name: getattr(triton, "__spec__", None))
-        assert count_sketch._on_gpu() is reference
-        assert count_sketch._on_gpu() is reference
-    count_sketch._on_gpu.cache_clear()
-    assert len(caplog.records) == 1
-    assert "pip install" in caplog.text
 
 
 @on_gpu
