@@ -65,7 +65,7 @@ class Communicator(ABC):
     def start_allreduce(self, tensor: Tensor, name: str) -> Pending:
         """Begin to `allreduce`."""
         self.bytes_sent += self.allreduce_bytes(tensor.nbytes)
-        return self._start_allreduce(tensor, name)
+        return self.post_allreduce(tensor, name)
 
     def allgather(self, tensor: Tensor, name: str) -> Tensor:
         """Stack every rank's ``tensor`` (1-D, same length on all ranks) to shape ``(size, n)``."""
@@ -74,7 +74,7 @@ class Communicator(ABC):
     def start_allgather(self, tensor: Tensor, name: str) -> Pending:
         """Begin to `allgather`."""
         self.bytes_sent += (self.size - 1) * tensor.nbytes
-        return self._start_allgather(tensor, name)
+        return self.post_allgather(tensor, name)
 
     def alltoall(self, tensor: Tensor, name: str) -> Tensor:
         """Send row j of ``tensor``, shape ``(size, n)``, to rank j; row i of the result is rank i's."""
@@ -83,12 +83,12 @@ class Communicator(ABC):
     def start_alltoall(self, tensor: Tensor, name: str) -> Pending:
         """Begin to `alltoall`."""
         self.bytes_sent += (self.size - 1) * tensor.nbytes // self.size
-        return self._start_alltoall(tensor, name)
+        return self.post_alltoall(tensor, name)
 
     def broadcast(self, tensor: Tensor, root: int, name: str) -> None:
         """Replace ``tensor`` (contiguous) by the root's."""
         self.bytes_sent += tensor.nbytes if self.rank == root and self.size > 1 else 0
-        self._broadcast(tensor, root, name)
+        self.run_broadcast(tensor, root, name)
 
     def allreduce_bytes(self, nbytes: int) -> int:
         """Bytes one rank sends in a ring allreduce of ``nbytes``."""
@@ -104,13 +104,13 @@ class Communicator(ABC):
         return [pickle.loads(row[: int(length)].numpy().tobytes()) for row, length in zip(rows, lengths, strict=True)]
 
     @abstractmethod
-    def _start_allreduce(self, tensor: Tensor, name: str) -> Pending: ...
+    def post_allreduce(self, tensor: Tensor, name: str) -> Pending: ...
 
     @abstractmethod
-    def _start_allgather(self, tensor: Tensor, name: str) -> Pending: ...
+    def post_allgather(self, tensor: Tensor, name: str) -> Pending: ...
 
     @abstractmethod
-    def _start_alltoall(self, tensor: Tensor, name: str) -> Pending: ...
+    def post_alltoall(self, tensor: Tensor, name: str) -> Pending: ...
 
     @abstractmethod
-    def _broadcast(self, tensor: Tensor, root: int, name: str) -> None: ...
+    def run_broadcast(self, tensor: Tensor, root: int, name: str) -> None: ...

@@ -70,7 +70,7 @@ class MpiCommunicator(Communicator):
     def size(self) -> int:
         return self._size
 
-    def _start_allreduce(self, tensor: Tensor, name: str) -> Pending:
+    def post_allreduce(self, tensor: Tensor, name: str) -> Pending:
         # never in place: then Open MPI sends whole vectors along a tree, where it would otherwise use a ring
         on_host = tensor.device.type == "cpu"
         sent = tensor.clone() if on_host else tensor.cpu()
@@ -78,17 +78,17 @@ class MpiCommunicator(Communicator):
         op = _HALF_SUM if tensor.dtype == torch.float16 else MPI.SUM
         return _Request(self._comm.Iallreduce(_buffer(sent), _buffer(result), op=op), sent, result, tensor)
 
-    def _start_allgather(self, tensor: Tensor, name: str) -> Pending:
+    def post_allgather(self, tensor: Tensor, name: str) -> Pending:
         sent, result = tensor.cpu(), torch.empty(self.size, tensor.numel(), dtype=tensor.dtype)
         request = self._comm.Iallgather(_bytes(sent), _bytes(result))
         return _Request(request, sent, result, result.to(tensor.device))
 
-    def _start_alltoall(self, tensor: Tensor, name: str) -> Pending:
+    def post_alltoall(self, tensor: Tensor, name: str) -> Pending:
         sent, result = tensor.cpu().contiguous(), torch.empty(tensor.shape, dtype=tensor.dtype)
         request = self._comm.Ialltoall(_bytes(sent), _bytes(result))
         return _Request(request, sent, result, result.to(tensor.device))
 
-    def _broadcast(self, tensor: Tensor, root: int, name: str) -> None:
+    def run_broadcast(self, tensor: Tensor, root: int, name: str) -> None:
         host = tensor.cpu()
         self._comm.Bcast(_bytes(host), root=root)
         if host is not tensor:

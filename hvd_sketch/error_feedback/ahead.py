@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.layout import Layout
-from hvd_sketch.methods.flat import FlatParameters
+from hvd_sketch.methods.flat import Flat, FlatParameters
 from hvd_sketch.methods.wrapper import WrappedOptimizer
 
 
@@ -69,10 +69,11 @@ class AheadOptimizer(WrappedOptimizer):
         """Restore this rank's part, after ``load_state_dict``."""
 
     @abstractmethod
-    def _point(self) -> None:
-        """Turn ``_ahead``, which holds x, into the point where the gradient is taken."""
+    def point(self, ahead: Flat) -> None:
+        """Turn a vector that holds the model x into the point where the gradient is taken."""
 
-    def _moves(self) -> bool:
+    def moves(self) -> bool:
+        """Whether that point is another than x."""
         return self._is_active()
 
     @contextmanager
@@ -82,7 +83,7 @@ class AheadOptimizer(WrappedOptimizer):
         Raises:
             RuntimeError: when it is nested, or no gradient was computed inside.
         """
-        if not self._moves():
+        if not self.moves():
             yield
             return
         if self._inside:
@@ -124,7 +125,7 @@ class AheadOptimizer(WrappedOptimizer):
         """Put the parameters from x to the point ahead; both are kept."""
         self._flat.read(self._synchronous)
         self._ahead.vector.copy_(self._synchronous.vector)
-        self._point()
+        self.point(self._ahead)
         self._flat.write(self._ahead)
 
     def _check_forward(self, module: torch.nn.Module, arguments: Any) -> None:
@@ -141,7 +142,7 @@ class AheadOptimizer(WrappedOptimizer):
 
     def _check_gradient(self, parameter: Tensor) -> None:
         self._differentiated = True
-        if self._moves() and not self._inside:
+        if self.moves() and not self._inside:
             raise RuntimeError(
                 f"the gradient of {self._names[parameter]!r} was computed at the synchronous model: with "
                 "error_feedback, forward and backward belong inside `with optimizer.step_ahead():`"

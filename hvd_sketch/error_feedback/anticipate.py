@@ -17,6 +17,7 @@ from hvd_sketch.error_feedback.common_share import CommonShare, read_errors
 from hvd_sketch.error_feedback.factored_moments import FactoredMoments, MomentsObserver, check_adam
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
+from hvd_sketch.methods.flat import Flat
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,12 @@ class AnticipatingOptimizer(AheadOptimizer):
         """Restore this rank's memory, after ``load_state_dict``."""
         self._distributed.load_memory_state_dict(state)
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
+        """The distributed optimizer's own step."""
         self._distributed.step()
 
-    def _point(self) -> None:
+    def point(self, ahead: Flat) -> None:
+        """By P of what is unsent behind x."""
         read_errors(self.exchange, self._moved.vector)
         if self._shares.shares is not None:
             factors = self._settings.coefficient * self._shares.shares.to(self._flat.dtype)
@@ -144,7 +147,7 @@ class AnticipatingOptimizer(AheadOptimizer):
         for group in self.optimizer.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter in errors]
             respond(self.optimizer, group, parameters, [errors[parameter] for parameter in parameters])
-        self._ahead.vector.sub_(self._moved.vector)
+        ahead.vector.sub_(self._moved.vector)
 
 
 def respond(

@@ -6,18 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from hvd_sketch.comm import Communicator
 from hvd_sketch.compressors import Compressor
+from hvd_sketch.error_feedback.ahead import AheadOptimizer
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
-
-if TYPE_CHECKING:
-    from hvd_sketch.error_feedback.ahead import AheadOptimizer
 
 
 class Follower(Protocol):

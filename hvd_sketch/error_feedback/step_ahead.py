@@ -17,6 +17,7 @@ from hvd_sketch.error_feedback.undo import Undo
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.methods.displacement import displacement_exchange
+from hvd_sketch.methods.flat import Flat
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ class StepAheadOptimizer(AheadOptimizer):
         self.exchange.load_state_dict(state["exchange"])
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
+        """A step of the wrapped optimizer from x - a e, exchanged as how far it went."""
         if not self._is_active():
             self.optimizer.step()
             return
@@ -133,15 +135,18 @@ class StepAheadOptimizer(AheadOptimizer):
         if period and exchange.step % period == 0:
             exchange.average_memory()
 
-    def _point(self) -> None:
+    def point(self, ahead: Flat) -> None:
+        """By the errors behind x, and of what this rank owns by its share."""
         residual, owned = self.exchange.memory.residual, self.exchange.owned
         coefficient, others = self._settings.coefficient, 1.0 - 1.0 / self.exchange.comm.size
-        self._ahead.vector.sub_(residual, alpha=coefficient)
-        self._ahead.vector[owned].add_(residual[owned], alpha=coefficient * others)
+        ahead.vector.sub_(residual, alpha=coefficient)
+        ahead.vector[owned].add_(residual[owned], alpha=coefficient * others)
 
-    def _moves(self) -> bool:
+    def moves(self) -> bool:
+        """Where there is anybody to exchange with, and a coefficient."""
         return self._settings.coefficient > 0.0 and self._is_active()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Forget the errors."""
         if "exchange" in vars(self):
             self.exchange.reset()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.compatibility import without_momentum
+from hvd_sketch.error_feedback.base import Follower
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.layout import describe_values
@@ -48,6 +49,7 @@ class Wiring:
         sparse_as_dense: turn sparse gradients into dense ones instead of refusing them.
         grad_scaler: the scaler in use, so that the memory holds unscaled gradients.
         correction: the momentum that is applied before the exchange in place of the optimizer's own.
+        followers: attached to the exchange when it is made.
         before_step: called between the exchange and the step.
         attributes: what else Horovod's own optimizer has.
     """
@@ -58,11 +60,26 @@ class Wiring:
     sparse_as_dense: bool = False
     grad_scaler: torch.amp.GradScaler | None = None
     correction: Momentum | None = None
+    followers: Sequence[Follower] = ()
     before_step: Callable[[torch.optim.Optimizer], None] | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
-class DistributedMethods(torch.optim.Optimizer):
+class HorovodOptimizer(torch.optim.Optimizer):
+    """What Horovod's distributed optimizer offers beside what an optimizer does; for type checkers."""
+
+    def synchronize(self) -> None:
+        """Reduce the step's gradients."""
+
+    def skip_synchronize(self) -> AbstractContextManager[None]:
+        """Let `step` inside the block leave the gradients alone, after a `synchronize` by hand."""
+        raise NotImplementedError
+
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        """Accumulate so many backward passes (a sum) before a reduction."""
+
+
+class ExchangingOptimizer(HorovodOptimizer):
     """What a distributed optimizer adds to the class of the optimizer it wraps.
 
     Never instantiated: `distribute` puts these methods into a new class, one level above the
@@ -90,6 +107,8 @@ class DistributedMethods(torch.optim.Optimizer):
             named = {name: p for p, name in self._parameter_names.items() if p in self._requires_update}
             self._exchange = self._wiring.make_exchange(named, self._wiring.correction)
             self._exchange.describe_values = partial(describe_values, named)
+            for follower in self._wiring.followers:
+                follower.attach(self._exchange)
             index = self._exchange.layout.index()
             self._positions = {parameter: index[name] for name, parameter in named.items()}
         return self._exchange
@@ -197,7 +216,7 @@ class DistributedMethods(torch.optim.Optimizer):
 
 def distribute(
     optimizer: torch.optim.Optimizer, named_parameters: list[tuple[str, Tensor]], wiring: Wiring
-) -> DistributedMethods:
+) -> ExchangingOptimizer:
     """A distributed optimizer of a class derived from ``type(optimizer)``, sharing its state.
 
     It is made without calling the class's constructor, so that optimizers with further required
@@ -212,7 +231,7 @@ def distribute(
             "use an optimizer that steps once per gradient"
         )
     base = type(optimizer)
-    methods = {name: value for name, value in vars(DistributedMethods).items() if name not in _PER_CLASS}
+    methods = {name: value for name, value in vars(ExchangingOptimizer).items() if name not in _PER_CLASS}
     # broadcast_optimizer_state recognises distributed optimizers by this module's name
     cls: Any = type(base.__name__, (base,), {**methods, "__module__": "horovod.torch.optimizer", "_base": base})
     wrapped: Any = cls.__new__(cls)
@@ -235,7 +254,7 @@ def distribute(
     )
     for parameter in wrapped._requires_update:
         parameter.register_post_accumulate_grad_hook(_gradient_hook(weakref.ref(wrapped)))
-    distributed: DistributedMethods = wrapped
+    distributed: ExchangingOptimizer = wrapped
     return distributed
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -13,15 +14,71 @@ from torch import Tensor
 from hvd_sketch.comm import has_horovod
 from hvd_sketch.compatibility import check_groups, check_momentum, correction_of
 from hvd_sketch.compressors import Compression, Compressor, HalfPrecision, NoCompression
+from hvd_sketch.error_feedback.ahead import AheadOptimizer
 from hvd_sketch.error_feedback.base import ErrorFeedback, Follower, Wrapping, check_error_feedback
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import DenseExchange, Exchange
-from hvd_sketch.frontends.hooks import DistributedMethods, Wiring, distribute
+from hvd_sketch.frontends.hooks import ExchangingOptimizer, HorovodOptimizer, Wiring, distribute
 from hvd_sketch.frontends.link import Link
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
 
 Average, Sum = 0, 1  # Horovod's own numbers
+
+Uncompressed = type[NoCompression] | type[HalfPrecision]
+
+
+class Options(TypedDict, total=False):
+    """The arguments of `DistributedOptimizer` that do not change what it returns."""
+
+    gradient_predivide_factor: float
+    num_groups: int
+    groups: int | list[list[Tensor]] | None
+    sparse_as_dense: bool
+    process_set: Any
+    comm: Any
+    grad_scaler: torch.amp.GradScaler | None
+    momentum_correction: bool
+    momentum_masking: bool
+
+
+@overload
+def DistributedOptimizer(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+    compression: Uncompressed = Compression.none,
+    backward_passes_per_step: int = 1,
+    op: int = Average,
+    *,
+    error_feedback: None = None,
+    **options: Unpack[Options],
+) -> HorovodOptimizer: ...
+
+
+@overload
+def DistributedOptimizer(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+    compression: Compressor = ...,
+    backward_passes_per_step: int = 1,
+    op: int = Average,
+    *,
+    error_feedback: None = None,
+    **options: Unpack[Options],
+) -> ExchangingOptimizer: ...
+
+
+@overload
+def DistributedOptimizer(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+    compression: Compressor = ...,
+    backward_passes_per_step: int = 1,
+    op: int = Average,
+    *,
+    error_feedback: ErrorFeedback,
+    **options: Unpack[Options],
+) -> AheadOptimizer: ...
 
 
 def DistributedOptimizer(  # noqa: N802 - Horovod's name
@@ -41,7 +98,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     momentum_correction: bool = False,
     momentum_masking: bool = True,
     error_feedback: ErrorFeedback | None = None,
-) -> torch.optim.Optimizer:
+) -> HorovodOptimizer | AheadOptimizer:
     """Wrap an optimizer so that its steps use the gradients of all ranks.
 
     Signature and behaviour are those of ``horovod.torch.DistributedOptimizer``; the result is
@@ -100,30 +157,18 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     corrects = momentum_correction and isinstance(compression, Compressor)
     correction = correction_of(optimizer, masking=momentum_masking) if corrects else None
     named, link = _named(optimizer, named_parameters), Link(comm, process_set)
-
-    def distributed(
-        followers: Sequence[Follower] = (), before_step: Callable[[torch.optim.Optimizer], None] | None = None
-    ) -> DistributedMethods:
-        wiring = Wiring(
-            make_exchange=partial(_exchange, compression, link, op == Average, followers),
-            is_active=link.is_active,
-            backward_passes_per_step=backward_passes_per_step,
-            sparse_as_dense=sparse_as_dense,
-            grad_scaler=grad_scaler,
-            correction=correction,
-            before_step=before_step,
-            attributes={
-                "op": op,
-                "process_set": process_set,
-                "_groups": groups,
-                "sparse_as_dense": sparse_as_dense,
-            },
-        )
-        return distribute(optimizer, named, wiring)
-
     _layout(compression, [item for item in named if item[1].requires_grad])  # fails now, not in the first step
+    wiring = Wiring(
+        make_exchange=partial(_exchange, compression, link, op == Average),
+        is_active=link.is_active,
+        backward_passes_per_step=backward_passes_per_step,
+        sparse_as_dense=sparse_as_dense,
+        grad_scaler=grad_scaler,
+        correction=correction,
+        attributes={"op": op, "process_set": process_set, "_groups": groups, "sparse_as_dense": sparse_as_dense},
+    )
     if error_feedback is None:
-        return distributed()
+        return distribute(optimizer, named, wiring)
     return error_feedback.wrap(
         Wrapping(
             optimizer=optimizer,
@@ -131,9 +176,19 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
             compression=compression,
             communicator=link.communicator,
             is_active=link.is_active,
-            distribute=distributed,
+            distribute=partial(_distribute, optimizer, named, wiring),
         )
     )
+
+
+def _distribute(
+    optimizer: torch.optim.Optimizer,
+    named: list[tuple[str, Tensor]],
+    wiring: Wiring,
+    followers: Sequence[Follower],
+    before_step: Callable[[torch.optim.Optimizer], None] | None,
+) -> ExchangingOptimizer:
+    return distribute(optimizer, named, replace(wiring, followers=followers, before_step=before_step))
 
 
 def _check_arguments(
@@ -163,24 +218,15 @@ def _check_compression(compression: Any, op: int, optimizer: torch.optim.Optimiz
 
 
 def _exchange(
-    compression: Any,
-    link: Link,
-    average: bool,
-    followers: Sequence[Follower],
-    parameters: dict[str, Tensor],
-    momentum: Momentum | None,
+    compression: Any, link: Link, average: bool, parameters: dict[str, Tensor], momentum: Momentum | None
 ) -> Exchange:
     comm = link.communicator()
     device = next(iter(parameters.values())).device
     layout = _layout(compression, parameters.items())
     if isinstance(compression, Compressor):
-        exchange = compression.exchange(layout, comm, average=average, device=device, momentum=momentum)
-    else:
-        dtype = torch.float16 if compression is HalfPrecision else torch.float32
-        exchange = DenseExchange(layout, comm, average=average, device=device, dtype=dtype)
-    for follower in followers:
-        follower.attach(exchange)
-    return exchange
+        return compression.exchange(layout, comm, average=average, device=device, momentum=momentum)
+    dtype = torch.float16 if compression is HalfPrecision else torch.float32
+    return DenseExchange(layout, comm, average=average, device=device, dtype=dtype)
 
 
 def _layout(compression: Any, named_parameters: Iterable[tuple[str, Tensor]]) -> Layout:
@@ -214,11 +260,11 @@ def _named(
     return [(name, parameter) for name, parameter in named if id(parameter) in held]
 
 
-def _stock_optimizer(optimizer: torch.optim.Optimizer, *, process_set: Any, **arguments: Any) -> torch.optim.Optimizer:
+def _stock_optimizer(optimizer: torch.optim.Optimizer, *, process_set: Any, **arguments: Any) -> HorovodOptimizer:
     import horovod.torch as hvd
 
     process_set = hvd.global_process_set if process_set is None else process_set
     # the runner of unmodified scripts may have put this function in place of Horovod's
     stock = getattr(hvd.DistributedOptimizer, "stock", hvd.DistributedOptimizer)
-    distributed: torch.optim.Optimizer = stock(optimizer, process_set=process_set, **arguments)
+    distributed: HorovodOptimizer = stock(optimizer, process_set=process_set, **arguments)
     return distributed

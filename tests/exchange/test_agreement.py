@@ -134,7 +134,7 @@ def test_ranks_that_choose_differently_are_told_and_keep_the_step_unsent(
     gradients = heavy_tailed(2, 8, TOTAL)
 
     def body(comm: Communicator) -> tuple[Tensor, Exchange]:
-        exchange, honest, updates = make(compressor, comm), comm._start_allreduce, []
+        exchange, honest, updates = make(compressor, comm), comm.post_allreduce, []
 
         def dishonest(tensor: Tensor, name: str) -> Pending:
             pending = honest(tensor, name)
@@ -142,7 +142,7 @@ def test_ranks_that_choose_differently_are_told_and_keep_the_step_unsent(
                 tensor[10:] = lie(tensor[10:])
             return pending
 
-        comm._start_allreduce = dishonest  # type: ignore[method-assign]
+        comm.post_allreduce = dishonest  # type: ignore[method-assign]
         for number, gradient in enumerate(gradients[comm.rank]):
             if number == 3:
                 with pytest.raises(RankMismatchError, match="in step 3 the ranks selected different coordinates"):

@@ -41,16 +41,16 @@ class Alike(Communicator):
     def size(self) -> int:
         return self._size
 
-    def _start_allreduce(self, tensor: Tensor, name: str) -> Pending:
+    def post_allreduce(self, tensor: Tensor, name: str) -> Pending:
         return Pending(tensor.mul_(self._size))
 
-    def _start_allgather(self, tensor: Tensor, name: str) -> Pending:
+    def post_allgather(self, tensor: Tensor, name: str) -> Pending:
         return Pending(tensor.repeat(self._size, 1))
 
-    def _start_alltoall(self, tensor: Tensor, name: str) -> Pending:
+    def post_alltoall(self, tensor: Tensor, name: str) -> Pending:
         return Pending(tensor[:1].repeat(self._size, 1))
 
-    def _broadcast(self, tensor: Tensor, root: int, name: str) -> None:
+    def run_broadcast(self, tensor: Tensor, root: int, name: str) -> None:
         return
 
 

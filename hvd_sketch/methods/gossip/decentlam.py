@@ -50,7 +50,7 @@ class DmSGD(Gossip):
         super().__init__(optimizer, model, comm, graph, lazy=False, same_start=same_start)
         self._before = self._flat.new()
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
         self._flat.read(self._before)
         self.optimizer.step()
         self._flat.read(self._live)
@@ -101,7 +101,7 @@ class DecentLaM(Gossip):
         super().__init__(optimizer, model, comm, graph, lazy=True, same_start=same_start)
         self._mixed, self._gradient = self._flat.new(), self._flat.new()
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
         self._flat.read(self._live)
         self._read_gradient(self._gradient)
         self._mixed.vector.copy_(self._live.vector)

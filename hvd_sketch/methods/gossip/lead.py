@@ -81,7 +81,7 @@ class LEAD(Gossip):
         )
         self._begun = False
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
         rate = self._rate()
         x = self._live.vector
         self._flat.read(self._live)
@@ -115,7 +115,7 @@ class LEAD(Gossip):
             raise ConfigurationError(f"LEAD needs one learning rate for all parameter groups, got {sorted(rates)}")
         return rates.pop()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
         for state in (self._seen, self._seen_mixed, self._dual):
             state.zero_()
         self._begun = False

@@ -69,7 +69,7 @@ class LocalSteps(Decentralized):
             self._unsent(self._live.vector)
             self._average(self._live.vector)
         self._flat.write(self._live)
-        self._restart()
+        self.restart()
 
     def memory_state_dict(self) -> dict[str, Any]:
         """A copy of what belongs to this rank: its model, its optimizer's state and the method's."""
@@ -105,7 +105,7 @@ class LocalSteps(Decentralized):
     def _meet(self) -> None:
         """Exchange; the parameters are this rank's own before it."""
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
         self._local_step()
         self._steps += 1
         if self._steps % self._period == 0:
@@ -134,7 +134,7 @@ class LocalSteps(Decentralized):
     def _load_own_state(self, state: dict[str, Any]) -> None:
         return
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
         self._steps = 0
 
     def _present(self) -> Flat:

@@ -98,7 +98,7 @@ class CSER(LocalSteps):
                 )
         return displacement_exchange(compression, layout, self._collectives, torch.device("cpu"))
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
         before, after = self._before.vector, self._live.vector
         self._flat.read(self._before)
         self._local_step()
@@ -132,8 +132,8 @@ class CSER(LocalSteps):
             return torch.zeros_like(vector), vector
         return exchange.update, exchange.memory.residual
 
-    def _restart(self) -> None:
-        super()._restart()
+    def restart(self) -> None:
+        super().restart()
         self._errors.zero_()
         for exchange in self._exchanges():
             exchange.reset()

@@ -137,8 +137,8 @@ class LocalSGD(LocalSteps):
     def _unsent(self, vector: torch.Tensor) -> None:
         vector.sub_(self.exchange.memory.residual)
 
-    def _restart(self) -> None:
-        super()._restart()
+    def restart(self) -> None:
+        super().restart()
         self.exchange.reset()
         if self._velocity is not None:
             self._velocity.zero_()

@@ -67,10 +67,10 @@ class OverlapLocalSGD(LocalSteps):
         self._velocity = torch.zeros_like(self._anchor)
         self._pending: Pending | None = None
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
         if self._pending is not None:
             self._pending.poll()
-        super()._advance()
+        super().advance()
 
     def _meet(self) -> None:
         self._arrive()
@@ -87,8 +87,8 @@ class OverlapLocalSGD(LocalSteps):
             self._pending.wait()
             self._pending = None
 
-    def _restart(self) -> None:
-        super()._restart()
+    def restart(self) -> None:
+        super().restart()
         self._arrive()
         self._anchor.copy_(self._present().vector)
         self._velocity.zero_()

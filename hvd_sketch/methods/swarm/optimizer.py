@@ -134,7 +134,7 @@ class SwarmSGD(Decentralized):
             *(node, self._courier, self._peers, *shared, self.stats), patient=blocking, on_meeting=on_meeting
         )
         self._finished, self._steps_left = False, 0
-        self._restart()
+        self.restart()
         self._courier.start()
         atexit.register(self._leave)
 
@@ -167,7 +167,7 @@ class SwarmSGD(Decentralized):
         else:
             self._leave()
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
         self._check()
         self.optimizer.step()
         self._steps_left -= 1
@@ -213,7 +213,7 @@ class SwarmSGD(Decentralized):
         self._flat.write(self._published)
         self._flat.read(self._base)
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
         self._steps_left = self.settings.steps(self._random)
         with self._condition:
             self._flat.read(self._published)

@@ -34,7 +34,7 @@ class Recording(SingleProcess):
     def __init__(self) -> None:
         self.names: list[str] = []
 
-    def _start_allreduce(self, tensor: Tensor, name: str) -> Pending:
+    def post_allreduce(self, tensor: Tensor, name: str) -> Pending:
         self.names.append(name.rpartition(".")[2])
         return Pending(tensor)
 

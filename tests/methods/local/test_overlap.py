@@ -99,7 +99,7 @@ class Alone(SingleProcess):
     def __init__(self) -> None:
         self.log: list[str] = []
 
-    def _start_allreduce(self, tensor: torch.Tensor, name: str) -> Pending:
+    def post_allreduce(self, tensor: torch.Tensor, name: str) -> Pending:
         return Late(self.log, tensor)
 
 
