@@ -7,7 +7,7 @@ import faulthandler
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +24,15 @@ from benchmarks.gpu.steps import STEPS, time_optimizers
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "gpu.json"
 
 
+COMMAND = (sys.executable, "-m", "benchmarks.gpu")
+"""Starts this program."""
+GROUPS = ("facts", "checks", "steps", "parts", "optimizers", "peers")
+
+
 class Item(NamedTuple):
     """One thing to do on vectors of about d coordinates, and the most seconds that it may take."""
 
+    group: str
     do: Callable[[Bench, int], None]
     d: int
     limit: float = 45.0
@@ -36,22 +42,23 @@ class Item(NamedTuple):
         return self.do.__name__
 
 
-def items(small: bool) -> list[Item]:
+def items(small: bool, groups: Collection[str]) -> list[Item]:
     """What to do, the most important first."""
     main, *others = (1_000_000,) if small else (100_000_000, 1_000_000_000, 10_000_000)
-    return [
-        Item(tell_facts, main),
-        *(Item(time_rates, d) for d in (main, *others)),
-        *(Item(check, main, limit=90.0) for check in CHECKS),
-        *(Item(step, main) for step in STEPS),
-        *(Item(part, main) for part in PARTS),
-        Item(time_optimizers, main),
-        *(Item(step, d) for d in others for step in STEPS),
-        *(Item(peer, main) for peer in PEERS),
-        *(Item(part, d) for d in others for part in PARTS),
-        *(Item(time_optimizers, d) for d in others),
-        *(Item(peer, d) for d in others for peer in PEERS),
+    everything = [
+        Item("facts", tell_facts, main),
+        *(Item("facts", time_rates, d) for d in (main, *others)),
+        *(Item("checks", check, main, limit=120.0) for check in CHECKS),
+        *(Item("steps", step, main) for step in STEPS),
+        *(Item("parts", part, main) for part in PARTS),
+        Item("optimizers", time_optimizers, main),
+        *(Item("steps", step, d) for d in others for step in STEPS),
+        *(Item("peers", peer, main) for peer in PEERS),
+        *(Item("parts", part, d) for d in others for part in PARTS),
+        *(Item("optimizers", time_optimizers, d) for d in others),
+        *(Item("peers", peer, d) for d in others for peer in PEERS),
     ]
+    return [item for item in everything if item.group in groups]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -61,9 +68,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.begin is not None:
         return _work(options, record)
     record.start()
-    until, begin, todo = time.time() + 60 * options.minutes, 0, items(options.small)
+    until, begin, todo = time.time() + 60 * options.minutes, 0, items(options.small, options.only)
     while begin < len(todo) and time.time() < until:
-        command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--begin", str(begin), "--until", str(until)]
+        command = [*COMMAND, *arguments, "--begin", str(begin), "--until", str(until)]
         status = subprocess.run(command, check=False).returncode
         if status == 0:
             break
@@ -79,7 +86,7 @@ def main(arguments: Sequence[str]) -> int:
 def _work(options: argparse.Namespace, record: Record) -> int:
     """Do all items from a number on, until the time is over."""
     bench = Bench(torch.device(options.device), record, seconds=0.02 if options.small else 0.25)
-    for number, item in enumerate(items(options.small)[options.begin :], options.begin):
+    for number, item in enumerate(items(options.small, options.only)[options.begin :], options.begin):
         left = options.until - time.time()
         if left <= 0.0:
             return 0
@@ -105,6 +112,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="sizes for a processor, to try the measurements")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS)
     parser.add_argument("--begin", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)

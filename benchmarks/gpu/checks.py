@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import pytest
 
 from benchmarks.gpu.measure import Bench
 
-_TESTS = {"sketch": ("tests/sketch/test_cuda.py", "-k", "gpu"), "exchanges": ("tests/exchange/test_device.py",)}
+_TESTS = {"kernels": ("tests/sketch", "-k", "gpu"), "exchanges": ("tests/exchange/test_device.py",)}
+_PROCESSES = 6
+"""Of pytest-xdist, where that is installed: much of the time is that of compiling kernels."""
 
 
 class _Rows:
@@ -20,7 +23,7 @@ class _Rows:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and not report.failed:
             return
-        row = {"device": self._bench.name, "op": "check", "impl": report.nodeid.split("::", 1)[1], "d": 0}
+        row = {"device": self._bench.name, "op": "check", "impl": report.nodeid.rpartition("/")[2], "d": 0}
         row["passed"] = report.passed
         if report.failed:
             row["failed"] = report.longreprtext[-2000:]
@@ -32,6 +35,8 @@ def check(name: str) -> Callable[[Bench, int], None]:
 
     def run(bench: Bench, d: int) -> None:
         options = ["-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:faulthandler", "--timeout", "60"]
+        if find_spec("xdist") is not None:
+            options += ["-n", str(_PROCESSES)]
         pytest.main([*options, *_TESTS[name]], plugins=[_Rows(bench)])
 
     run.__name__ = f"check_{name}"

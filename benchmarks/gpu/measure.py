@@ -47,6 +47,7 @@ class Bench:
         """Measure a call and append its row; a call that fails leaves a row as well."""
         try:
             row = self._measured(d, function)
+            row |= {} if row["runs"] == 1 else self._counts(function)
         except Exception as error:
             self.fail(op, impl, d, error)
             return
@@ -90,8 +91,7 @@ class Bench:
         seconds, host, runs = self._repeat(function)
         copy = self.copy_seconds(d)
         row = {"seconds": seconds, "host_seconds": host, "runs": runs, "copy_seconds": copy}
-        counts = {} if runs == 1 else self._counts(function)
-        return row | {"passes": 2 * seconds / copy, **counts, "peak_bytes": peak[0]}
+        return row | {"passes": 2 * seconds / copy, "peak_bytes": peak[0]}
 
     def _repeat(self, function: Call) -> tuple[float, float, int]:
         """Medians of the device's seconds and of the host's, and of how many calls."""
@@ -137,7 +137,10 @@ class Bench:
         """How often a call waits for the device and how much it launches there."""
         if not self._is_gpu:
             return {}
-        waits, launches = _profiled(function)
+        try:
+            waits, launches = _profiled(function)
+        except RuntimeError as error:
+            return {"note": f"not profiled: {error}"}
         return {"waits": waits - self._own_waits, "launches": launches}
 
     @cached_property

@@ -17,14 +17,14 @@ class Alike(Communicator):
     rank = 0
     size = 8
 
-    def _start_allreduce(self, tensor: Tensor, name: str) -> Pending:
+    def post_allreduce(self, tensor: Tensor, name: str) -> Pending:
         return Pending(tensor.mul_(self.size))
 
-    def _start_allgather(self, tensor: Tensor, name: str) -> Pending:
+    def post_allgather(self, tensor: Tensor, name: str) -> Pending:
         return Pending(tensor.expand(self.size, -1).clone())
 
-    def _start_alltoall(self, tensor: Tensor, name: str) -> Pending:
+    def post_alltoall(self, tensor: Tensor, name: str) -> Pending:
         return Pending(tensor[self.rank].expand_as(tensor).clone())
 
-    def _broadcast(self, tensor: Tensor, root: int, name: str) -> None:
+    def run_broadcast(self, tensor: Tensor, root: int, name: str) -> None:
         return
