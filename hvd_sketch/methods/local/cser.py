@@ -12,7 +12,7 @@ from hvd_sketch.compressors.compression import Compression
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.methods.displacement import displacement_exchange, layout_rule
-from hvd_sketch.methods.local.base import LocalSteps
+from hvd_sketch.methods.local.base import LocalSteps, Rhythm
 
 
 class CSER(LocalSteps):
@@ -72,16 +72,9 @@ class CSER(LocalSteps):
     ) -> None:
         main = errors if gradients is None or gradients is Compression.none else gradients
         settings = {"gradients": repr(gradients), "errors": repr(errors)}
-        super().__init__(
-            optimizer,
-            model,
-            comm,
-            period,
-            settings,
-            clip_norm=getattr(main, "clip_norm", None),
-            same_start=same_start,
-            layout=layout_rule(main),
-        )
+        clip_norm, layout = getattr(main, "clip_norm", None), layout_rule(main)
+        rhythm = Rhythm(period=period, clip_norm=clip_norm, same_start=same_start, layout=layout)
+        super().__init__(optimizer, model, comm, rhythm, settings)
         self.gradient_exchange = None if gradients is None else self._exchange_of(gradients, "gradients")
         self.error_exchange = self._exchange_of(errors, "errors")
         self._errors = torch.zeros_like(self._live.vector)
