@@ -68,7 +68,8 @@ class SketchExchange(Exchange):
     ) -> None:
         """As for every `Exchange`; the gradient may be the last one that a bucket waits for."""
         super().submit(position, gradient, factor, parameter, weight_decay)
-        if len(self._norms) > 1 and self.agreed and self.plan is not None:
+        early = len(self._norms) > 1 and self.comm.starts_in_backward(self.gradient.device)
+        if early and self.agreed and self.plan is not None:
             self._start_complete()
 
     def run(self) -> None:
