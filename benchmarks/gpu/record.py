@@ -28,6 +28,11 @@ class Record:
         self._path.write_text(f"{text}{separator}\n{json.dumps(row)}{_END}")
         print(_line(row), flush=True)
 
+    def replace(self, rows: list[Row]) -> None:
+        """Hold these rows and no others."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + _END)
+
     def rows(self) -> list[Row]:
         """All rows."""
         rows: list[Row] = json.loads(self._path.read_text())
