@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from hvd_sketch.sparse.heaviest import heaviest_of_shards
 from tests.support.triton import compile_all, compiles, interpret, on_interpreter, starts_interpreter
@@ -23,36 +24,68 @@ def test_on_the_interpreter(tmp_path: Path) -> None:
     interpret(tmp_path, __file__)
 
 
-@on_interpreter
-@pytest.mark.parametrize(("shards", "programs"), [(1, 2048), (2, 1), (3, 2), (7, 2048), (8, 1)])
-def test_the_heaviest_of_shards(shards: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def check(vector: Tensor, shards: int, count: int) -> None:
     from hvd_sketch.sparse import cuda
 
-    monkeypatch.setattr(cuda, "_PROGRAMS", programs)
-    monkeypatch.setattr(cuda, "_TOGETHER", 128)
+    ours, expected = cuda.heaviest(vector, shards, count), heaviest_of_shards(vector, shards, count)
+    assert torch.equal(ours[0], expected[0])
+    assert torch.equal(ours[1].view(torch.int32), expected[1].view(torch.int32))
+
+
+@on_interpreter
+@pytest.mark.parametrize(("shards", "runs"), [(1, 64), (2, 1), (3, 2), (7, 64), (8, 4)])
+def test_the_heaviest_of_shards(shards: int, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hvd_sketch.sparse import cuda
+
+    for name, value in {"_RUNS": runs, "_TOGETHER": 128, "_SAMPLE": 64, "_PROGRAMS": 2 * shards}.items():
+        monkeypatch.setattr(cuda, name, value)
     size = 701
     normal = torch.randn(3 * size, generator=torch.Generator().manual_seed(shards))[1::3]  # not contiguous
     for vector in (normal**5, normal.round(), normal * (normal > 1.5), normal * 2.0**-130, torch.zeros(size)):
         for count in (size // shards // 30 + 1, size // shards):
-            ours, expected = cuda.heaviest(vector, shards, count), heaviest_of_shards(vector, shards, count)
-            assert torch.equal(ours[0], expected[0])
-            assert torch.equal(ours[1].view(torch.int32), expected[1].view(torch.int32))
+            check(vector, shards, count)
+
+
+@on_interpreter
+@pytest.mark.parametrize(("margin", "room"), [(-6.0, 4096), (0.0, 4096), (6.0, 0)])
+def test_a_sample_that_misleads_changes_nothing(margin: float, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too narrow a bracket, or too little room for what lies inside: then everything is looked at."""
+    from hvd_sketch.sparse import cuda
+
+    for name, value in {"_TOGETHER": 128, "_SAMPLE": 64, "_PROGRAMS": 4, "_MARGIN": margin}.items():
+        monkeypatch.setattr(cuda, name, value)
+    if room == 0:
+        made = cuda._Choice.__init__
+
+        def without_room(self: Any, vector: Tensor, shards: int, count: int) -> None:
+            made(self, vector, shards, count)
+            self._room = 1
+
+        monkeypatch.setattr(cuda._Choice, "__init__", without_room)
+    generator = torch.Generator().manual_seed(1)
+    for vector in (torch.randn(1201, generator=generator) ** 3, torch.randn(1201, generator=generator).round()):
+        vector[::7] = torch.tensor([float("inf"), -float("inf")]).repeat(86)[: len(vector[::7])]
+        for shards, count in ((1, 50), (2, 3), (3, 171), (4, 300)):
+            check(vector, shards, count)
 
 
 def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     """All of them, with the types of their arguments other than int64 and their constants."""
     from hvd_sketch.sparse import cuda_kernels
 
-    vector = {"vector": "*fp32"}
-    counted = {**vector, "limit": "*i32", "above": "*i64", "equal": "*i64"}
+    pointers = {"vector": "*fp32", "values": "*fp32", "kept": "*i32", "kept_run": "*i32", "counts": "*i32"}
+    pointers |= dict.fromkeys(("state", "above", "equal", "chosen"), "*i64")
+    digit, runs = {"digit_bits": 11, "copies": 8}, {"most_runs": 2048}
+    yield cuda_kernels.find_digit, pointers, digit
+    yield cuda_kernels.add_up, pointers, runs
     for wide, shards in ((1, 1), (7, 8), (8, 8)):
-        shape = {"wide": wide, "shards": shards, "rows": 2048 // shards}
-        for lower in (False, True):
-            digits = {**vector, "counts": "*i32", "limit": "*i64"}
-            bins = 1 << (15 if lower else 16)
-            yield cuda_kernels.count_digits, digits, {**shape, "lower": lower, "low_bits": 15, "bins": bins}
-        yield cuda_kernels.weigh, counted, shape
-        yield cuda_kernels.write, {**counted, "ties": "*i64", "chosen": "*i64", "values": "*fp32"}, shape
+        shape, lanes = {"wide": wide, "shards": shards, "rows": 2048 // shards}, {"wide": wide, "lanes": 1024}
+        yield cuda_kernels.bracket, pointers, {"wide": wide, "sample": 1 << 14}
+        yield cuda_kernels.sift, pointers, shape
+        yield cuda_kernels.settle, pointers, {"wide": wide, **runs}
+        yield cuda_kernels.count_digits, pointers, {**digit, **lanes}
+        yield cuda_kernels.tally, pointers, lanes
+        yield cuda_kernels.write, pointers, shape
 
 
 @compiles
