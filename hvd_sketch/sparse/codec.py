@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from types import ModuleType
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from hvd_sketch import native
+from hvd_sketch import gpu, native
 
 _LEVELS = 8
 _NEGATIVE = 8
@@ -38,31 +40,38 @@ class SparseCodec:
     count: int
 
     @property
-    def _low_bits(self) -> int:
+    def low_bits(self) -> int:
+        """Bits of an index that are sent as they are."""
         return max(0, (self.universe // self.count).bit_length() - 1)
 
     @property
-    def _low_bytes(self) -> int:
-        return -(-self.count * self._low_bits // 8)
+    def low_bytes(self) -> int:
+        """Bytes of these."""
+        return -(-self.count * self.low_bits // 8)
 
     @property
-    def _high_bits(self) -> int:
-        return self.count + (self.universe >> self._low_bits) + 1
+    def high_bits(self) -> int:
+        """Bits of the upper parts of all indices, in unary."""
+        return self.count + (self.universe >> self.low_bits) + 1
 
     @property
-    def _value_bytes(self) -> int:
+    def value_bytes(self) -> int:
+        """Bytes of levels and values."""
         return self.LEVEL_BYTES + -(-self.count // 2)
 
     @property
     def nbytes(self) -> int:
         """Bytes of one encoded vector."""
-        return self._value_bytes + self._low_bytes + -(-self._high_bits // 8)
+        return self.value_bytes + self.low_bytes + -(-self.high_bits // 8)
 
     def encode(self, indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Encode m vectors given by ``(m, count)`` indices (int64, ascending) and values (float32).
 
         Returns the code, uint8 of shape ``(m, nbytes)``, and the values as they will be decoded.
         """
+        if gpu.serves(values):
+            code, decoded = _on_gpu().encode(self, indices.contiguous(), values.contiguous())
+            return code, decoded
         if not native.serves(values):
             return self._encode(indices, values)
         indices, values = indices.contiguous(), values.contiguous()
@@ -76,9 +85,12 @@ class SparseCodec:
         """The ``(m, count)`` indices and values behind a code of shape ``(m, nbytes)``.
 
         Raises:
-            ValueError: when these bytes cannot have come from `encode`. On a device, for which nobody waits, all
-                values are NaN then, at indices that there are.
+            ValueError: when these bytes cannot have come from `encode`. On a device, for which nobody waits, values
+                are NaN then, at indices that there are.
         """
+        if gpu.serves(code):
+            indices, values = _on_gpu().decode(self, code.contiguous())
+            return indices, values
         if not native.serves(code):
             return self._decode(code)
         code = code.contiguous()
@@ -102,37 +114,40 @@ class SparseCodec:
 
     def _decode(self, code: Tensor) -> tuple[Tensor, Tensor]:
         means = code[:, : self.LEVEL_BYTES].flatten().clone().view(torch.float32).view(-1, _LEVELS)
-        packed = code[:, self.LEVEL_BYTES : self._value_bytes]
+        packed = code[:, self.LEVEL_BYTES : self.value_bytes]
         nibbles = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)[:, : self.count]
-        indices, valid = self._unpack(code[:, self._value_bytes :])
-        if code.device.type == "cpu" and not valid:
+        indices, known = self._unpack(code[:, self.value_bytes :])
+        if code.device.type == "cpu" and not known.all():
             raise ValueError(self._no_code())
-        return indices, _values(nibbles, means).where(valid, torch.nan)
+        return indices.where(known, 0), _values(nibbles, means).where(known, torch.nan)
 
     def _pack(self, indices: Tensor) -> Tensor:
-        low = indices.unsqueeze(2) >> torch.arange(self._low_bits, device=indices.device) & 1
-        unary = indices.new_zeros(len(indices), self._high_bits, dtype=torch.uint8)
-        unary.scatter_(1, (indices >> self._low_bits) + torch.arange(self.count, device=indices.device), 1)
+        low = indices.unsqueeze(2) >> torch.arange(self.low_bits, device=indices.device) & 1
+        unary = indices.new_zeros(len(indices), self.high_bits, dtype=torch.uint8)
+        unary.scatter_(1, (indices >> self.low_bits) + torch.arange(self.count, device=indices.device), 1)
         return torch.cat([_bytes_of(low.to(torch.uint8).flatten(1)), _bytes_of(unary)], dim=1)
 
     def _unpack(self, code: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices below the universe, and whether these are what was packed."""
-        bits = _bits_of(code[:, : self._low_bytes])[:, : self.count * self._low_bits]
-        weights = torch.arange(self._low_bits, device=code.device)
-        low = (bits.view(len(code), self.count, self._low_bits).to(torch.int64) << weights).sum(dim=2)
-        unary = _bits_of(code[:, self._low_bytes :])[:, : self._high_bits]
+        """Indices, and which of them may have been packed."""
+        bits = _bits_of(code[:, : self.low_bytes])[:, : self.count * self.low_bits]
+        weights = torch.arange(self.low_bits, device=code.device)
+        low = (bits.view(len(code), self.count, self.low_bits).to(torch.int64) << weights).sum(dim=2)
+        unary = _bits_of(code[:, self.low_bytes :])[:, : self.high_bits]
         ranks = unary.cumsum(1, dtype=torch.int64)
         # A one goes to its rank, everything else to a place behind them all.
         places = torch.where(unary > 0, ranks - 1, self.count).clamp_(max=self.count)
         ones = torch.zeros(len(code), self.count + 1, dtype=torch.int64, device=code.device)
-        ones.scatter_(1, places, torch.arange(self._high_bits, device=code.device).expand_as(places))
+        ones.scatter_(1, places, torch.arange(self.high_bits, device=code.device).expand_as(places))
         high = ones[:, : self.count] - torch.arange(self.count, device=code.device)
-        indices = (high << self._low_bits) + low
-        valid = (ranks[:, -1] == self.count).all() & (indices.amax() < self.universe)
-        return indices.clamp_(0, self.universe - 1), valid
+        indices = (high << self.low_bits) + low
+        return indices, (indices < self.universe) & (ranks[:, -1:] == self.count)
 
     def _no_code(self) -> str:
         return f"these {self.nbytes} bytes are no code of {self.count} of {self.universe} coordinates"
+
+
+def _on_gpu() -> ModuleType:
+    return importlib.import_module("hvd_sketch.sparse.codec_cuda")  # with Triton, which no other device needs
 
 
 def _levels_of(magnitudes: Tensor) -> Tensor:
