@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hvd_sketch import wire
+from hvd_sketch import gpu, wire
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.agreement import agree
 from hvd_sketch.exchange.rounds import Rounds
@@ -85,6 +85,15 @@ class Exchange(ABC):
     ) -> None:
         """Hand in ``factor * gradient + weight_decay * parameter`` (dense) of slot ``position``."""
         self.staging.put(position, gradient, factor, parameter, weight_decay)
+
+    def submit_many(self, gradients: Mapping[int, Tensor], factor: float = 1.0) -> None:
+        """Hand in ``factor`` times the gradients of some slots, by their positions, at the cost of one on a GPU."""
+        self.staging.put_many(gradients, factor)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether gradients are better handed in together than each as it becomes ready."""
+        return gpu.serves(self.gradient)
 
     def submit_all(self, vector: Tensor) -> None:
         """Hand in the whole vector, in the layout's order, in place of one `submit` a slot."""

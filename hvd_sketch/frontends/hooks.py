@@ -93,6 +93,7 @@ class ExchangingOptimizer(HorovodOptimizer):
     _frozen: set[Tensor]
     _allreduce_delay: dict[Tensor, int]
     _handles: dict[Tensor, bool]
+    _gathered: dict[int, Tensor]
     _scale: float | None
     _exchange: Exchange | None
     _positions: dict[Tensor, int]
@@ -137,10 +138,13 @@ class ExchangingOptimizer(HorovodOptimizer):
             if parameter.grad is not None:
                 _submit(self, parameter)
         try:
+            if self._gathered:
+                self.exchange.submit_many(self._gathered, 1.0 / _scale(self))
             self.exchange.run()
             _write_gradients(self)
         finally:
             self._handles.clear()
+            self._gathered.clear()
             self._scale = None
             self.set_backward_passes_per_step(self.backward_passes_per_step)
         self._synchronized = True
@@ -195,6 +199,7 @@ class ExchangingOptimizer(HorovodOptimizer):
         The memory belongs to one rank and has its own `memory_state_dict`.
         """
         self._handles.clear()
+        self._gathered.clear()
         self._scale = None
         self._synchronized = False
         self._should_synchronize = True
@@ -248,6 +253,7 @@ def distribute(
         _frozen={parameter for parameter in trained if not parameter.requires_grad},
         _allreduce_delay={parameter: wiring.backward_passes_per_step for _, parameter in named_parameters},
         _handles={},
+        _gathered={},
         _scale=None,
         _exchange=None,
         _positions={},
@@ -308,7 +314,10 @@ def _submit(optimizer: Any, parameter: Tensor) -> None:
     position = optimizer._positions[parameter]
     decay = optimizer._group_of[parameter]["weight_decay"] if optimizer._wiring.correction is not None else 0.0
     decay /= 1 if exchange.average else exchange.comm.size
-    exchange.submit(position, gradient, 1.0 / _scale(optimizer), parameter if decay else None, decay)
+    if exchange.gathers and not decay:
+        optimizer._gathered[position] = gradient
+    else:
+        exchange.submit(position, gradient, 1.0 / _scale(optimizer), parameter if decay else None, decay)
 
 
 def _scale(optimizer: Any) -> float:

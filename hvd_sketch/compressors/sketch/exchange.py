@@ -68,9 +68,17 @@ class SketchExchange(Exchange):
     ) -> None:
         """As for every `Exchange`; the gradient may be the last one that a bucket waits for."""
         super().submit(position, gradient, factor, parameter, weight_decay)
-        early = len(self._norms) > 1 and self.comm.starts_in_backward(self.gradient.device)
-        if early and self.agreed and self.plan is not None:
+        if self._starts_early and self.agreed and self.plan is not None:
             self._start_complete()
+
+    @property
+    def gathers(self) -> bool:
+        """Not where the first buckets travel while backward computes the rest."""
+        return super().gathers and not self._starts_early
+
+    @property
+    def _starts_early(self) -> bool:
+        return len(self._norms) > 1 and self.comm.starts_in_backward(self.gradient.device)
 
     def run(self) -> None:
         """As for every `Exchange`."""
