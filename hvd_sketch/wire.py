@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -71,10 +72,13 @@ def unpack(lanes: Tensor, scale: float, values: Tensor) -> Tensor:
 
 def write_header(message: Tensor, finite: bool, problem: bool = False, flush: bool = False) -> None:
     """Mark this rank present, the sum as not a number if the gradient is not finite, a problem, a wish to flush."""
-    message[0] = 0.0 if finite else math.nan
-    message[1] = 1.0
-    message[2] = float(problem)
-    message[3] = float(flush)
+    message[:HEADER].copy_(_lanes(message.device, finite, problem, flush))
+
+
+@functools.cache
+def _lanes(device: torch.device, finite: bool, problem: bool, flush: bool) -> Tensor:
+    """Kept on its device, for numbers that come from the host would wait for it."""
+    return torch.tensor([0.0 if finite else math.nan, 1.0, float(problem), float(flush)], device=device)
 
 
 def read_header(message: Tensor) -> Header:

@@ -70,8 +70,7 @@ def time_staging(bench: Bench, d: int) -> None:
         }
 
         def stage(staging: Staging = staging, gradients: dict[int, Tensor] = gradients) -> float:
-            for position, gradient in gradients.items():
-                staging.put(position, gradient, 1.0, None, 0.0)
+            staging.put_many(gradients, 1.0)
             return staging.norm()
 
         bench.time("stage", f"hvd_sketch, {str(dtype).removeprefix('torch.')}", model.numel, stage)

@@ -104,8 +104,7 @@ def _step(model: Model, exchange: Exchange) -> Callable[[], None]:
     updates = {position: gradient for position, gradient in places.items() if gradient is not None}
 
     def step() -> None:
-        for position, gradient in gradients.items():
-            exchange.submit(position, gradient)
+        exchange.submit_many(gradients)
         exchange.run()
         exchange.write_update(updates)
 

@@ -69,12 +69,32 @@ def test_a_sample_that_misleads_changes_nothing(margin: float, room: int, monkey
             check(vector, shards, count)
 
 
+@on_interpreter
+def test_rows_are_set_and_added_to_as_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hvd_sketch.sparse import rows, rows_cuda
+
+    monkeypatch.setattr(rows_cuda, "_LANES", 16)
+    generator = torch.Generator().manual_seed(0)
+    for shards, first, lists in ((1, 0, 1), (5, 1, 3), (4, 3, 1), (3, 0, 0)):
+        vector = torch.randn(307, generator=generator) * 2.0**-130
+        chosen = torch.stack([torch.randperm(307 // shards, generator=generator)[:20].sort().values] * max(1, lists))
+        chosen, values = chosen[:lists], torch.randn(lists, 20, generator=generator) * 2.0**-130
+        ours, expected = vector.clone(), vector.clone()
+        rows_cuda.put(ours, shards, first, chosen, values)
+        rows.Rows(shards, first, chosen).put(expected, values)
+        rows_cuda.add(ours, shards, first, chosen, values)
+        rows.add(expected, shards, first, chosen, values)
+        assert torch.equal(ours.view(torch.int32), expected.view(torch.int32))
+
+
 def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     """All of them, with the types of their arguments other than int64 and their constants."""
-    from hvd_sketch.sparse import cuda_kernels
+    from hvd_sketch.sparse import cuda_kernels, rows_cuda
 
     pointers = {"vector": "*fp32", "values": "*fp32", "kept": "*i32", "kept_run": "*i32", "counts": "*i32"}
     pointers |= dict.fromkeys(("state", "above", "equal", "chosen"), "*i64")
+    for adds in (False, True):
+        yield rows_cuda.scatter, {**pointers, "rows": "*i64"}, {"adds": adds, "lanes": 1024}
     digit, runs = {"digit_bits": 11, "copies": 8}, {"most_runs": 2048}
     yield cuda_kernels.find_digit, pointers, digit
     yield cuda_kernels.add_up, pointers, runs
