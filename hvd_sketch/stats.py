@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.comm.base import Communicator
-from hvd_sketch.gpu import Late
 
 
 @dataclass
@@ -34,9 +33,9 @@ class Stats:
     skipped: int = 0
     bytes_sent: int = 0
     dense_bytes: int = 0
-    clip: float = 1.0
     seconds: dict[str, float] = field(default_factory=dict)
-    _captured: Late | float = field(default=float("nan"), repr=False)
+    _captured: tuple[Tensor, Tensor] | float = field(default=float("nan"), repr=False)
+    _clip: Tensor | float = field(default=1.0, repr=False)
 
     @property
     def ratio(self) -> float:
@@ -46,8 +45,8 @@ class Stats:
     @property
     def captured_energy(self) -> float:
         """See above; waits for a device only when somebody asks."""
-        if isinstance(self._captured, Late):
-            part, whole = self._captured.read()
+        if isinstance(self._captured, tuple):
+            part, whole = torch.stack(self._captured).tolist()
             self._captured = (part / whole) ** 2 if whole > 0 else 1.0
         return self._captured
 
@@ -57,7 +56,17 @@ class Stats:
 
     def note_captured(self, sent: Tensor, memory: Tensor) -> None:
         """Take the captured energy of a step from what was sent of which memory."""
-        self._captured = Late(torch.linalg.vector_norm(sent), torch.linalg.vector_norm(memory))
+        self._captured = torch.linalg.vector_norm(sent), torch.linalg.vector_norm(memory)
+
+    @property
+    def clip(self) -> float:
+        """See above; waits likewise."""
+        self._clip = float(self._clip)
+        return self._clip
+
+    @clip.setter
+    def clip(self, factor: Tensor | float) -> None:
+        self._clip = factor
 
     @contextmanager
     def counting(self, comm: Communicator) -> Iterator[None]:

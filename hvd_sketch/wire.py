@@ -70,9 +70,15 @@ def unpack(lanes: Tensor, scale: float, values: Tensor) -> Tensor:
     return values if scale == 1.0 else values.mul_(1.0 / scale)
 
 
-def write_header(message: Tensor, finite: bool, problem: bool = False, flush: bool = False) -> None:
-    """Mark this rank present, the sum as not a number if the gradient is not finite, a problem, a wish to flush."""
-    message[:HEADER].copy_(_lanes(message.device, finite, problem, flush))
+def write_header(message: Tensor, finite: bool | Tensor, problem: bool = False, flush: bool = False) -> None:
+    """Mark this rank present, the sum as not a number if the gradient is not finite, a problem, a wish to flush.
+
+    Whether it is finite may be told by a number of the message's device: 0 if so, else NaN.
+    """
+    told = isinstance(finite, Tensor)
+    message[:HEADER].copy_(_lanes(message.device, told or bool(finite), problem, flush))
+    if isinstance(finite, Tensor):
+        message[:1].copy_(finite)
 
 
 @functools.cache

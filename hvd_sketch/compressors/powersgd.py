@@ -13,6 +13,7 @@ from hvd_sketch import wire
 from hvd_sketch.compressors.base import Compressor
 from hvd_sketch.errors import ConfigurationError, RankMismatchError
 from hvd_sketch.exchange import Exchange, Setting
+from hvd_sketch.exchange.base import Factor, Finite
 from hvd_sketch.layout import Layout
 from hvd_sketch.precision import full_precision
 
@@ -101,7 +102,7 @@ class PowerSGDExchange(Exchange):
         generator = torch.Generator().manual_seed(self._seed)
         self._right.copy_(torch.randn(self._right.numel(), generator=generator, dtype=torch.float32))
 
-    def send(self, plan: int, clip: float, finite: bool) -> bool:
+    def send(self, plan: int, clip: Factor, finite: Finite) -> bool:
         """Round 1, whose message has the dense part too, and round 2."""
         dense = slice(self.layout.compressed, self.layout.total)
         with self.stats.phase("factor"), full_precision():

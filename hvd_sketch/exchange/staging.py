@@ -97,6 +97,20 @@ class Staging:
         """Count nothing as arrived."""
         self._arrived = [False] * len(self._slots)
 
+    @property
+    def gathered(self) -> bool:
+        """Whether all of the gradient was measured by the kernel that gathered it."""
+        return len(self._gathered) == len(self._slots)
+
+    def measure(self, limit: float | None) -> tuple[Tensor, Tensor]:
+        """Of a gradient that was `gathered`, on its device, as tensors of one number.
+
+        Returns:
+            the factor that brings its norm down to ``limit``, if it is larger, and 0 if it is finite, else NaN.
+        """
+        factor, finite = self._gathering.measure(limit)
+        return factor, finite
+
     def norm(self, positions: slice = slice(None)) -> float:
         """The 2-norm of these slots: summed in float64, then rounded to float32. It may be infinite, or NaN."""
         slots, squares = self._slots[positions], self._squares[positions]

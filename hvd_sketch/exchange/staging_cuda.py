@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -61,6 +62,20 @@ class Gathering:
         first, last, _ = slots.indices(len(self._first) - 1)
         return self._squares[self._first[first] : self._first[last]].sum()
 
+    def measure(self, limit: float | None) -> tuple[Tensor, Tensor]:
+        """See `Staging.measure`."""
+        numbers = torch.empty(2, dtype=torch.float32, device=self._vector.device)
+        with torch.cuda.device_of(self._vector):
+            conclude[1,](
+                numbers,
+                self._squares,
+                len(self._squares),
+                math.inf if limit is None else limit,
+                lanes=_LANES,
+                enable_fp_fusion=False,
+            )
+        return numbers[0], numbers[1]
+
     def clear(self, slot: int) -> None:
         """Count the slot as zeros."""
         self._squares[self._first[slot] : self._first[slot + 1]].zero_()
@@ -106,3 +121,16 @@ def gather(
             wide = value.to(tl.float64)
             total += wide * wide
         tl.store(squares + program, tl.sum(total))
+
+
+@triton.jit(do_not_specialize=["count", "limit"])
+def conclude(numbers: tl.tensor, squares: tl.tensor, count: tl.int64, limit: tl.float32, lanes: tl.constexpr):
+    """From the sums of squares: the factor of the gradient, and 0 times its norm. Grid: 1."""
+    total = tl.zeros((lanes,), tl.float64)
+    for first in range(0, count, lanes):
+        at = first + tl.arange(0, lanes)
+        total += tl.load(squares + at, mask=at < count, other=0.0)
+    norm = tl.sqrt(tl.sum(total)).to(tl.float32)
+    most = tl.full((), limit, tl.float32)
+    tl.store(numbers, tl.where(norm > most, tl.div_rn(most, norm), 1.0))
+    tl.store(numbers + 1, norm * 0.0)

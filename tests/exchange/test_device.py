@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hvd_sketch import Anticipate, Compression, DistributedOptimizer, FactoredMoments, LocalSGD, StepAhead
+from hvd_sketch import Anticipate, Compression, DistributedOptimizer, FactoredMoments, LocalSGD, StepAhead, wire
 from hvd_sketch.comm import Communicator, SingleProcess
 from hvd_sketch.comm.in_process import run_in_process
 from hvd_sketch.exchange import Exchange
@@ -62,8 +62,9 @@ def drive(comm: Communicator, compressor: Any, gradients: Tensor, device: torch.
     exchange: Exchange = compressor.exchange(layout, comm, average=True, device=device, **settings)
     updates = []
     for gradient in gradients.to(device):
-        for position, slot in enumerate(layout.slots):
-            exchange.submit(position, gradient[slot.offset : slot.stop].view(slot.shape))
+        exchange.submit_many(
+            {at: gradient[slot.offset : slot.stop].view(slot.shape) for at, slot in enumerate(layout.slots)}
+        )
         exchange.run()
         updates.append(exchange.update.float().cpu().clone())
     return Run(torch.stack(updates), exchange)
@@ -156,6 +157,47 @@ def test_a_gradient_is_taken_in_with_one_rounding() -> None:
         memory.residual.copy_(residual)
         memory.absorb(gradient.to(device), 0.3)
         assert torch.equal(bits(memory.residual), bits(expected))
+
+
+@pytest.mark.parametrize("gain", [1.0, 1.9])
+def test_a_factor_of_the_device_is_that_of_the_host(gain: float) -> None:
+    gradient = heavy_tailed(10_000, seed=2)
+    with served() as device:
+        memories = [Memory(10_000, device, Momentum(gain - 1.0, nesterov=True) if gain > 1.0 else None) for _ in "ab"]
+        clips: list[float | Tensor] = [0.3, torch.tensor(0.3, device=device)]
+        for clip, memory in zip(clips, memories, strict=True):
+            memory.absorb(gradient.to(device), clip)
+            memory.absorb(gradient.to(device), clip)
+        one, other = (memory.residual.cpu() for memory in memories)
+    torch.testing.assert_close(one, other, rtol=1e-6 if not ON_GPU or gain > 1.0 else 0.0, atol=0.0)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("name", ["sharded", "topk", "stride"])
+def test_a_step_waits_for_the_gpu_only_to_read_the_header(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = wire.read_header
+
+    def waiting(message: Tensor) -> wire.Header:
+        torch.cuda.set_sync_debug_mode("default")
+        header = read(message)
+        torch.cuda.set_sync_debug_mode("error")
+        return header
+
+    monkeypatch.setattr(wire, "read_header", waiting)
+    gradient = heavy_tailed(TOTAL).cuda()
+    compressor = replace(EXACT[name], clip_norm=0.5)
+    layout = compressor.layout(parameters().items())
+    exchange = compressor.exchange(layout, SingleProcess(), average=True, device=gradient.device)
+    parts = {at: gradient[slot.offset : slot.stop].view(slot.shape) for at, slot in enumerate(layout.slots)}
+    updates = {at: torch.empty_like(part) for at, part in parts.items()}
+    try:
+        for step in range(4):
+            torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first steps compile
+            exchange.submit_many(parts)
+            exchange.run()
+            exchange.write_update(updates)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(("universe", "count"), [(1, 1), (9, 9), (1000, 3), (70_000, 1025), (3_000_001, 50_000)])

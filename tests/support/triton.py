@@ -49,7 +49,10 @@ def compile_all(tmp_path: Path, module: str, capability: int) -> None:
 
 
 def _compile(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], capability: int) -> None:
-    """Neither a fused product and sum nor a subnormal taken for zero: either would change the bits of a result."""
+    """Neither a subnormal taken for zero nor, unless its name says so, a fused product and sum.
+
+    Either would change the bits of a result.
+    """
     import triton  # type: ignore[import-untyped]
     from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
 
@@ -60,6 +63,8 @@ def _compile(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], c
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False})
     wrong = re.findall(r"fma\S*|mad\S*f32|\S+ftz\S*|div[.]full\S*|rsqrt[.]approx\S*", compiled.asm["ptx"])
+    if kernel.__name__.endswith("_fused"):
+        wrong = [each for each in wrong if not each.startswith("fma")]
     assert not wrong, (kernel.__name__, wrong)
 
 
