@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from hvd_sketch import wire
-from hvd_sketch.exchange.base import Exchange
+from hvd_sketch.exchange.base import Exchange, Factor, Finite
 from hvd_sketch.exchange.setting import Setting
 from hvd_sketch.exchange.update import Part
+from hvd_sketch.gpu import Late
 
 
 class SparseExchange(Exchange):
@@ -28,7 +29,8 @@ class SparseExchange(Exchange):
     def __init__(self, setting: Setting, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(setting)
         self._dtype = dtype
-        self._dense_scale: float | None = None  # until a sum other than zero was seen, messages are float32
+        self._scale: float | None = None  # until a sum other than zero was seen, messages are float32
+        self._seen: tuple[Late, int] | None = None
         self._dense = slice(self.layout.compressed, self.layout.total)
 
     @abstractmethod
@@ -39,7 +41,7 @@ class SparseExchange(Exchange):
             the update of the compressed part, the same on all ranks.
         """
 
-    def send(self, plan: Any, clip: float, finite: bool) -> bool:
+    def send(self, plan: Any, clip: Factor, finite: Finite) -> bool:
         """The dense part, then the chosen coordinates."""
         summed = self._sum_dense(clip, finite)
         if summed is None:
@@ -47,7 +49,7 @@ class SparseExchange(Exchange):
         self.hold(*self.send_chosen(plan), Part(self._dense, summed.mul_(1.0 / self.divisor)))
         return True
 
-    def _sum_dense(self, clip: float, finite: bool) -> Tensor | None:
+    def _sum_dense(self, clip: Factor, finite: Finite) -> Tensor | None:
         """Sum the dense part, and take the gradient into the memory; None, and nothing done, when a rank says so."""
         ranks, scale = self.comm.size, self._dense_scale or 1.0
         dtype = self._dtype if self._dense_scale else torch.float32
@@ -60,10 +62,18 @@ class SparseExchange(Exchange):
         self.memory.absorb(self.gradient, clip)
         self.memory.keep(self._dense, left, mask=False)
         summed = wire.unpack(lanes, scale, computed)
-        if self.rounds.all_present:
-            largest = float(torch.linalg.vector_norm(summed, ord=torch.inf)) / ranks if summed.numel() else 0.0
-            self._dense_scale = wire.shared_scale(largest, ranks, self._dtype) if largest > 0.0 else None
+        if self.rounds.all_present and summed.numel():
+            self._seen = Late(torch.linalg.vector_norm(summed, ord=torch.inf)), ranks
         return summed
+
+    @property
+    def _dense_scale(self) -> float | None:
+        """That of the coming message, from the last sum that all ranks know; read when it is needed."""
+        if self._seen is not None:
+            (late, ranks), self._seen = self._seen, None
+            largest = late.read()[0] / ranks
+            self._scale = wire.shared_scale(largest, ranks, self._dtype) if largest > 0.0 else None
+        return self._scale
 
     def own_state(self) -> dict[str, Any]:
         """The scale of the dense values."""
@@ -71,4 +81,4 @@ class SparseExchange(Exchange):
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Restore it."""
-        self._dense_scale = state["dense_scale"]
+        self._scale, self._seen = state["dense_scale"], None

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypedDict, Unpack
 
 import torch
 
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.methods.gossip.base import Gossip, check_sgd, nonzero_rate
 from hvd_sketch.methods.gossip.infnorm import InfNorm, InfNormCode
+
+
+class DifferenceOptions(TypedDict, total=False):
+    """The keywords of `LEAD` that make `Differences`."""
+
+    quantization: InfNorm
+    alpha: float
+    gamma: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Differences:
+    """How `LEAD` sends differences, and how fast it takes them in."""
+
+    quantization: InfNorm = InfNorm()  # noqa: RUF009 - frozen
+    alpha: float = 0.5
+    gamma: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.alpha <= 1.0 or not 0.0 < self.gamma <= 2.0:
+            raise ConfigurationError(
+                f"LEAD needs 0 < alpha <= 1 and 0 < gamma <= 2, got {self.alpha} and {self.gamma}"
+            )
 
 
 class LEAD(Gossip):
@@ -39,11 +65,11 @@ class LEAD(Gossip):
         comm: an mpi4py communicator.
         graph: complete, ring, torus, hypercube, or a networkx graph over the ranks; the weights
             are Metropolis's.
-        quantization: bits and block of Q.
-        alpha: how fast H follows; smaller for stronger compression.
-        gamma: step of D; with 2 bits 1.0 diverges and 0.5 does not (8 quadratics on a ring).
-        seed: of the random rounding; every rank derives its own from it.
         same_start: begin with rank 0's parameters and buffers on every rank.
+        quantization: bits and block of Q; ``InfNorm()`` when not given.
+        alpha: how fast H follows, 0.5 when not given; smaller for stronger compression.
+        gamma: step of D, 1.0 when not given; with 2 bits that diverges and 0.5 does not (8 quadratics on a ring).
+        seed: of the random rounding; every rank derives its own from it.
 
     Raises:
         ConfigurationError: for another optimizer, momentum, alpha outside (0, 1] or gamma outside
@@ -58,22 +84,18 @@ class LEAD(Gossip):
         comm: Any,
         graph: Any = "ring",
         *,
-        quantization: InfNorm = InfNorm(),  # noqa: B008 - frozen
-        alpha: float = 0.5,
-        gamma: float = 1.0,
-        seed: int = 0,
         same_start: bool = True,
+        **differences: Unpack[DifferenceOptions],
     ) -> None:
         check_sgd(optimizer, "LEAD")
         if any(group["momentum"] for group in optimizer.param_groups):
             raise ConfigurationError("LEAD has no momentum; use torch.optim.SGD without it")
-        if not 0.0 < alpha <= 1.0 or not 0.0 < gamma <= 2.0:
-            raise ConfigurationError(f"LEAD needs 0 < alpha <= 1 and 0 < gamma <= 2, got {alpha} and {gamma}")
-        settings = {"quantization": str(quantization), "alpha and gamma": f"{alpha} {gamma}"}
+        sent = Differences(**differences)
+        settings = {"differences": str(sent)}
         super().__init__(optimizer, model, comm, graph, lazy=False, same_start=same_start, settings=settings)
-        self._alpha, self._gamma = alpha, gamma
-        count = self._flat.layout.total
-        self._code = InfNormCode(quantization, count, self._flat.dtype, seed * 2**20 + self._collectives.rank)
+        self._alpha, self._gamma = sent.alpha, sent.gamma
+        count, seed = self._flat.layout.total, sent.seed * 2**20 + self._collectives.rank
+        self._code = InfNormCode(sent.quantization, count, self._flat.dtype, seed)
         self._message = torch.empty(self._code.message_bytes, dtype=torch.uint8)
         self._gradient = self._flat.new()
         self._seen, self._seen_mixed, self._dual, self._sent, self._mixed, self._scratch = (

@@ -7,6 +7,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +19,38 @@ from hvd_sketch.methods.decentralized import Decentralized
 from hvd_sketch.methods.flat import Flat, LayoutRule, whole
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rhythm:
+    """When ranks that step on their own meet, and what they do until then.
+
+    Attributes:
+        period: steps between two meetings, at least 1.
+        clip_norm: each gradient is scaled down to this L2 norm before the step; None to leave it.
+        same_start: begin with rank 0's parameters and buffers on every rank.
+        layout: how the parameters become one vector.
+    """
+
+    period: int
+    clip_norm: float | None = None
+    same_start: bool = True
+    layout: LayoutRule = whole
+
+    def check(self, method: str) -> None:
+        """Refuse what is out of range.
+
+        Raises:
+            ConfigurationError: naming the method.
+        """
+        if self.period < 1:
+            raise ConfigurationError(f"{method}: period must be at least 1 step, got {self.period}")
+        if self.clip_norm is not None and not self.clip_norm > 0.0:
+            raise ConfigurationError(f"{method}: clip_norm must be above 0 or None, got {self.clip_norm}")
+
+
 class LocalSteps(Decentralized):
     """Steps the wrapped optimizer, and calls `_meet` after every ``period`` steps.
+
+    All vectors are kept where the parameters are.
 
     A step whose gradient is not finite is left out on that rank, and counted in
     ``stats.skipped``; so nothing such is ever sent.
@@ -28,9 +59,8 @@ class LocalSteps(Decentralized):
         optimizer: any; its state stays on its rank.
         model: what it trains.
         comm: an mpi4py communicator or one of ours; Horovod where it is installed if None.
-        period: steps between two meetings, at least 1.
+        rhythm: when ranks meet.
         settings: what else must be equal on all ranks.
-        clip_norm: each gradient is scaled down to this L2 norm before the step; None to leave it.
 
     Raises:
         ConfigurationError, RankMismatchError: see `Decentralized`.
@@ -41,21 +71,22 @@ class LocalSteps(Decentralized):
         optimizer: torch.optim.Optimizer,
         model: torch.nn.Module,
         comm: Any,
-        period: int,
+        rhythm: Rhythm,
         settings: dict[str, str],
-        *,
-        clip_norm: float | None,
-        same_start: bool,
-        layout: LayoutRule = whole,
     ) -> None:
-        if period < 1:
-            raise ConfigurationError(f"{type(self).__name__}: period must be at least 1 step, got {period}")
-        if clip_norm is not None and not clip_norm > 0.0:
-            raise ConfigurationError(f"{type(self).__name__}: clip_norm must be above 0 or None, got {clip_norm}")
+        rhythm.check(type(self).__name__)
         collectives = default_communicator() if comm is None else as_communicator(comm)
-        agreed = {"period": str(period), **settings}
-        super().__init__(optimizer, model, collectives, agreed, same_start=same_start, layout=layout)
-        self._period, self._clip_norm = period, clip_norm
+        agreed = {"period": str(rhythm.period), **settings}
+        super().__init__(
+            optimizer,
+            model,
+            collectives,
+            agreed,
+            same_start=rhythm.same_start,
+            layout=rhythm.layout,
+            device=next(model.parameters(), torch.empty(0)).device,
+        )
+        self._period, self._clip_norm = rhythm.period, rhythm.clip_norm
         self._steps = 0
 
     def flush(self) -> None:

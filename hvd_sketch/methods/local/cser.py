@@ -12,7 +12,7 @@ from hvd_sketch.compressors.compression import Compression
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.methods.displacement import displacement_exchange, layout_rule
-from hvd_sketch.methods.local.base import LocalSteps
+from hvd_sketch.methods.local.base import LocalSteps, Rhythm
 
 
 class CSER(LocalSteps):
@@ -40,7 +40,7 @@ class CSER(LocalSteps):
     kind. Others work as well. Evaluate and save inside `average_model`.
 
     Sent: what C2 sends every step, what C1 sends every H steps. State: E_i, and three vectors for
-    each of the two exchanges, in host memory.
+    each of the two exchanges, where the parameters are.
     Source: Xie et al., "CSER: Communication-efficient SGD with Error Reset" (NeurIPS 2020),
     arXiv 2007.13221.
 
@@ -72,16 +72,9 @@ class CSER(LocalSteps):
     ) -> None:
         main = errors if gradients is None or gradients is Compression.none else gradients
         settings = {"gradients": repr(gradients), "errors": repr(errors)}
-        super().__init__(
-            optimizer,
-            model,
-            comm,
-            period,
-            settings,
-            clip_norm=getattr(main, "clip_norm", None),
-            same_start=same_start,
-            layout=layout_rule(main),
-        )
+        clip_norm, layout = getattr(main, "clip_norm", None), layout_rule(main)
+        rhythm = Rhythm(period=period, clip_norm=clip_norm, same_start=same_start, layout=layout)
+        super().__init__(optimizer, model, comm, rhythm, settings)
         self.gradient_exchange = None if gradients is None else self._exchange_of(gradients, "gradients")
         self.error_exchange = self._exchange_of(errors, "errors")
         self._errors = torch.zeros_like(self._live.vector)
@@ -96,7 +89,7 @@ class CSER(LocalSteps):
                     f"CSER: {name} leaves other parameters whole than the other compressor; give both the same "
                     "dense_below and exclude"
                 )
-        return displacement_exchange(compression, layout, self._collectives, torch.device("cpu"))
+        return displacement_exchange(compression, layout, self._collectives, self._flat.device)
 
     def advance(self) -> None:
         before, after = self._before.vector, self._live.vector

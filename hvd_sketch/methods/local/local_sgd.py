@@ -3,16 +3,45 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 
 from hvd_sketch.compressors.compression import Compression
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.methods.displacement import displacement_exchange, layout_rule
-from hvd_sketch.methods.local.base import LocalSteps
+from hvd_sketch.methods.local.base import LocalSteps, Rhythm
 
 MomentumSync = Literal["keep", "reset", "average"]
+
+
+class OuterOptions(TypedDict, total=False):
+    """The keywords of `LocalSGD` that make an `Outer`."""
+
+    momentum_sync: MomentumSync
+    outer_rate: float
+    outer_momentum: float
+    nesterov: bool
+
+
+@dataclass(frozen=True)
+class Outer:
+    """What ranks do when they meet: the step that they take together, and what becomes of their own momenta."""
+
+    momentum_sync: MomentumSync = "keep"
+    outer_rate: float = 1.0
+    outer_momentum: float = 0.0
+    nesterov: bool = True
+
+    def __post_init__(self) -> None:
+        if self.momentum_sync not in ("keep", "reset", "average"):
+            raise ConfigurationError(f"momentum_sync must be keep, reset or average, got {self.momentum_sync!r}")
+        if not self.outer_rate > 0.0 or not 0.0 <= self.outer_momentum < 1.0:
+            raise ConfigurationError(
+                "outer_rate must be above 0 and outer_momentum in [0, 1), "
+                f"got {self.outer_rate} and {self.outer_momentum}"
+            )
 
 
 class LocalSGD(LocalSteps):
@@ -34,7 +63,7 @@ class LocalSGD(LocalSteps):
 
     Sent: what the compressor sends, once every H steps; with ``momentum_sync="average"`` the
     optimizer's state besides, in float32. State: two vectors of the model's size and the
-    exchange's three, in host memory, and one with outer momentum.
+    exchange's three, where the parameters are, and one with outer momentum.
     Sources: Gao, Xu, Huang, "On the convergence of communication-efficient local SGD for federated
     learning" (AAAI 2021); SlowMo, arXiv 1910.00643; DiLoCo, arXiv 2311.08105.
 
@@ -44,12 +73,12 @@ class LocalSGD(LocalSteps):
         comm: an mpi4py communicator or one of ours; Horovod where it is installed if None.
         compression: a member of `Compression`; its ``clip_norm`` clips every local gradient.
         period: H, in steps.
-        momentum_sync: what happens to the optimizer's own state when ranks meet: keep it on each
-            rank, reset it, or average it over the ranks.
-        outer_rate: r.
-        outer_momentum: b, 0 for none.
-        nesterov: which of the two outer momenta.
         same_start: begin with rank 0's parameters and buffers on every rank.
+        momentum_sync: what happens to the optimizer's own state when ranks meet: ``keep`` it on each
+            rank, as happens when not given, ``reset`` it, or ``average`` it over the ranks.
+        outer_rate: r, 1 when not given.
+        outer_momentum: b; 0 for none, as when not given.
+        nesterov: which of the two outer momenta; DiLoCo's when not given.
 
     Raises:
         ConfigurationError: for settings out of range.
@@ -64,37 +93,16 @@ class LocalSGD(LocalSteps):
         *,
         compression: Any = Compression.none,
         period: int = 8,
-        momentum_sync: MomentumSync = "keep",
-        outer_rate: float = 1.0,
-        outer_momentum: float = 0.0,
-        nesterov: bool = True,
         same_start: bool = True,
+        **outer: Unpack[OuterOptions],
     ) -> None:
-        if momentum_sync not in ("keep", "reset", "average"):
-            raise ConfigurationError(f"momentum_sync must be keep, reset or average, got {momentum_sync!r}")
-        if not outer_rate > 0.0 or not 0.0 <= outer_momentum < 1.0:
-            raise ConfigurationError(
-                f"outer_rate must be above 0 and outer_momentum in [0, 1), got {outer_rate} and {outer_momentum}"
-            )
-        settings = {
-            "compression": repr(compression),
-            "momentum_sync": momentum_sync,
-            "outer": f"{outer_rate} {outer_momentum} {nesterov}",
-        }
-        super().__init__(
-            optimizer,
-            model,
-            comm,
-            period,
-            settings,
-            clip_norm=getattr(compression, "clip_norm", None),
-            same_start=same_start,
-            layout=layout_rule(compression),
-        )
-        self.exchange = displacement_exchange(compression, self._flat.layout, self._collectives, torch.device("cpu"))
-        self._momentum_sync = momentum_sync
-        self._rate, self._factor, self._nesterov = outer_rate, outer_momentum, nesterov
-        self._velocity = torch.zeros_like(self._live.vector) if outer_momentum else None
+        self._outer = Outer(**outer)
+        clip_norm, layout = getattr(compression, "clip_norm", None), layout_rule(compression)
+        rhythm = Rhythm(period=period, clip_norm=clip_norm, same_start=same_start, layout=layout)
+        settings = {"compression": repr(compression), "outer": str(self._outer)}
+        super().__init__(optimizer, model, comm, rhythm, settings)
+        self.exchange = displacement_exchange(compression, self._flat.layout, self._collectives, self._flat.device)
+        self._velocity = torch.zeros_like(self._live.vector) if self._outer.outer_momentum else None
         self._anchor = self._present()
 
     def _meet(self) -> None:
@@ -107,21 +115,21 @@ class LocalSGD(LocalSteps):
         else:
             self._outer_step(moved.copy_(self.exchange.update))
         self._flat.write(self._anchor)
-        if self._momentum_sync == "reset":
+        if self._outer.momentum_sync == "reset":
             self.optimizer.state.clear()
-        elif self._momentum_sync == "average":
+        elif self._outer.momentum_sync == "average":
             self._average_optimizer()
 
     def _outer_step(self, update: torch.Tensor) -> None:
-        anchor = self._anchor.vector
+        anchor, rate, factor = self._anchor.vector, self._outer.outer_rate, self._outer.outer_momentum
         if self._velocity is None:
-            anchor.sub_(update, alpha=self._rate)
+            anchor.sub_(update, alpha=rate)
             return
-        self._velocity.mul_(self._factor).add_(update)
-        if self._nesterov:
-            anchor.sub_(update, alpha=self._rate).sub_(self._velocity, alpha=self._rate * self._factor)
+        self._velocity.mul_(factor).add_(update)
+        if self._outer.nesterov:
+            anchor.sub_(update, alpha=rate).sub_(self._velocity, alpha=rate * factor)
         else:
-            anchor.sub_(self._velocity, alpha=self._rate)
+            anchor.sub_(self._velocity, alpha=rate)
 
     def _average_optimizer(self) -> None:
         states = [self.optimizer.state[parameter] for parameter in self._flat.parameters]

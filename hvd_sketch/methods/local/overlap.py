@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypedDict, Unpack
 
 import torch
 
 from hvd_sketch.comm.base import Pending
 from hvd_sketch.errors import ConfigurationError
-from hvd_sketch.methods.local.base import LocalSteps
+from hvd_sketch.methods.local.base import LocalSteps, Rhythm
+
+
+class AnchorOptions(TypedDict, total=False):
+    """The keywords of `OverlapLocalSGD` that make an `Anchor`."""
+
+    pull: float
+    anchor_momentum: float
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """How local models and their anchor move towards each other."""
+
+    pull: float = 0.6
+    anchor_momentum: float = 0.7
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.pull <= 1.0 or not 0.0 <= self.anchor_momentum < 1.0:
+            raise ConfigurationError(
+                f"pull must be in (0, 1] and anchor_momentum in [0, 1), got {self.pull} and {self.anchor_momentum}"
+            )
 
 
 class OverlapLocalSGD(LocalSteps):
@@ -34,10 +56,10 @@ class OverlapLocalSGD(LocalSteps):
         model: what it trains.
         comm: an mpi4py communicator or one of ours; Horovod where it is installed if None.
         period: H, in steps.
-        pull: p, above 0 to 1.
-        anchor_momentum: b, 0 for none.
         clip_norm: each gradient is scaled down to this L2 norm before the step; None to leave it.
         same_start: begin with rank 0's parameters and buffers on every rank.
+        pull: p, above 0 to 1; 0.6 when not given.
+        anchor_momentum: b, 0 for none; 0.7 when not given.
 
     Raises:
         ConfigurationError: for settings out of range.
@@ -51,18 +73,14 @@ class OverlapLocalSGD(LocalSteps):
         comm: Any = None,
         *,
         period: int = 8,
-        pull: float = 0.6,
-        anchor_momentum: float = 0.7,
         clip_norm: float | None = None,
         same_start: bool = True,
+        **anchor: Unpack[AnchorOptions],
     ) -> None:
-        if not 0.0 < pull <= 1.0 or not 0.0 <= anchor_momentum < 1.0:
-            raise ConfigurationError(
-                f"pull must be in (0, 1] and anchor_momentum in [0, 1), got {pull} and {anchor_momentum}"
-            )
-        settings = {"pull and anchor_momentum": f"{pull} {anchor_momentum}"}
-        super().__init__(optimizer, model, comm, period, settings, clip_norm=clip_norm, same_start=same_start)
-        self._pull, self._factor = pull, anchor_momentum
+        settings = Anchor(**anchor)
+        rhythm = Rhythm(period=period, clip_norm=clip_norm, same_start=same_start)
+        super().__init__(optimizer, model, comm, rhythm, {"anchor": str(settings)})
+        self._pull, self._factor = settings.pull, settings.anchor_momentum
         self._anchor = self._present().vector
         self._velocity = torch.zeros_like(self._anchor)
         self._pending: Pending | None = None

@@ -154,9 +154,7 @@ class End:
         condition, buffers, wire = threading.Condition(), Buffers(), Wire(rank, lines)
         peers = Peers(wire, buffers, condition, rank, 2, patience=5.0, on_lost="raise")
         node = Node(self.model, None, buffers)
-        self.meetings = Meetings(
-            *(node, wire, peers, buffers, condition, self.stats), patient=patient, on_meeting=None
-        )
+        self.meetings = Meetings(node, wire, peers, condition, self.stats, patient=patient, on_meeting=None)
         self._condition = condition
 
     def deliver(self) -> None:
