@@ -13,8 +13,6 @@ from torch import Tensor
 from hvd_sketch.sketch.cuda_kernels import _below, _drawn, _flip
 from hvd_sketch.sketch.narrow import CELLS, SLICE
 
-_SIGN_STREAM = 1 << 20
-
 
 def sketch(vector: Tensor, seed: int, scale: float, places: Tensor, edges: Tensor) -> Tensor:
     """The tables of all stretches; see `NarrowSketches`.
@@ -34,7 +32,6 @@ def sketch(vector: Tensor, seed: int, scale: float, places: Tensor, edges: Tenso
             scale,
             size=SLICE,
             cells=CELLS,
-            sign_stream=_SIGN_STREAM,
             num_warps=1,
             enable_fp_fusion=False,
         )
@@ -51,7 +48,6 @@ def add_slices(
     scale: tl.float32,
     size: tl.constexpr,
     cells: tl.constexpr,
-    sign_stream: tl.constexpr,
 ):
     """The table of one slice. Grid: slices."""
     program = tl.program_id(0).to(tl.int64)
@@ -61,12 +57,12 @@ def add_slices(
     cell = tl.arange(0, cells)
     sums = tl.zeros((cells,), tl.float32)
     for first in tl.range(0, count, cells, loop_unroll_factor=8):
-        offset = _below(_drawn(seed, chunk * 0, chunk), chunk * 0 + cells).to(tl.int32)
-        key = _drawn(seed, chunk * 0 + sign_stream, chunk).to(tl.int64).to(tl.int32)
+        key = _drawn(seed, chunk * 0, chunk).to(tl.int32)
+        offset = _below(_drawn(seed, chunk * 0 + 1, chunk), cells).to(tl.int32)
         position = (cell - offset) & (cells - 1)
         used = first + position < count
         value = tl.load(vector + start + first + position, mask=used, other=0.0).to(tl.float32) * scale
-        sums = tl.where(used, sums + _flip(value, key, position, tl.full((), 0, tl.int32)), sums)
+        sums = tl.where(used, sums + _flip(value, key, position, tl.full((), 0, tl.int32), 1), sums)
         chunk += 1
     tl.store(parts + program * cells + cell, sums)
 

@@ -90,8 +90,8 @@ struct Rows {
 
     // The signs of N positions in one piece.
     INLINE Word signs(int64_t q) const {
-        const int64_t piece = q / kPiece;
-        return mix32(lane_numbers<N>() + (key + layout.hashed[piece] + uint32_t(q % kPiece)), shift + layout.signs[piece]);
+        const Word at = lane_numbers<N>() + layout.hashed(key, uint32_t(q));
+        return mix32(at, int(shift + layout.before(uint32_t(q))));
     }
 
     INLINE void add_register(float* const* to, int64_t i, const float* values, const Word& word) const {
@@ -103,9 +103,11 @@ struct Rows {
     INLINE void edge(const float* values, int64_t q, int64_t count) const {
         const Word mask = (Word)load<N>(reinterpret_cast<const float*>(kUsed + kLanes - count));
         const Word word = signs(q);
-        const Float nothing = (Float)(Word{} + kSignBit);
         float full[N] = {};
-        std::memcpy(full, values, count * sizeof(float));
+        if (count < N)
+            std::copy_n(values, count, full);
+        else
+            store(full, load<N>(values));
         const Word value = (Word)load<N>(full);
         for (int j = 0; j < R; j++) {
             const Float signed_value = (Float)(((value ^ sign(word, j)) & mask) | (~mask & kSignBit));
@@ -115,6 +117,7 @@ struct Rows {
                 continue;
             }
             float padded[3 * N];
+            const Float nothing = (Float)(Word{} + kSignBit);
             store(padded, nothing);
             store(padded + N, signed_value);
             store(padded + 2 * N, nothing);
@@ -126,21 +129,20 @@ struct Rows {
 
     // Positions first … last - 1, all in one piece; values[0] is that of the first.
     INLINE void add(const float* values, int64_t first, int64_t last) const {
-        for (int64_t q = first; q < last;) {
+        for (int64_t q = first; q < last; q += N) {
             float* to[R];
             const int64_t count = std::min<int64_t>(N, last - q);
             if (count == N && !wraps(q, N, to))
                 add_register(to, 0, values + q - first, signs(q));
             else
                 edge(values + q - first, q, count);
-            q += count;
         }
     }
 
     // A tile narrower than a register.
     INLINE void add_narrow(const float* values, int64_t first, int64_t last) const {
         for (int64_t q = first; q < last; q++) {
-            const uint32_t word = layout.word(key, uint32_t(q)) << shift;
+            const uint32_t word = mix32(layout.hashed(key, uint32_t(q)), int(shift + layout.before(uint32_t(q))));
             for (int j = 0; j < R; j++)
                 row[j][bucket(j, q)] += bit_cast<float>(bit_cast<uint32_t>(values[q - first]) ^ sign(word, j));
         }
@@ -148,33 +150,22 @@ struct Rows {
 
     // All of a chunk, in pieces that are so many values apart.
     INLINE void whole(const float* values, int64_t apart, const Ahead& ahead) const {
-        constexpr int kPieces = kChunk / kPiece, kTurns = kSigns / R;
+        constexpr int kRegisters = kPiece / N, kTogether = kSigns / R;
         float* to[R];
-        if (wraps(0, kChunk, to)) {
-            for (int64_t q = 0; q < kChunk; q += kPiece, values += apart) {
-                ahead.fetch(q / kPiece);
-                piece(values, q);
-            }
-            return;
-        }
-        const bool shared = layout.rows == R;
-        for (int64_t i = 0; i < kPiece; i += N) {
-            if (i % (kPiece / kPieces) == 0) ahead.fetch(i * kPieces / kPiece);
-            Word word = signs(i);
+        const bool any = wraps(0, kChunk, to), shared = layout.rows == R;
+        Word word[kRegisters] = {};
 #pragma GCC unroll 4
-            for (int64_t p = 0; p < kPieces; p++) {
-                if (p > 0) word = p % kTurns > 0 && shared ? word << R : signs(p * kPiece + i);
-                add_register(to, p * kPiece + i, values + p * apart + i, word);
-            }
+        for (int64_t q = 0; q < kChunk; q += kPiece, values += apart) {
+            ahead.fetch(q / kPiece);
+            for (int i = 0; i < kRegisters; i++)
+                word[i] = shared && q / kPiece % kTogether > 0 ? word[i] << R : signs(q + i * N);
+            if (any && wraps(q, kPiece, to))
+                add(values, q, q + kPiece);
+            else
+                for (int i = 0; i < kRegisters; i++) add_register(to, i * N, values + i * N, word[i]);
+            if (!any)
+                for (int j = 0; j < R; j++) to[j] += kPiece;
         }
-    }
-
-    INLINE void piece(const float* values, int64_t q) const {
-        float* to[R];
-        if (wraps(q, kPiece, to))
-            add(values, q, q + kPiece);
-        else
-            for (int64_t i = 0; i < kPiece; i += N) add_register(to, i, values + i, signs(q + i));
     }
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <numeric>
 
 #include "layout.hpp"
 #include "../kept.hpp"
@@ -15,32 +16,40 @@ struct Put {
 };
 
 // What is kept by index, by the tile that it falls into; ascending in each.
-struct Puts {
-    Buffer<int64_t> ends;  // of each tile
-    Buffer<uint32_t> tile;
-    Buffer<Put> puts;
-
+class Puts {
+public:
     void sort(const Layout& layout, const Kept& kept) {
-        int64_t* const to = ends.reserve(layout.tiles + 1);
-        uint32_t* const its = tile.reserve(kept.count);
-        Put* const sorted = puts.reserve(kept.count);
-        std::fill_n(to, layout.tiles + 1, 0);
-        for (int64_t at = 0, block = -1, turn = 0; at < kept.count; at++) {
-            if (const int64_t now = kept.index[at] / layout.block; now != block) {
-                block = now;
-                turn = layout.rotation(block);
-            }
-            const uint32_t piece = uint32_t((kept.index[at] - block * layout.block) / kPiece);
-            const int64_t turned = piece % uint32_t(layout.tiles) + turn;
-            its[at] = uint32_t(turned < layout.tiles ? turned : turned - layout.tiles);
-            to[its[at] + 1]++;
-        }
-        for (int64_t i = 0; i < layout.tiles; i++) to[i + 1] += to[i];
-        for (int64_t at = 0; at < kept.count; at++) sorted[to[its[at]]++] = {kept.index[at], kept.values[at]};
+        int64_t* const end = ends_.reserve(layout.tiles + 1);
+        Put* const put = puts_.reserve(kept.count);
+        std::fill_n(end, layout.tiles + 1, 0);
+        by_tile(layout, kept, [=](int64_t tile, int64_t) { end[tile + 1]++; });
+        std::partial_sum(end, end + layout.tiles + 1, end);
+        by_tile(layout, kept, [=](int64_t tile, int64_t at) { put[end[tile]++] = {kept.index[at], kept.values[at]}; });
     }
 
-    const Put* begin(int64_t of_tile) const { return puts.data() + (of_tile > 0 ? ends.data()[of_tile - 1] : 0); }
-    const Put* end(int64_t of_tile) const { return puts.data() + ends.data()[of_tile]; }
+    const Put* begin(int64_t tile) const { return puts_.data() + (tile > 0 ? ends_.data()[tile - 1] : 0); }
+    const Put* end(int64_t tile) const { return puts_.data() + ends_.data()[tile]; }
+
+private:
+    // Calls visit(tile, at) for each; pieces follow each other in the order of tiles, from where the block begins.
+    template <class Visit>
+    static void by_tile(const Layout& layout, const Kept& kept, Visit visit) {
+        int64_t first = 0, last = 0, turn = 0;  // of the pieces that have one tile after the other
+        for (int64_t at = 0; at < kept.count; at++) {
+            const int64_t index = kept.index[at];
+            if (index >= last) {
+                const int64_t block = index / layout.block, begin = block * layout.block;
+                first = begin + (index - begin) / layout.apart * layout.apart;
+                last = std::min(first + layout.apart, begin + layout.block);
+                turn = layout.rotation(block);
+            }
+            const int64_t turned = (index - first) / kPiece + turn;
+            visit(turned < layout.tiles ? turned : turned - layout.tiles, at);
+        }
+    }
+
+    Buffer<int64_t> ends_;
+    Buffer<Put> puts_;
 };
 
 // vector += scale * change, rounded once; then what is kept is put in its place.

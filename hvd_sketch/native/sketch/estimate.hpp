@@ -61,7 +61,7 @@ public:
         float* rows = rows_.reserve(layout.rows * kEstimates);
         for (int64_t row = 0; row < layout.rows; row++, cells += layout.cols) {
             if (row % kSigns == 0)
-                for (int i = 0; i < count; i++) word_[i] = layout.word(draws.keys(row)[chunk], uint32_t(first + i));
+                for (int i = 0; i < count; i++) word_[i] = word(layout, draws.keys(row)[chunk], uint32_t(first + i));
             int64_t at = first + draws.offsets(row)[chunk];
             if (at >= layout.width) at -= layout.width;
             const int before = int(std::min<int64_t>(count, layout.width - at));
@@ -74,22 +74,20 @@ public:
 
     // Those listed: position p mod kChunk of chunk p / kChunk. The list is full, with any of them, up to a multiple of
     // kLanes.
+    template <int N>
     INLINE void list(const Layout& layout, const Draws& draws, const float* cells, const uint32_t* place, int count) {
+        using Word = typename Lanes<N>::Word;
         float* rows = rows_.reserve(layout.rows * kEstimates);
         const uint32_t width = uint32_t(layout.width);
         for (int64_t row = 0; row < layout.rows; row++, cells += layout.cols) {
-            const uint32_t* const key = draws.keys(row);
-            const uint32_t* const offset = draws.offsets(row);
-            if (row % kSigns == 0)
-                for (int first = 0; first < count; first += kLanes)
-                    for (int i = first; i < first + kLanes; i++)
-                        word_[i] = layout.word(key[place[i] / kChunk], place[i] % kChunk);
+            for (int i = 0; i < count; i += N) {
+                const Word listed = load_words<N>(place + i), chunk = listed / uint32_t(kChunk);
+                const Word position = listed % uint32_t(kChunk);
+                if (row % kSigns == 0) store(word_ + i, word(layout, look_up<N>(draws.keys(row), chunk), position));
+                const Word at = position + look_up<N>(draws.offsets(row), chunk), wrapped = at - width;
+                store(bucket_ + i, at < wrapped ? at : wrapped);
+            }
             float* to = rows + row * kEstimates;
-            for (int first = 0; first < count; first += kLanes)
-                for (int i = first; i < first + kLanes; i++) {
-                    const uint32_t at = place[i] % kChunk + offset[place[i] / kChunk];
-                    bucket_[i] = std::min(at, at - width);
-                }
             for (int i = 0; i < count; i++) to[i] = cells[bucket_[i]];
             for (int first = 0; first < count; first += kLanes)
                 for (int i = first; i < first + kLanes; i++) to[i] = flip(to[i], word_[i], row % kSigns);
@@ -98,6 +96,12 @@ public:
     }
 
 private:
+    // That begins with the position's own signs.
+    template <class Word>
+    static INLINE Word word(const Layout& layout, const Word& key, const Word& position) {
+        return mix32(layout.hashed(key, position), 0) << layout.before(position);
+    }
+
     INLINE void median(float* rows, int64_t row_count, int count) {
         switch (row_count) {
             case 1: return median_of<1>(rows, count, estimates_);
@@ -135,7 +139,7 @@ struct EstimateAll {
 
 private:
     INLINE void chunk(const Draws& draws, int i, int64_t tile, Estimator& estimator) const {
-        const int64_t begin = draws.chunks.begin[i], count = layout.before(begin, dim);
+        const int64_t begin = draws.chunks.begin[i], count = layout.size(begin, dim);
         if (count == 0) return;
         estimator.range(layout, draws, i, table + tile * layout.width, 0, int(count));
         for (int64_t q = 0; q < count; q += kPiece)

@@ -29,8 +29,15 @@ INLINE typename Lanes<N>::Float load(const float* from) {
     return value;
 }
 
-template <class Float>
-INLINE void store(float* to, const Float& value) {
+template <int N>
+INLINE typename Lanes<N>::Word load_words(const uint32_t* from) {
+    typename Lanes<N>::Word value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+template <class Element, class Vector>
+INLINE void store(Element* to, const Vector& value) {
     std::memcpy(to, &value, sizeof value);
 }
 
@@ -62,14 +69,26 @@ INLINE Word sign(const Word& word, Number number) {
     return (word << number) & kSignBit;
 }
 
+// Of a table with kTogether entries, those with the given numbers.
+template <int N>
+INLINE typename Lanes<N>::Word look_up(const uint32_t* table, const typename Lanes<N>::Word& number) {
+    using Word = typename Lanes<N>::Word;
+    static_assert(kTogether == 16);
+    if constexpr (N == 16) return __builtin_shuffle(load_words<N>(table), number);
+    if constexpr (N == 8) return __builtin_shuffle(load_words<N>(table), load_words<N>(table + 8), number);
+    Word found;
+    for (int lane = 0; lane < N; lane++) found[lane] = table[number[lane]];
+    return found;
+}
+
 struct Layout {
     int64_t rows, cols, tiles, width, length, block;
     int64_t apart;  // from one piece of a chunk to the next
     int64_t span;   // from a chunk's first coordinate to behind its last
     int64_t keys;   // of signs, one for each kSigns rows
     uint64_t seed, turn;
-    uint32_t hashed[kChunk / kPiece];  // what is added to the key for each piece's first position
-    uint32_t signs[kChunk / kPiece];   // in its words, those before the sign of row 0
+    uint32_t hashes;  // byte p: what the words of piece p are hashed from begins with, over kPiece
+    uint32_t signs;   // byte p: how many signs of other pieces stand before those of piece p in its words
 
     Layout(int64_t rows, int64_t cols, uint64_t seed)
         : rows(rows),
@@ -82,18 +101,25 @@ struct Layout {
           span(at(0, length - 1) + 1),
           keys((rows + kSigns - 1) / kSigns),
           seed(seed),
-          turn(stream(kRotation)) {
-        const int64_t turns = std::max<int64_t>(1, kSigns / rows);
+          turn(stream(kRotation)),
+          hashes(0),
+          signs(0) {
+        const int64_t together = std::max<int64_t>(1, kSigns / rows);
         for (int64_t piece = 0; piece < kChunk / kPiece; piece++) {
-            hashed[piece] = uint32_t(piece / turns * kPiece);
-            signs[piece] = uint32_t(piece % turns * rows % kSigns);
+            hashes |= uint32_t(piece / together) << 8 * piece;
+            signs |= uint32_t(piece % together * rows % kSigns) << 8 * piece;
         }
     }
 
-    // The word with the signs of one position in row 0 and, after it, in the rows that share it.
-    INLINE uint32_t word(uint32_t key, uint32_t position) const {
+    // What the word of a position is hashed from, and how many signs stand before its own.
+    template <class Word>
+    INLINE Word hashed(const Word& key, const Word& position) const {
         constexpr uint32_t size = kPiece;
-        return mix32(key + hashed[position / size] + position % size, 0) << signs[position / size];
+        return key + ((Word{} + hashes) >> position / size * 8 & 255) * size + position % size;
+    }
+    template <class Word>
+    INLINE Word before(const Word& position) const {
+        return (Word{} + signs) >> position / uint32_t(kPiece) * 8 & 255;
     }
 
     INLINE int64_t blocks(int64_t dim) const { return (dim + block - 1) / block; }
@@ -102,8 +128,8 @@ struct Layout {
     INLINE int64_t at(int64_t begin, int64_t position) const {
         return begin + position / kPiece * apart + position % kPiece;
     }
-    // How many of its positions lie before a coordinate.
-    INLINE int64_t before(int64_t begin, int64_t coordinate) const {
+    // How many of its positions there are below a coordinate.
+    INLINE int64_t size(int64_t begin, int64_t coordinate) const {
         const int64_t there = coordinate - begin;
         if (there >= span) return length;
         return there <= 0 ? 0 : there / apart * kPiece + std::min(there % apart, kPiece);

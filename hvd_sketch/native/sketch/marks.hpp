@@ -23,16 +23,17 @@ public:
         uint32_t* const before = before_.reserve(words);
         std::fill_n(bits, words, 0);
         for (int64_t i = 0; i < count; i++) bits[chosen[i].place / 64] |= uint64_t(1) << chosen[i].place % 64;
-        int64_t* to = index;
+        uint32_t marked = 0;
         for (int64_t word = 0; word < words; word++) {
-            before[word] = uint32_t(to - index);
-            for (uint64_t rest = bits[word]; rest; rest &= rest - 1)
-                *to++ = first + word * 64 + __builtin_ctzll(rest);
+            before[word] = marked;
+            marked += uint32_t(__builtin_popcountll(bits[word]));
         }
         for (int64_t i = 0; i < count; i++) {
-            const uint32_t word = chosen[i].place / 64;
-            const uint64_t lower = bits[word] & ((uint64_t(1) << chosen[i].place % 64) - 1);
-            estimate[before[word] + __builtin_popcountll(lower)] = chosen[i].estimate;
+            const uint32_t place = chosen[i].place;
+            const uint64_t lower = bits[place / 64] & ((uint64_t(1) << place % 64) - 1);
+            const uint32_t to = before[place / 64] + uint32_t(__builtin_popcountll(lower));
+            index[to] = first + place;
+            estimate[to] = chosen[i].estimate;
         }
     }
 

@@ -51,7 +51,7 @@ struct TopK {
     int64_t batches() const { return (blocks() + kTogether - 1) / kTogether; }
     int64_t batch_size() const { return kTogether * layout.block; }
     int64_t chunks() const { return blocks() * layout.tiles; }
-    int64_t stride() const { return kTogether * (1 + chunks() / (kTogether * kSampleChunks)); }
+    int64_t stride() const { return kSampleStride * (1 + chunks() / (kSampleStride * kSampleChunks)); }
     int64_t samples() const { return (chunks() + stride() - 1) / stride(); }
     int64_t room() const { return std::min(2 * k, dim) + kBatch; }
 
@@ -73,7 +73,7 @@ struct TopK {
             const int64_t m = std::min(i * stride() + Layout::below(mix32(uint32_t(i), 0), stride()), chunks() - 1);
             const int64_t block = m / layout.tiles, slot = m % layout.tiles;
             worker.draws.chunks.set(layout, 0, block, slot);
-            const int64_t size = layout.before(worker.draws.chunks.begin[0], dim), count = std::min(kSample, size);
+            const int64_t size = layout.size(worker.draws.chunks.begin[0], dim), count = std::min(kSample, size);
             if (count == 0) continue;
             worker.draws.fill(layout, 1);
             const int64_t first = Layout::below(worker.draws.keys(0)[0], size - count + 1);
@@ -126,14 +126,14 @@ struct TopK {
         draws.fill(layout, together);
         int count = 0;
         for (int i = 0; i < together; i++) {
-            const int64_t size = layout.before(draws.chunks.begin[i], dim);
+            const int64_t size = layout.size(draws.chunks.begin[i], dim);
             count += worker.sieve.pass<N>(layout, draws, i, size, uint32_t(i * kChunk), worker.place + count);
         }
         std::fill_n(worker.place + count, kLanes, 0);
         for (int done = 0; done < count; done += kEstimates) {
             const uint32_t* places = worker.place + done;
             const int some = std::min(kEstimates, count - done);
-            worker.estimator.list(layout, draws, cells, places, some);
+            worker.estimator.list<N>(layout, draws, cells, places, some);
             worker.finds.append(worker.estimator.estimates(), places, some, threshold);
         }
         worker.finds.close(tile, block);
@@ -157,12 +157,11 @@ struct TopK {
             Worker& worker = workers[i];
             Place* to = worker.edge.reserve(worker.finds.size());
             for (const Run& run : worker.finds) {
-                const Coordinates coordinate(layout, run);
                 int64_t above = 0;
                 for (const Candidate& c : run) {
                     const uint32_t its = worker.histogram.bin(c.estimate);
                     above += its > bin;
-                    if (its == bin) *to++ = {magnitude(c.estimate), coordinate.of(c)};
+                    if (its == bin) *to++ = {magnitude(c.estimate), Coordinates(layout, run).of(c)};
                 }
                 found.data()[run.block / kTogether * layout.tiles + run.tile] = &run;
                 __atomic_fetch_add(starts.data() + run.block / kTogether, above, __ATOMIC_RELAXED);
@@ -208,7 +207,7 @@ struct TopK {
     }
 
 private:
-    static constexpr int64_t kSample = 32, kSampleChunks = 4096;
+    static constexpr int64_t kSample = 32, kSampleChunks = 4096, kSampleStride = 8;
 };
 
 }  // namespace sketch
