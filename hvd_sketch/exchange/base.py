@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from hvd_sketch import gpu, wire
+from hvd_sketch import wire
 from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.exchange.absent import Absent, gather_absent
 from hvd_sketch.exchange.agreement import agree
 from hvd_sketch.exchange.rounds import Rounds
 from hvd_sketch.exchange.setting import Setting
 from hvd_sketch.exchange.staging import Staging
 from hvd_sketch.exchange.update import Part, Update
+from hvd_sketch.exchange.void import tell_void
 from hvd_sketch.memory import Memory
 from hvd_sketch.stats import Stats
 
@@ -41,8 +44,9 @@ class Exchange(ABC):
     then read `update_of`. A parameter that was not submitted counts as gradient zero. The
     update is the mean over the ranks (the sum with ``average=False``) of what was sent.
 
-    When any rank's gradient holds a NaN or an infinity, the update is NaN everywhere on all
-    ranks, and every memory is as it was before the step: a gradient scaler then skips the step.
+    When any rank's gradient holds a NaN or an infinity, the step is void: the update is NaN everywhere
+    on all ranks, and memory, step number and observers are as they were. A parameter that no rank has
+    a gradient for is left alone: its update is zero, and what is kept of it stays.
 
     An algorithm is a subclass with one method, `send`, which is given the step's plan. A step
     without a plan, and a flush, send everything in one dense message.
@@ -50,13 +54,15 @@ class Exchange(ABC):
     Attributes:
         layout, comm, average: as in the `Setting`.
         stats: what it cost.
-        step: number of the coming step; those that not all ranks took part in do not count.
+        step: number of the coming step; void ones and those that not all ranks took part in do not count.
+        void: whether the last step was.
         observers: who learns from every step.
         describe_values: a digest of the parameters' values for ranks to compare in the first step;
             set by who knows them.
         gradient: the step's gradients, float32, of the layout's size.
         memory: what was not sent.
         rounds: the collectives.
+        frozen: positions of the parameters that do not require a gradient for now.
         staging: which gradients have arrived, and their norms.
     """
 
@@ -65,7 +71,7 @@ class Exchange(ABC):
     def __init__(self, setting: Setting) -> None:
         self.layout, self.comm, self.average = setting.layout, setting.comm, setting.average
         self.stats = Stats()
-        self.step = 0
+        self.step, self.void = 0, False
         self.observers: list[Observer] = []
         self.describe_values: Callable[[], str] = str
         self.staging = Staging(setting.layout, setting.device)
@@ -77,6 +83,10 @@ class Exchange(ABC):
         self._update = Update(setting.layout, setting.device)
         self._plans: list[Any] = []
         self._everything: Tensor | None = None
+        self._absent, self._missing = Absent(setting.layout), list[int]()
+        self.frozen: Collection[int] = ()
+        self.rounds.on_incomplete = self._leave_alone
+        self._told_void = self._forced_void = False
 
     def submit(
         self,
@@ -94,9 +104,35 @@ class Exchange(ABC):
         self.staging.put_many(gradients, factor)
 
     @property
-    def gathers(self) -> bool:
-        """Whether gradients are better handed in together than each as it becomes ready."""
-        return gpu.serves(self.gradient)
+    def streams(self) -> bool:
+        """Whether gradients are better handed in as they become ready, because messages begin before `run`."""
+        return False
+
+    def has_begun(self, position: int) -> bool:
+        """Whether some of a slot's gradient is under way."""
+        return False
+
+    def take_back(self, position: int) -> None:
+        """Undo a `submit` of this step, of a slot that has not begun."""
+        self.staging.take_back(position)
+
+    def run_void(self) -> None:
+        """Go through the step as if this rank's gradient were not finite: it is void on all ranks."""
+        self._forced_void = True
+        try:
+            self.run()
+        finally:
+            self._forced_void = False
+
+    def snapshot(self) -> Callable[[], None]:
+        """Remember memory and counters; what is returned goes back to them, once."""
+        state = self.state_dict()
+        return partial(self._restore, state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        agreed = self._agreed_size
+        self.load_state_dict(state)
+        self._agreed_size = agreed
 
     def submit_all(self, vector: Tensor) -> None:
         """Hand in the whole vector, in the layout's order, in place of one `submit` a slot."""
@@ -112,21 +148,32 @@ class Exchange(ABC):
             ConfigurationError: alike on all ranks, when any of them called `fail_together`.
         """
         self._update.hold()
+        self._absent.clear()
         with self.stats.counting(self.comm):
-            self.staging.close()
+            self._missing = self.staging.close()
+            self.rounds.incomplete = bool(self._missing)
             if not self.agreed:
                 self._agree()
-            clip, finite = self.measure()
+            clip, finite = (1.0, False) if self._forced_void else self.measure()
             self.stats.clip = clip
-            if not self._send(clip, finite):
-                self.update.fill_(math.nan)
-                self.stats.skipped += 1
+            self.void = not self._send(clip, finite)
+            if self.void:
+                self._make_void()
         self._plans.clear()
-        self.step += self.rounds.all_present
         self.stats.steps += 1
         self.stats.dense_bytes += self.comm.allreduce_bytes(4 * self.layout.total)
+        if self.void:
+            return
+        if self._absent.positions:
+            self._absent.put_back(self.memory, self.update)
+        self.step += self.rounds.all_present
         for observer in self.observers:
             observer.observe(self)
+
+    @property
+    def absent(self) -> tuple[int, ...]:
+        """The positions of the slots that the last step left alone, because no rank had a gradient."""
+        return self._absent.positions
 
     @property
     def plan(self) -> Any:
@@ -301,9 +348,22 @@ class Exchange(ABC):
         self.stats.captured_energy = 1.0
         return True
 
+    def _leave_alone(self) -> None:
+        """Find out what no rank has a gradient for, and set it aside."""
+        positions = gather_absent(self.rounds, self.layout, self._missing, self.frozen)
+        self._absent.set_aside(positions, self.memory)
+
+    def _make_void(self) -> None:
+        """Nothing has changed; say so, once a run."""
+        self.update.fill_(math.nan)
+        self.stats.skipped += 1
+        if not self._told_void:
+            tell_void(self.rounds, self.layout, self.gradient, self.step)
+            self._told_void = True
+
     def _agree(self) -> None:
         """Compare settings, parameters and their values; on a difference, tell every rank what differs."""
-        setting = self._setting
+        setting, self._told_void = self._setting, False
         mine = {
             "settings": f"{self._agreed} average={setting.average} momentum_correction={setting.momentum}",
             "step": str(self.step),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
@@ -13,7 +14,7 @@ from hvd_sketch import wire
 from hvd_sketch.comm.base import Pending
 from hvd_sketch.compressors.sketch.bucket import Scales, SketchBucket
 from hvd_sketch.compressors.sketch.plan import SketchPlan
-from hvd_sketch.errors import RankMismatchError
+from hvd_sketch.errors import ConfigurationError, RankMismatchError
 from hvd_sketch.exchange import Exchange, Setting
 from hvd_sketch.exchange.base import Factor, Finite
 
@@ -69,17 +70,24 @@ class SketchExchange(Exchange):
     ) -> None:
         """As for every `Exchange`; the gradient may be the last one that a bucket waits for."""
         super().submit(position, gradient, factor, parameter, weight_decay)
-        if self._starts_early and self.agreed and self.plan is not None:
+        if self.streams and self.agreed and self.plan is not None:
+            self._start_complete()
+
+    def submit_many(self, gradients: Mapping[int, Tensor], factor: float = 1.0) -> None:
+        """As for every `Exchange`; they may be the last ones that a bucket waits for."""
+        super().submit_many(gradients, factor)
+        if self.streams and self.agreed and self.plan is not None:
             self._start_complete()
 
     @property
-    def gathers(self) -> bool:
-        """Not where the first buckets travel while backward computes the rest."""
-        return super().gathers and not self._starts_early
-
-    @property
-    def _starts_early(self) -> bool:
+    def streams(self) -> bool:
+        """Where there are several buckets, and a hook of backward may communicate."""
         return len(self._norms) > 1 and self.comm.starts_in_backward(self.gradient.device)
+
+    def has_begun(self, position: int) -> bool:
+        """Where round 1 of a bucket that has some of it has started."""
+        begun = len(self._firsts)
+        return begun > 0 and self.layout.slots[position].offset < self.layout.buckets[begun - 1].stop
 
     def run(self) -> None:
         """As for every `Exchange`."""
@@ -87,6 +95,8 @@ class SketchExchange(Exchange):
             super().run()
         finally:
             self._firsts.clear()
+            if self.absent:
+                self._carried = ()  # the table has what was set aside
             self._norms = [norm if math.isfinite(norm) else 0.0 for norm in self._norms]
             self._prepare()
 
@@ -130,7 +140,12 @@ class SketchExchange(Exchange):
         header = headers[-1]  # made when all gradients were there, so it speaks for the whole step
         if header.void:
             _wait(seconds)
-        if not self.rounds.heed(header):
+        try:
+            taken = self.rounds.heed(header)
+        except ConfigurationError:
+            _wait(seconds)
+            raise
+        if not taken:
             return False
         self._finish(seconds, all_applied=plan.k == plan.candidates)
         return True

@@ -103,7 +103,7 @@ class LEAD(Gossip):
         )
         self._begun = False
 
-    def advance(self) -> None:
+    def advance(self, **keywords: Any) -> None:
         rate = self._rate()
         x = self._live.vector
         self._flat.read(self._live)

@@ -136,17 +136,17 @@ class LocalSteps(Decentralized):
     def _meet(self) -> None:
         """Exchange; the parameters are this rank's own before it."""
 
-    def advance(self) -> None:
-        self._local_step()
+    def advance(self, **keywords: Any) -> None:
+        self._local_step(**keywords)
         self._steps += 1
         if self._steps % self._period == 0:
             with self._exchanging():
                 self._meet()
 
-    def _local_step(self) -> None:
+    def _local_step(self, **keywords: Any) -> None:
         limit = math.inf if self._clip_norm is None else self._clip_norm
         if math.isfinite(float(torch.nn.utils.clip_grad_norm_(self._flat.parameters, limit))):
-            self.optimizer.step()
+            self.optimizer.step(**keywords)
         else:
             self.stats.skipped += 1
 

@@ -91,10 +91,10 @@ class CSER(LocalSteps):
                 )
         return displacement_exchange(compression, layout, self._collectives, self._flat.device)
 
-    def advance(self) -> None:
+    def advance(self, **keywords: Any) -> None:
         before, after = self._before.vector, self._live.vector
         self._flat.read(self._before)
-        self._local_step()
+        self._local_step(**keywords)
         self._flat.read(self._live)
         rest = torch.sub(before, after, out=after)
         if self.gradient_exchange is not None:

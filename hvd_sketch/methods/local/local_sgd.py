@@ -10,6 +10,7 @@ import torch
 
 from hvd_sketch.compressors.compression import Compression
 from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.exchange import Exchange
 from hvd_sketch.methods.displacement import displacement_exchange, layout_rule
 from hvd_sketch.methods.local.base import LocalSteps, Rhythm
 
@@ -85,6 +86,8 @@ class LocalSGD(LocalSteps):
         RankMismatchError: alike on all ranks, when models or settings differ.
     """
 
+    exchange: Exchange
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
@@ -101,7 +104,8 @@ class LocalSGD(LocalSteps):
         rhythm = Rhythm(period=period, clip_norm=clip_norm, same_start=same_start, layout=layout)
         settings = {"compression": repr(compression), "outer": str(self._outer)}
         super().__init__(optimizer, model, comm, rhythm, settings)
-        self.exchange = displacement_exchange(compression, self._flat.layout, self._collectives, self._flat.device)
+        exchange = displacement_exchange(compression, self._flat.layout, self._collectives, self._flat.device)
+        self._own(exchange=exchange)
         self._velocity = torch.zeros_like(self._live.vector) if self._outer.outer_momentum else None
         self._anchor = self._present()
 

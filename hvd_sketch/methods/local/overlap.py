@@ -85,10 +85,10 @@ class OverlapLocalSGD(LocalSteps):
         self._velocity = torch.zeros_like(self._anchor)
         self._pending: Pending | None = None
 
-    def advance(self) -> None:
+    def advance(self, **keywords: Any) -> None:
         if self._pending is not None:
             self._pending.poll()
-        super().advance()
+        super().advance(**keywords)
 
     def _meet(self) -> None:
         self._arrive()

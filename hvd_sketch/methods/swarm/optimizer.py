@@ -163,9 +163,9 @@ class SwarmSGD(Decentralized):
         else:
             self._leave()
 
-    def advance(self) -> None:
+    def advance(self, **keywords: Any) -> None:
         self._check()
-        self.optimizer.step()
+        self.optimizer.step(**keywords)
         self._steps_left -= 1
         if self._steps_left == 0:
             self._steps_left = self.settings.steps(self._random)
