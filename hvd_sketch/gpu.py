@@ -45,7 +45,7 @@ class Late:
         self._event: torch.cuda.Event | None = None
         self._numbers: list[float] | None = None
         if stacked.device.type == "cuda":
-            self._on_host = torch.empty(len(numbers), dtype=stacked.dtype, pin_memory=True)
+            self._on_host = torch.empty(len(numbers), dtype=stacked.dtype, device="cpu", pin_memory=True)
             self._on_host.copy_(stacked, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(stacked.device))

@@ -96,7 +96,9 @@ def write_header(
 @functools.cache
 def _lanes(device: torch.device, finite: bool, incomplete: bool, problem: bool, flush: bool) -> Tensor:
     """Kept on its device, for numbers that come from the host would wait for it."""
-    return torch.tensor([incomplete if finite else math.nan, 1.0, float(problem), float(flush)], device=device)
+    return torch.tensor(
+        [incomplete if finite else math.nan, 1.0, float(problem), float(flush)], dtype=torch.float32, device=device
+    )
 
 
 def read_header(message: Tensor) -> Header:

@@ -100,7 +100,7 @@ class PowerSGDExchange(Exchange):
 
     def _draw_right(self) -> None:
         generator = torch.Generator().manual_seed(self._seed)
-        self._right.copy_(torch.randn(self._right.numel(), generator=generator, dtype=torch.float32))
+        self._right.copy_(torch.randn(self._right.numel(), generator=generator, dtype=torch.float32, device="cpu"))
 
     def send(self, plan: int, clip: Factor, finite: Finite) -> bool:
         """Round 1, whose message has the dense part too, and round 2."""

@@ -42,7 +42,7 @@ class CommonShare:
     def attach(self, exchange: Exchange) -> None:
         """Follow an exchange from its first step on."""
         slots, device = exchange.layout.slots, exchange.gradient.device
-        self._message = torch.zeros(len(slots), CELLS + 1, device=device)
+        self._message = torch.zeros(len(slots), CELLS + 1, dtype=torch.float32, device=device)
         self._sketches = NarrowSketches([(slot.offset, slot.stop) for slot in slots], device)
         exchange.observers.append(self)
 

@@ -76,11 +76,11 @@ class MomentsObserver:
         sizes = [
             size for slot, rows in zip(self._slots, self._rows, strict=True) for size in (rows, slot.numel // rows)
         ]
-        self._message = torch.zeros(count * CELLS + sum(sizes), device=device)
+        self._message = torch.zeros(count * CELLS + sum(sizes), dtype=torch.float32, device=device)
         self._tables = self._message[: count * CELLS].view(count, CELLS)
         self._factors = self._message[count * CELLS :].split(sizes)
-        self._smoothed = torch.zeros(count + sum(sizes), device=device)
-        self._vector = torch.zeros(exchange.layout.compressed, device=device)
+        self._smoothed = torch.zeros(count + sum(sizes), dtype=torch.float32, device=device)
+        self._vector = torch.zeros(exchange.layout.compressed, dtype=torch.float32, device=device)
         self._sketches = NarrowSketches([(slot.offset, slot.stop) for slot in self._slots], device)
         self._moments = {
             self._named[slot.name]: self._vector[slot.offset : slot.stop].view(slot.shape) for slot in self._slots

@@ -62,7 +62,7 @@ def gather_absent(rounds: Rounds, layout: Layout, missing: Collection[int], froz
     Raises:
         ConfigurationError: alike on all ranks, when a parameter is frozen on some of them only.
     """
-    lanes = torch.zeros(2, len(layout.slots), dtype=torch.float32)
+    lanes = torch.zeros(2, len(layout.slots), dtype=torch.float32, device="cpu")
     lanes[0] = 1.0
     lanes[0, list(missing)] = 0.0
     lanes[1, list(frozen)] = 1.0

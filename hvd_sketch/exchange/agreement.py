@@ -17,7 +17,7 @@ def agree(comm: Communicator, answers: dict[str, str], name: Callable[[str], str
     Raises:
         RankMismatchError: alike on all ranks, when they differ, with what differs.
     """
-    lanes = torch.zeros(1 + wire.DIGEST_BITS, dtype=torch.float32)
+    lanes = torch.zeros(1 + wire.DIGEST_BITS, dtype=torch.float32, device="cpu")
     lanes[0] = 1.0
     wire.write_digest(lanes[1:], torch.frombuffer(bytearray(repr(answers).encode()), dtype=torch.uint8))
     comm.allreduce(lanes, name("agree"))

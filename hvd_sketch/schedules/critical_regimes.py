@@ -67,7 +67,7 @@ class CriticalRegimes(AdaptiveSchedule):
         self._rate: float | None = None
         self.critical: list[bool] = []
         self._last: list[float] | None = None
-        self._sum = torch.empty(0)
+        self._sum = torch.empty(0, dtype=torch.float32, device="cpu")
         self._parts: list[slice] = []
 
     def attach(self, exchange: Exchange) -> None:

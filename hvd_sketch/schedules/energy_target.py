@@ -66,7 +66,7 @@ class EnergyTarget(AdaptiveSchedule):
         self._count += 1
         if self._count < self._every:
             return
-        sums = torch.tensor([self._captured, self._known], dtype=torch.float64)
+        sums = torch.tensor([self._captured, self._known], dtype=torch.float64, device="cpu")
         exchange.rounds.sum_values(sums, "energy")
         captured, known = sums.tolist()
         if not known:

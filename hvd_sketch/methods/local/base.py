@@ -84,7 +84,7 @@ class LocalSteps(Decentralized):
             agreed,
             same_start=rhythm.same_start,
             layout=rhythm.layout,
-            device=next(model.parameters(), torch.empty(0)).device,
+            device=next((p.device for p in model.parameters()), torch.device("cpu")),
         )
         self._period, self._clip_norm = rhythm.period, rhythm.clip_norm
         self._steps = 0

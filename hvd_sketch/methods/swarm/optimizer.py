@@ -234,7 +234,7 @@ class SwarmSGD(Decentralized):
         self.stats.bytes_sent = self._courier.bytes_sent
 
     def _wait_for_all(self, *, ending: bool = False) -> None:
-        share = torch.full((1,), float(ending), dtype=self._flat.dtype)
+        share = torch.full((1,), float(ending), dtype=self._flat.dtype, device="cpu")
         self._average(share)
         if float(share) != float(ending):
             raise RuntimeError(
