@@ -124,7 +124,9 @@ class _Client:
             return
         self._undo = None
         for position in range(len(self.exchange.layout.slots)) if self.exchange.void else self.exchange.absent:
-            self.gradients.parameters[position].grad = None
+            parameter = self.gradients.parameters[position]
+            if parameter.grad is not None and not parameter.grad.is_sparse:
+                parameter.grad = None
 
     def _take_back(self) -> None:
         if self._undo is not None:
@@ -135,10 +137,14 @@ class _Client:
         return bool(getattr(self.optimizer(), "_synchronized", False))
 
     def _run(self, made: set[Tensor]) -> None:
-        """Exchange; of these parameters a gradient that is zero everywhere was made by Horovod."""
+        """Exchange; of these parameters, a gradient that is all zeros was made by Horovod; it sums sparse ones itself."""
         self._check_parameters()
-        for parameter in made:
-            if parameter.grad is not None and not bool(parameter.grad.any()):
+        for parameter in self.parameters.values():
+            gradient = parameter.grad
+            by_horovod = gradient is not None and (
+                gradient.is_sparse or parameter in made and not bool(gradient.any())
+            )
+            if by_horovod:
                 self.gradients.leave_out(parameter)
         scale = self._scale.by_hand(self.optimizer())  # type: ignore[arg-type]
         self._take_back()

@@ -51,7 +51,7 @@ class Absent:
 
 
 def gather_absent(rounds: Rounds, layout: Layout, missing: Collection[int], frozen: Collection[int]) -> list[int]:
-    """Collective: the positions of the slots that no rank has a gradient for; one float a slot.
+    """Collective: the positions of the slots that no rank has a gradient for; two floats a slot.
 
     Args:
         rounds: the collectives.
@@ -62,16 +62,17 @@ def gather_absent(rounds: Rounds, layout: Layout, missing: Collection[int], froz
     Raises:
         ConfigurationError: alike on all ranks, when a parameter is frozen on some of them only.
     """
-    lanes = torch.zeros(2, len(layout.slots), dtype=torch.float32, device="cpu")
-    lanes[0] = 1.0
+    count = len(layout.slots)
+    lanes = torch.zeros(2, count + 1, dtype=torch.float32, device="cpu")
+    lanes[0] = 1.0  # the last one counts the ranks: one that has joined is not among them
     lanes[0, list(missing)] = 0.0
     lanes[1, list(frozen)] = 1.0
     rounds.comm.allreduce(lanes, rounds.name_of("present"))
-    having, freezing = lanes.tolist()
+    (*having, ranks), (*freezing, _) = lanes.tolist()
     for slot, some, without in zip(layout.slots, having, freezing, strict=True):
-        if without and some:
+        if some and 0 < without < ranks:
             raise ConfigurationError(
                 f"hvd_sketch: the step was not taken: parameter {slot.name!r} is frozen (requires_grad=False) on "
-                f"{without:.0f} of the ranks and has a gradient on {some:.0f}; freeze it on all ranks or on none"
+                f"{without:.0f} of the {ranks:.0f} ranks; freeze it on all ranks or on none"
             )
     return [position for position, some in enumerate(having) if not some]

@@ -151,7 +151,7 @@ class Exchange(ABC):
         self._absent.clear()
         with self.stats.counting(self.comm):
             self._missing = self.staging.close()
-            self.rounds.incomplete = bool(self._missing)
+            self.rounds.incomplete = bool(self._missing or self.frozen)
             if not self.agreed:
                 self._agree()
             clip, finite = (1.0, False) if self._forced_void else self.measure()

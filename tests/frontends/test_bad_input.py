@@ -323,7 +323,7 @@ def test_trouble_on_one_rank_is_told_on_all_and_training_can_go_on() -> None:
     assert told == other
     for name, pattern in {
         "sparse": "rank 1: parameter 'words.weight' has a sparse gradient; pass sparse_as_dense=True",
-        "frozen": "parameter 'net.0.weight' is frozen .* on 1 of the ranks and has a gradient on 1;",
+        "frozen": "parameter 'net.0.weight' is frozen .* on 1 of the 2 ranks; freeze it on all ranks or on none",
         "unfrozen": "rank 1: parameter 'net.2.bias' was unfrozen after",
     }.items():
         assert re.search(f"^ConfigurationError: hvd_sketch: the step was not taken. {pattern}", told[name]), told
