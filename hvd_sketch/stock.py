@@ -137,14 +137,11 @@ class _Client:
         return bool(getattr(self.optimizer(), "_synchronized", False))
 
     def _run(self, made: set[Tensor]) -> None:
-        """Exchange; of these parameters, a gradient that is all zeros was made by Horovod; it sums sparse ones itself."""
+        """Exchange; of these parameters, a gradient of zeros was made by Horovod, which sums sparse ones itself."""
         self._check_parameters()
         for parameter in self.parameters.values():
             gradient = parameter.grad
-            by_horovod = gradient is not None and (
-                gradient.is_sparse or parameter in made and not bool(gradient.any())
-            )
-            if by_horovod:
+            if gradient is not None and (gradient.is_sparse or (parameter in made and not bool(gradient.any()))):
                 self.gradients.leave_out(parameter)
         scale = self._scale.by_hand(self.optimizer())  # type: ignore[arg-type]
         self._take_back()
