@@ -28,7 +28,7 @@ def agree(comm: Communicator, answers: dict[str, str], name: Callable[[str], str
 
 def _differences(answers: list[dict[str, str]]) -> str:
     """Where the ranks' answers, of the same questions, differ from rank 0's, and the remedy."""
-    lines = ["hvd_sketch: the ranks disagree, so their gradients cannot be combined:"]
+    lines = ["hvd_sketch: the ranks disagree, and nothing was exchanged:"]
     for key in answers[0]:
         for rank, answer in enumerate(answers):
             if answer.get(key) != answers[0][key]:

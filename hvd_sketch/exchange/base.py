@@ -63,6 +63,7 @@ class Exchange(ABC):
         memory: what was not sent.
         rounds: the collectives.
         frozen: positions of the parameters that do not require a gradient for now.
+        only_decay: positions of those that were handed in for their weight decay, and have no gradient.
         staging: which gradients have arrived, and their norms.
     """
 
@@ -85,6 +86,7 @@ class Exchange(ABC):
         self._everything: Tensor | None = None
         self._absent, self._missing = Absent(setting.layout), list[int]()
         self.frozen: Collection[int] = ()
+        self.only_decay: Collection[int] = ()
         self.rounds.on_incomplete = self._leave_alone
         self._told_void = self._forced_void = False
 
@@ -150,7 +152,7 @@ class Exchange(ABC):
         self._update.hold()
         self._absent.clear()
         with self.stats.counting(self.comm):
-            self._missing = self.staging.close()
+            self._missing = {*self.staging.close(), *self.only_decay}
             self.rounds.incomplete = bool(self._missing or self.frozen)
             if not self.agreed:
                 self._agree()
@@ -162,9 +164,7 @@ class Exchange(ABC):
         self._plans.clear()
         self.stats.steps += 1
         self.stats.dense_bytes += self.comm.allreduce_bytes(4 * self.layout.total)
-        if self.void:
-            return
-        if self._absent.positions:
+        if self._absent.positions and not self.void:
             self._absent.put_back(self.memory, self.update)
         self.step += self.rounds.all_present
         for observer in self.observers:

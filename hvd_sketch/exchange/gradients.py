@@ -69,6 +69,7 @@ class Gradients:
             else:
                 self._exchange.take_back(position)
         self._hand_in(now, factor)
+        self._hand_in_decay()
 
     def leave_out(self, parameter: Tensor) -> None:
         """In this step, count the gradient of a parameter as none."""
@@ -117,6 +118,16 @@ class Gradients:
             parameter = self.parameters[position]
             decay = self._decay_of(parameter)
             self._exchange.submit(position, gradient, factor, parameter if decay else None, decay)
+
+    def _hand_in_decay(self) -> None:
+        """Of parameters without a gradient here, which others may have one for."""
+        decays = (
+            {at: self._decay_of(p) for at, p in enumerate(self.parameters) if p.grad is None} if self._decay_of else {}
+        )
+        self._exchange.only_decay = [position for position, decay in decays.items() if decay]
+        for position in self._exchange.only_decay:
+            parameter = self.parameters[position]
+            self._exchange.submit(position, torch.zeros_like(parameter), 1.0, parameter, decays[position])
 
     def _dense(self, position: int, gradient: Tensor) -> Tensor | None:
         """The gradient, dense and of its slot's shape; None, and all ranks are told, if it cannot be."""

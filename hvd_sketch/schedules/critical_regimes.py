@@ -63,7 +63,6 @@ class CriticalRegimes(AdaptiveSchedule):
         self._learning_rate = learning_rate
         self._settings = f"{name} {epoch_steps} {every} {threshold}"
         self._passes, self._passes_of_step = 0, 1
-        self._skipped = 0
         self._rate: float | None = None
         self.critical: list[bool] = []
         self._last: list[float] | None = None
@@ -108,11 +107,11 @@ class CriticalRegimes(AdaptiveSchedule):
         self.critical = critical
 
     def _add_up(self, exchange: Exchange) -> None:
-        epoch, skipped = self._passes // self._epoch_passes, exchange.stats.skipped > self._skipped
-        self._passes, self._skipped = self._passes + self._passes_of_step, exchange.stats.skipped
+        epoch = self._passes // self._epoch_passes
+        self._passes += self._passes_of_step
         if epoch % self._every != 0:
             return
-        if not skipped:
+        if not exchange.void:
             self._sum.add_(exchange.gradient)
         if self._passes // self._epoch_passes > epoch:
             self._decide(exchange)

@@ -70,7 +70,7 @@ class Guard(AdaptiveSchedule):
     def observe(self, exchange: Exchange) -> None:
         """Look at the memory when it is time, and move the ratio."""
         self._count += 1
-        if self._count < self._every or not math.isfinite(float(exchange.update[0])):
+        if self._count < self._every or exchange.void:
             return
         self._count = 0
         norms = [
