@@ -84,7 +84,7 @@ class Exchange(ABC):
         self._update = Update(setting.layout, setting.device)
         self._plans: list[Any] = []
         self._everything: Tensor | None = None
-        self._absent, self._missing = Absent(setting.layout), list[int]()
+        self._absent, self._missing = Absent(setting.layout), set[int]()
         self.frozen: Collection[int] = ()
         self.only_decay: Collection[int] = ()
         self.rounds.on_incomplete = self._leave_alone
