@@ -21,7 +21,7 @@ FLOORS = (
     ("schedules",),
     ("stock", "compatibility"),
     ("exchange",),
-    ("memory", "layout", "wire", "stats", "scope"),
+    ("memory", "layout", "wire", "grid", "stats", "scope"),
     ("sketch", "sparse", "comm"),
     ("native",),
     ("errors",),
