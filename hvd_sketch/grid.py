@@ -96,10 +96,15 @@ class Grid:
 
     def resize(self, entries: int) -> None:
         """Go on with another number of values spread over the same vector."""
-        before, self._entries = _blocks(self._entries), entries
-        after = _blocks(entries)
-        if self.scales is not None and before != after:
-            self.scales = self.scales[torch.arange(after, device=self.scales.device) * before // after]
+        self._entries = entries
+        self.restore(self.scales)
+
+    def restore(self, scales: Tensor | None) -> None:
+        """Take up scales of earlier, if need be of another number of values of the same vector."""
+        blocks = _blocks(self._entries)
+        if scales is not None and scales.numel() != blocks:
+            scales = scales[torch.arange(blocks, device=scales.device) * scales.numel() // max(1, blocks)]
+        self.scales = scales
 
     def put(self, lanes: Tensor, values: Tensor, comm: Communicator) -> Tensor:
         """Write at most as many values as there are entries; returns what is sent of them, float32."""

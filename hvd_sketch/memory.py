@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvd_sketch import gpu
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.sketch import CountSketch
 from hvd_sketch.sparse.chosen import Chosen
@@ -72,21 +74,21 @@ class Memory:
         if self.velocity is not None:
             sketch.add(self.velocity[:dim], scale=self._factor)
 
-    def computed(self, gradient: Tensor, clip: float, where: slice | Places) -> Tensor:
+    def computed(self, gradient: Tensor, clip: float | Tensor, where: slice | Places) -> Tensor:
         """The new v at ``where``, without changing the memory: what could be sent now."""
         result = _at(self.residual, where) + _at(gradient, where) * (self.gain * clip)
         if self.velocity is not None:
             result += _at(self.velocity, where) * self._factor
         return result
 
-    def absorb(self, gradient: Tensor, clip: float) -> None:
+    def absorb(self, gradient: Tensor, clip: float | Tensor) -> None:
         """Take the gradient in: the step's new u and v, nothing sent yet."""
-        self.residual.add_(gradient, alpha=self.gain * clip)
+        _add(self.residual, gradient, self.gain, clip)
         if self.velocity is None:
             return
         self.residual.add_(self.velocity, alpha=self._factor)
         nesterov = self._momentum is not None and self._momentum.nesterov
-        self.velocity.mul_(self._factor).add_(gradient, alpha=clip * (self._factor if nesterov else 1.0))
+        _add(self.velocity.mul_(self._factor), gradient, self._factor if nesterov else 1.0, clip)
 
     def advance(self, gradient: Tensor, clip: float, sketch: CountSketch, chosen: Chosen, left: Tensor) -> None:
         """`absorb`, `keep` what is left of what was chosen to be sent, and `sketch_carried` into the next step.
@@ -135,6 +137,16 @@ class Memory:
         self.residual.zero_()
         if self.velocity is not None:
             self.velocity.zero_()
+
+
+def _add(values: Tensor, gradient: Tensor, gain: float, clip: float | Tensor) -> None:
+    """``values += gain * clip * gradient``; the product is not rounded before it is added."""
+    if not isinstance(clip, Tensor):
+        values.add_(gradient, alpha=gain * clip)
+    elif gpu.serves(values):
+        importlib.import_module("hvd_sketch.memory_cuda").add(values, gradient, gain, clip)  # with Triton
+    else:
+        values.add_(gradient * (gain * clip))
 
 
 def _at(values: Tensor, where: slice | Places) -> Tensor:

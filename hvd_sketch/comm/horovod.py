@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import horovod.torch as hvd
+import torch
 from torch import Tensor
 
 from hvd_sketch.comm.base import Communicator, Pending
@@ -52,6 +53,10 @@ class HorovodCommunicator(Communicator):
     def included(self) -> bool:
         """Whether this process belongs to the process set."""
         return bool(self.process_set.included())
+
+    def reaches(self, device: torch.device) -> bool:
+        """Host memory; a GPU's when Horovod was built for GPUs, else it would reduce what has not arrived yet."""
+        return device.type == "cpu" or bool(hvd.nccl_built() or hvd.cuda_built())
 
     def post_allreduce(self, tensor: Tensor, name: str) -> Pending:
         handle = hvd.allreduce_async_(tensor, name=name, op=hvd.Sum, process_set=self.process_set)

@@ -43,6 +43,10 @@ class InProcess(Communicator):
     def size(self) -> int:
         return self._size
 
+    def starts_in_backward(self, device: torch.device) -> bool:
+        """Not on a GPU: a process's backward passes share one thread there, and each would wait for the others."""
+        return device.type == "cpu"
+
     def post_allreduce(self, tensor: Tensor, name: str) -> Pending:
         contributions = self._meeting.gather(self._rank, tensor.clone())
         tensor.copy_(contributions[0])

@@ -13,7 +13,9 @@ from hvd_sketch import wire
 from hvd_sketch.compressors.base import Compressor
 from hvd_sketch.errors import ConfigurationError, RankMismatchError
 from hvd_sketch.exchange import Exchange, Setting
+from hvd_sketch.exchange.base import Factor, Finite
 from hvd_sketch.layout import Layout
+from hvd_sketch.precision import full_precision
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -80,8 +82,9 @@ class PowerSGDExchange(Exchange):
         round 2   Q = sum_i M_i^T P                           allreduce of all m r floats
         update = P Q^T / W;   M_i loses P (M_i^T P)^T
 
-    Each rank loses its own projection, so sent + residual = computed on every rank. The ratio
-    follows from the shapes: ``4 total / (4 (sum r (n + m) + dense))``.
+    Each rank loses its own projection, so sent + residual = computed on every rank; hence the products are of full
+    float32 precision, whatever ``torch.set_float32_matmul_precision`` allows. The ratio follows from the shapes:
+    ``4 total / (4 (sum r (n + m) + dense))``.
     """
 
     def __init__(self, setting: Setting, rank: int, seed: int) -> None:
@@ -99,10 +102,10 @@ class PowerSGDExchange(Exchange):
         generator = torch.Generator().manual_seed(self._seed)
         self._right.copy_(torch.randn(self._right.numel(), generator=generator, dtype=torch.float32))
 
-    def send(self, plan: int, clip: float, finite: bool) -> bool:
+    def send(self, plan: int, clip: Factor, finite: Finite) -> bool:
         """Round 1, whose message has the dense part too, and round 2."""
         dense = slice(self.layout.compressed, self.layout.total)
-        with self.stats.phase("factor"):
+        with self.stats.phase("factor"), full_precision():
             computed = self.memory.computed(self.gradient, clip, slice(0, self.layout.compressed))
             lefts = self._first[wire.HEADER : self._first.numel() - self.layout.dense]
             for matrix in self._matrices:
@@ -123,7 +126,7 @@ class PowerSGDExchange(Exchange):
     def _project(self, computed: Tensor, lefts: Tensor) -> None:
         """Round 2: sum the right factors; ``computed`` becomes what this rank keeps."""
         rights = self._second[wire.HEADER + wire.DIGEST_BITS :]
-        with self.stats.phase("factor"):
+        with self.stats.phase("factor"), full_precision():
             for matrix in self._matrices:
                 n, m = matrix.shape
                 left = lefts[matrix.left].view(n, self._rank)
@@ -141,7 +144,7 @@ class PowerSGDExchange(Exchange):
                 f"hvd_sketch: in step {self.step} the ranks made different bases from the same sum, seen on rank "
                 f"{self.comm.rank} and all others; use one build of PyTorch and its linear algebra on all ranks"
             )
-        with self.stats.phase("factor"):
+        with self.stats.phase("factor"), full_precision():
             self._right.copy_(rights)
             for matrix in self._matrices:
                 n, m = matrix.shape

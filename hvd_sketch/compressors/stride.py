@@ -9,6 +9,7 @@ import torch
 from hvd_sketch import wire
 from hvd_sketch.compressors.base import Sparsifier
 from hvd_sketch.exchange import Exchange, Setting
+from hvd_sketch.exchange.base import Factor, Finite
 from hvd_sketch.exchange.budget import unreachable
 from hvd_sketch.layout import Layout
 from hvd_sketch.sparse.comb import comb
@@ -54,7 +55,7 @@ class StrideExchange(Exchange):
         super().__init__(setting)
         self._seed = seed
 
-    def send(self, plan: int, clip: float, finite: bool) -> bool:
+    def send(self, plan: int, clip: Factor, finite: Finite) -> bool:
         """Sum the dense part and every ``plan``-th coordinate."""
         chosen = comb(self.layout.compressed, plan, self.step, self._seed)
         dense = slice(self.layout.compressed, self.layout.total)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.exchange import Exchange
-from hvd_sketch.sketch import CountSketch
+from hvd_sketch.sketch.narrow import CELLS, NarrowSketches
 
-_COLS = 32
 _EVERY = 10
 _AT_FIRST = 4
 _WEIGHT = 0.3
@@ -43,12 +42,8 @@ class CommonShare:
     def attach(self, exchange: Exchange) -> None:
         """Follow an exchange from its first step on."""
         slots, device = exchange.layout.slots, exchange.gradient.device
-        self._message = torch.zeros(len(slots), _COLS + 1, device=device)
-        self._tables = torch.zeros(len(slots), 1, _COLS, device=device)
-        self._sketches = [
-            CountSketch(slot.numel, 1, _COLS, device=device, table=table)
-            for slot, table in zip(slots, self._tables, strict=True)
-        ]
+        self._message = torch.zeros(len(slots), CELLS + 1, device=device)
+        self._sketches = NarrowSketches([(slot.offset, slot.stop) for slot in slots], device)
         exchange.observers.append(self)
 
     def observe(self, exchange: Exchange) -> None:
@@ -61,15 +56,11 @@ class CommonShare:
 
     def _measure(self, exchange: Exchange) -> Tensor:
         ranks = exchange.comm.size
-        residual = exchange.memory.residual
-        for sketch, slot in zip(self._sketches, exchange.layout.slots, strict=True):
-            sketch.reset(exchange.step)
-            sketch.add(residual[slot.offset : slot.stop])
-        self._message[:, :_COLS] = self._tables.squeeze(1)
-        self._message[:, _COLS] = _energies(exchange)
+        self._message[:, :CELLS] = self._sketches(exchange.memory.residual, exchange.step)
+        self._message[:, CELLS] = _energies(exchange)
         exchange.rounds.sum_values(self._message, "common")
-        common = self._message[:, :_COLS].square().sum(dim=1)
-        return torch.where(common > 0.0, common / (ranks * self._message[:, _COLS]), 1.0)
+        common = self._message[:, :CELLS].square().sum(dim=1)
+        return torch.where(common > 0.0, common / (ranks * self._message[:, CELLS]), 1.0)
 
     def state_dict(self) -> dict[str, Any]:
         """The estimate, and when the next is due."""

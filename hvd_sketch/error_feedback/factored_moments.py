@@ -12,9 +12,8 @@ from torch import Tensor
 
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
-from hvd_sketch.sketch import CountSketch
+from hvd_sketch.sketch.narrow import CELLS, NarrowSketches
 
-_COLS = 32
 _GROWTH = 4
 
 
@@ -77,15 +76,12 @@ class MomentsObserver:
         sizes = [
             size for slot, rows in zip(self._slots, self._rows, strict=True) for size in (rows, slot.numel // rows)
         ]
-        self._message = torch.zeros(count * _COLS + sum(sizes), device=device)
-        self._tables = self._message[: count * _COLS].view(count, 1, _COLS)
-        self._factors = self._message[count * _COLS :].split(sizes)
+        self._message = torch.zeros(count * CELLS + sum(sizes), device=device)
+        self._tables = self._message[: count * CELLS].view(count, CELLS)
+        self._factors = self._message[count * CELLS :].split(sizes)
         self._smoothed = torch.zeros(count + sum(sizes), device=device)
         self._vector = torch.zeros(exchange.layout.compressed, device=device)
-        self._sketches = [
-            CountSketch(slot.numel, 1, _COLS, device=device, table=table)
-            for slot, table in zip(self._slots, self._tables, strict=True)
-        ]
+        self._sketches = NarrowSketches([(slot.offset, slot.stop) for slot in self._slots], device)
         self._moments = {
             self._named[slot.name]: self._vector[slot.offset : slot.stop].view(slot.shape) for slot in self._slots
         }
@@ -115,19 +111,16 @@ class MomentsObserver:
 
     def _measure(self, exchange: Exchange) -> None:
         clip = exchange.stats.clip
-        for slot, rows, sketch, (row, column) in zip(
-            self._slots, self._rows, self._sketches, self._pairs(), strict=True
-        ):
+        self._tables.copy_(self._sketches(exchange.gradient, exchange.step, clip))
+        for slot, rows, (row, column) in zip(self._slots, self._rows, self._pairs(), strict=True):
             gradient = exchange.gradient[slot.offset : slot.stop]
-            sketch.reset(exchange.step)
-            sketch.add(gradient, scale=clip)
             squares = gradient.mul(clip).square_().view(rows, -1)
             torch.sum(squares, dim=1, out=row)
             torch.sum(squares, dim=0, out=column)
         exchange.rounds.sum_values(self._message, "moments")
         if not bool(self._message.isfinite().all()):
             return
-        common = self._tables.square().sum(dim=(1, 2))
+        common = self._tables.square().sum(dim=1)
         fresh = torch.cat([common / exchange.comm.size**2, *self._factors])
         new = 1.0 - self._settings.decay ** (self._count - self._measured)
         self._smoothed.lerp_(fresh, new / (1.0 - self._settings.decay**self._count))

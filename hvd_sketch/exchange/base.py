@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hvd_sketch import wire
+from hvd_sketch import gpu, wire
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.agreement import agree
 from hvd_sketch.exchange.rounds import Rounds
@@ -19,6 +19,9 @@ from hvd_sketch.exchange.staging import Staging
 from hvd_sketch.exchange.update import Part, Update
 from hvd_sketch.memory import Memory
 from hvd_sketch.stats import Stats
+
+Factor = float | Tensor
+Finite = bool | Tensor
 
 
 class Observer(Protocol):
@@ -86,6 +89,15 @@ class Exchange(ABC):
         """Hand in ``factor * gradient + weight_decay * parameter`` (dense) of slot ``position``."""
         self.staging.put(position, gradient, factor, parameter, weight_decay)
 
+    def submit_many(self, gradients: Mapping[int, Tensor], factor: float = 1.0) -> None:
+        """Hand in ``factor`` times the gradients of some slots, by their positions, at the cost of one on a GPU."""
+        self.staging.put_many(gradients, factor)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether gradients are better handed in together than each as it becomes ready."""
+        return gpu.serves(self.gradient)
+
     def submit_all(self, vector: Tensor) -> None:
         """Hand in the whole vector, in the layout's order, in place of one `submit` a slot."""
         self.staging.put_all(vector)
@@ -104,9 +116,9 @@ class Exchange(ABC):
             self.staging.close()
             if not self.agreed:
                 self._agree()
-            norm = self.gradient_norm()
-            self.stats.clip = self.clip_factor(norm)
-            if not self._send(self.stats.clip, math.isfinite(norm)):
+            clip, finite = self.measure()
+            self.stats.clip = clip
+            if not self._send(clip, finite):
                 self.update.fill_(math.nan)
                 self.stats.skipped += 1
         self._plans.clear()
@@ -124,15 +136,16 @@ class Exchange(ABC):
         return self._plans[0]
 
     @abstractmethod
-    def send(self, plan: Any, clip: float, finite: bool) -> bool:
+    def send(self, plan: Any, clip: Factor, finite: Finite) -> bool:
         """Send what the plan asks for: make the update, and advance the memory.
 
         Its first message goes through `Rounds.sum`. Where that says False, nothing may have changed.
 
         Args:
             plan: what the compressor's ``plan`` gave for this step.
-            clip: factor of the gradient.
-            finite: whether this rank's gradient is.
+            clip: factor of the gradient: a number, or a tensor of one on the gradient's device, which
+                the `Memory` takes as well.
+            finite: whether this rank's gradient is: a bool, or a tensor of 0 or NaN, for `Rounds.sum`.
 
         Returns:
             what `Rounds.sum` said.
@@ -146,6 +159,13 @@ class Exchange(ABC):
     def divisor(self) -> float:
         """What a sum over the ranks is divided by to be the update."""
         return float(self.comm.size) if self.average else 1.0
+
+    def measure(self) -> tuple[Factor, Finite]:
+        """The factor of this rank's gradient, and whether it is finite; what a GPU knows stays there."""
+        if self.staging.gathered:
+            return self.staging.measure(self._setting.clip_norm)
+        norm = self.gradient_norm()
+        return self.clip_factor(norm), math.isfinite(norm)
 
     def gradient_norm(self) -> float:
         """The norm of this rank's gradient; not finite if the gradient is not."""
@@ -254,7 +274,7 @@ class Exchange(ABC):
         self.staging.forget()
         self.rounds.fail_together(None)
 
-    def _send(self, clip: float, finite: bool) -> bool:
+    def _send(self, clip: Factor, finite: Finite) -> bool:
         """What the step asks for; False if some rank is not finite."""
         if self.plan is not None:
             self._everything = None
@@ -264,7 +284,7 @@ class Exchange(ABC):
                 return False
         return self._send_everything(clip, finite)
 
-    def _send_everything(self, clip: float, finite: bool) -> bool:
+    def _send_everything(self, clip: Factor, finite: Finite) -> bool:
         """The whole computed vector in one allreduce of ``total + 4`` values."""
         if self._everything is None:
             size = wire.HEADER + self.layout.total

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hvd_sketch.comm.base import Communicator
-from hvd_sketch.exchange.base import Exchange
+from hvd_sketch.exchange.base import Exchange, Factor, Finite
 from hvd_sketch.exchange.setting import Setting
 from hvd_sketch.layout import Layout
 
@@ -34,7 +34,7 @@ class DenseExchange(Exchange):
         )
         self._dense_dtype = dtype
 
-    def send(self, plan: Any, clip: float, finite: bool) -> bool:
+    def send(self, plan: Any, clip: Factor, finite: Finite) -> bool:
         """Never called: no step has a plan."""
         raise NotImplementedError("DenseExchange sends everything in every step")
 

@@ -43,7 +43,7 @@ class Rounds:
         """Note a problem of the coming step, the first one counts; None forgets it."""
         self._problem = problem and (self._problem or problem)
 
-    def sum(self, message: Tensor, finite: bool, what: str) -> bool:
+    def sum(self, message: Tensor, finite: bool | Tensor, what: str) -> bool:
         """Allreduce the first message of a step; False if some rank is not finite or wants to flush.
 
         Raises:
@@ -53,7 +53,7 @@ class Rounds:
             self.start_sum(message, finite, what).wait()
         return self.heed(wire.read_header(message))
 
-    def start_sum(self, message: Tensor, finite: bool, what: str) -> Pending:
+    def start_sum(self, message: Tensor, finite: bool | Tensor, what: str) -> Pending:
         """Begin to sum a message of the step over the ranks, under its header."""
         wire.write_header(message, finite, self._problem is not None, self._flush_asked)
         return self.comm.start_allreduce(message, self.name_of(what))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch import grid, wire
-from hvd_sketch.exchange.base import Exchange
+from hvd_sketch.exchange.base import Exchange, Factor, Finite
 from hvd_sketch.exchange.setting import Setting
 from hvd_sketch.exchange.update import Part
 from hvd_sketch.grid import Grid
@@ -44,7 +44,7 @@ class SparseExchange(Exchange):
             the update of the compressed part, the same on all ranks.
         """
 
-    def send(self, plan: Any, clip: float, finite: bool) -> bool:
+    def send(self, plan: Any, clip: Factor, finite: Finite) -> bool:
         """The dense part, then the chosen coordinates."""
         summed = self._sum_dense(clip, finite)
         if summed is None:
@@ -52,7 +52,7 @@ class SparseExchange(Exchange):
         self.hold(*self.send_chosen(plan), Part(self._dense, summed.mul_(1.0 / self.divisor)))
         return True
 
-    def _sum_dense(self, clip: float, finite: bool) -> Tensor | None:
+    def _sum_dense(self, clip: Factor, finite: Finite) -> Tensor | None:
         """Sum the dense part, and take the gradient into the memory; None, and nothing done, when a rank says so."""
         computed = self.memory.computed(self.gradient, clip, self._dense)
         lanes, dtype = self._grid.lanes(self.comm.size), self._grid.dtype(self.comm.size)

@@ -93,6 +93,8 @@ class ExchangingOptimizer(HorovodOptimizer):
     _frozen: set[Tensor]
     _allreduce_delay: dict[Tensor, int]
     _handles: dict[Tensor, bool]
+    _gathered: dict[int, Tensor]
+    _scale: float | None
     _exchange: Exchange | None
     _positions: dict[Tensor, int]
     _group_of: dict[Tensor, dict[str, Any]]
@@ -136,11 +138,15 @@ class ExchangingOptimizer(HorovodOptimizer):
             if parameter.grad is not None:
                 _submit(self, parameter)
         try:
+            if self._gathered:
+                self.exchange.submit_many(self._gathered, 1.0 / _scale(self))
             self.exchange.run()
+            _write_gradients(self)
         finally:
             self._handles.clear()
+            self._gathered.clear()
+            self._scale = None
             self.set_backward_passes_per_step(self.backward_passes_per_step)
-        _write_gradients(self)
         self._synchronized = True
 
     @contextmanager
@@ -193,6 +199,8 @@ class ExchangingOptimizer(HorovodOptimizer):
         The memory belongs to one rank and has its own `memory_state_dict`.
         """
         self._handles.clear()
+        self._gathered.clear()
+        self._scale = None
         self._synchronized = False
         self._should_synchronize = True
         self.set_backward_passes_per_step(self.backward_passes_per_step)
@@ -245,6 +253,8 @@ def distribute(
         _frozen={parameter for parameter in trained if not parameter.requires_grad},
         _allreduce_delay={parameter: wiring.backward_passes_per_step for _, parameter in named_parameters},
         _handles={},
+        _gathered={},
+        _scale=None,
         _exchange=None,
         _positions={},
         _group_of=_group_of(optimizer),
@@ -301,17 +311,27 @@ def _submit(optimizer: Any, parameter: Tensor) -> None:
             )
             return
         gradient = gradient.to_dense()
-    scale = optimizer._wiring.grad_scaler.get_scale() if optimizer._wiring.grad_scaler is not None else 1.0
     position = optimizer._positions[parameter]
     decay = optimizer._group_of[parameter]["weight_decay"] if optimizer._wiring.correction is not None else 0.0
     decay /= 1 if exchange.average else exchange.comm.size
-    exchange.submit(position, gradient, 1.0 / scale, parameter if decay else None, decay)
+    if exchange.gathers and not decay:
+        optimizer._gathered[position] = gradient
+    else:
+        exchange.submit(position, gradient, 1.0 / _scale(optimizer), parameter if decay else None, decay)
+
+
+def _scale(optimizer: Any) -> float:
+    """What the step's gradients are multiplied by; read once a step, for reading waits for the scaler's device."""
+    if optimizer._scale is None:
+        scaler = optimizer._wiring.grad_scaler
+        optimizer._scale = 1.0 if scaler is None else scaler.get_scale()
+    scale: float = optimizer._scale
+    return scale
 
 
 def _write_gradients(optimizer: Any) -> None:
     """Put the update into every gradient, in place, in the scaler's units and the parameter's strides."""
-    exchange = optimizer.exchange
-    scale = optimizer._wiring.grad_scaler.get_scale() if optimizer._wiring.grad_scaler is not None else 1.0
+    exchange, scale = optimizer.exchange, _scale(optimizer)
     gradients = {}
     for parameter, position in optimizer._positions.items():
         if parameter.grad is None:

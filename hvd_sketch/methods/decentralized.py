@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hvd_sketch.comm import Communicator
 from hvd_sketch.exchange.agreement import agree
-from hvd_sketch.methods.flat import FlatModel, LayoutRule, whole
+from hvd_sketch.methods.flat import HOST, FlatModel, LayoutRule, whole
 from hvd_sketch.methods.wrapper import WrappedOptimizer
 from hvd_sketch.stats import Stats
 
@@ -30,6 +30,7 @@ class Decentralized(WrappedOptimizer):
         settings: what must be equal on all ranks, by name.
         same_start: begin with rank 0's parameters and buffers on every rank.
         layout: how the parameters become one vector.
+        device: where that vector is kept.
 
     Raises:
         ConfigurationError: for an optimizer of other parameters, or one that needs a closure.
@@ -45,12 +46,13 @@ class Decentralized(WrappedOptimizer):
         *,
         same_start: bool,
         layout: LayoutRule = whole,
+        device: torch.device = HOST,
     ) -> None:
         super().__init__(optimizer)
         self.model = model
         self.stats = Stats()
         self._collectives = comm
-        self._flat = FlatModel(optimizer, model, layout)
+        self._flat = FlatModel(optimizer, model, layout, device)
         self._live = self._flat.new()
         self._averaged = False
         self._buffers = [buffer for _, buffer in sorted(model.named_buffers()) if buffer.is_floating_point()]
@@ -109,8 +111,9 @@ class Decentralized(WrappedOptimizer):
         return self._live.vector
 
     def _mean(self, *tensors: Tensor) -> list[Tensor]:
-        """Collective: the mean over the ranks of each tensor, in host memory."""
-        message = torch.cat([tensor.detach().reshape(-1).to("cpu", self._flat.dtype) for tensor in tensors])
+        """Collective: the mean over the ranks of each tensor, where the model's vector is kept."""
+        device, dtype = self._flat.device, self._flat.dtype
+        message = torch.cat([tensor.detach().reshape(-1).to(device, dtype) for tensor in tensors])
         self._average(message)
         parts = torch.split_with_sizes(message, [tensor.numel() for tensor in tensors])
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

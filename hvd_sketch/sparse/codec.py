@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from types import ModuleType
 from typing import ClassVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hvd_sketch import native
+from hvd_sketch import gpu, native
 
 _LEVELS = 8
 _NEGATIVE = 8
@@ -27,8 +27,9 @@ class SparseCodec:
       j the mean of the magnitudes in ``[t 2^(j-1), t 2^j)``, where t is the least magnitude above
       zero, or ``largest / 2^7`` if that is more; the first and the last are open. The largest values
       keep their size, the error of a value is at most its own magnitude or ``largest / 2^6``, and
-      the sum of the magnitudes stays. `encode` returns what the receiver will see, so that the
-      sender can keep the rest.
+      the sum of the magnitudes stays. A level's magnitudes are summed in their places among all, in pairs of
+      neighbours and then in pairs of those, so a code has the same bytes wherever it was made. `encode` returns
+      what the receiver will see, so that the sender can keep the rest.
     - Indices: Elias-Fano (Elias 1974; Fano 1971): the lower ``l = floor(log2(universe / count))``
       bits as they are, the upper ones in unary.
     """
@@ -39,31 +40,38 @@ class SparseCodec:
     count: int
 
     @property
-    def _low_bits(self) -> int:
+    def low_bits(self) -> int:
+        """Bits of an index that are sent as they are."""
         return max(0, (self.universe // self.count).bit_length() - 1)
 
     @property
-    def _low_bytes(self) -> int:
-        return -(-self.count * self._low_bits // 8)
+    def low_bytes(self) -> int:
+        """Bytes of these."""
+        return -(-self.count * self.low_bits // 8)
 
     @property
-    def _high_bits(self) -> int:
-        return self.count + (self.universe >> self._low_bits) + 1
+    def high_bits(self) -> int:
+        """Bits of the upper parts of all indices, in unary."""
+        return self.count + (self.universe >> self.low_bits) + 1
 
     @property
-    def _value_bytes(self) -> int:
+    def value_bytes(self) -> int:
+        """Bytes of levels and values."""
         return self.LEVEL_BYTES + -(-self.count // 2)
 
     @property
     def nbytes(self) -> int:
         """Bytes of one encoded vector."""
-        return self._value_bytes + self._low_bytes + -(-self._high_bits // 8)
+        return self.value_bytes + self.low_bytes + -(-self.high_bits // 8)
 
     def encode(self, indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Encode m vectors given by ``(m, count)`` indices (int64, ascending) and values (float32).
 
         Returns the code, uint8 of shape ``(m, nbytes)``, and the values as they will be decoded.
         """
+        if gpu.serves(values):
+            code, decoded = _on_gpu().encode(self, indices.contiguous(), values.contiguous())
+            return code, decoded
         if not native.serves(values):
             return self._encode(indices, values)
         indices, values = indices.contiguous(), values.contiguous()
@@ -77,8 +85,12 @@ class SparseCodec:
         """The ``(m, count)`` indices and values behind a code of shape ``(m, nbytes)``.
 
         Raises:
-            ValueError: when these bytes cannot have come from `encode`.
+            ValueError: when these bytes cannot have come from `encode`. On a device, for which nobody waits, values
+                are NaN then, at indices that there are.
         """
+        if gpu.serves(code):
+            indices, values = _on_gpu().decode(self, code.contiguous())
+            return indices, values
         if not native.serves(code):
             return self._decode(code)
         code = code.contiguous()
@@ -93,9 +105,7 @@ class SparseCodec:
     def _encode(self, indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         magnitudes = values.abs()
         levels = _levels_of(magnitudes)
-        shape = (len(values), _LEVELS)
-        totals = magnitudes.new_zeros(shape).scatter_add_(1, levels, magnitudes)
-        means = totals / magnitudes.new_zeros(shape).scatter_add_(1, levels, torch.ones_like(values)).clamp_min_(1.0)
+        means = _means_of(magnitudes, levels)
         nibbles = (levels + (values < 0) * _NEGATIVE).to(torch.uint8)
         even = torch.nn.functional.pad(nibbles, (0, self.count % 2)).view(len(values), -1, 2)
         packed = even[:, :, 0] | even[:, :, 1] << 4
@@ -104,45 +114,72 @@ class SparseCodec:
 
     def _decode(self, code: Tensor) -> tuple[Tensor, Tensor]:
         means = code[:, : self.LEVEL_BYTES].flatten().clone().view(torch.float32).view(-1, _LEVELS)
-        packed = code[:, self.LEVEL_BYTES : self._value_bytes]
+        packed = code[:, self.LEVEL_BYTES : self.value_bytes]
         nibbles = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)[:, : self.count]
-        return self._unpack(code[:, self._value_bytes :]), _values(nibbles, means)
+        indices, known = self._unpack(code[:, self.value_bytes :])
+        if code.device.type == "cpu" and not known.all():
+            raise ValueError(self._no_code())
+        return indices.where(known, 0), _values(nibbles, means).where(known, torch.nan)
 
     def _pack(self, indices: Tensor) -> Tensor:
-        ascending = indices.cpu().numpy()
-        low = ascending[:, :, None] >> np.arange(self._low_bits) & 1
-        low_code = np.packbits(low.astype(np.uint8).reshape(len(ascending), -1), axis=1)
-        unary = np.zeros((len(ascending), self._high_bits), np.uint8)
-        np.put_along_axis(unary, (ascending >> self._low_bits) + np.arange(self.count), 1, axis=1)
-        packed = np.concatenate([low_code, np.packbits(unary, axis=1)], axis=1)
-        return torch.from_numpy(packed).to(indices.device)
+        low = indices.unsqueeze(2) >> torch.arange(self.low_bits, device=indices.device) & 1
+        unary = indices.new_zeros(len(indices), self.high_bits, dtype=torch.uint8)
+        unary.scatter_(1, (indices >> self.low_bits) + torch.arange(self.count, device=indices.device), 1)
+        return torch.cat([_bytes_of(low.to(torch.uint8).flatten(1)), _bytes_of(unary)], dim=1)
 
-    def _unpack(self, code: Tensor) -> Tensor:
-        packed: npt.NDArray[np.uint8] = code.cpu().numpy()
-        bits = self.count * self._low_bits
-        low = np.unpackbits(packed[:, : self._low_bytes], axis=1)[:, :bits].reshape(len(packed), self.count, -1)
-        unary = np.unpackbits(packed[:, self._low_bytes :], axis=1)[:, : self._high_bits]
-        if (unary.sum(axis=1, dtype=np.int64) != self.count).any():
-            raise ValueError(self._no_code())
-        high = np.flatnonzero(unary).reshape(len(packed), self.count) % self._high_bits - np.arange(self.count)
-        weights = np.left_shift(1, np.arange(self._low_bits), dtype=np.int64)
-        indices = (high << self._low_bits) + low @ weights
-        if indices.max() >= self.universe:
-            raise ValueError(self._no_code())
-        return torch.from_numpy(indices).to(code.device)
+    def _unpack(self, code: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices, and which of them may have been packed."""
+        bits = _bits_of(code[:, : self.low_bytes])[:, : self.count * self.low_bits]
+        weights = torch.arange(self.low_bits, device=code.device)
+        low = (bits.view(len(code), self.count, self.low_bits).to(torch.int64) << weights).sum(dim=2)
+        unary = _bits_of(code[:, self.low_bytes :])[:, : self.high_bits]
+        ranks = unary.cumsum(1, dtype=torch.int64)
+        # A one goes to its rank, everything else to a place behind them all.
+        places = torch.where(unary > 0, ranks - 1, self.count).clamp_(max=self.count)
+        ones = torch.zeros(len(code), self.count + 1, dtype=torch.int64, device=code.device)
+        ones.scatter_(1, places, torch.arange(self.high_bits, device=code.device).expand_as(places))
+        high = ones[:, : self.count] - torch.arange(self.count, device=code.device)
+        indices = (high << self.low_bits) + low
+        return indices, (indices < self.universe) & (ranks[:, -1:] == self.count)
 
     def _no_code(self) -> str:
         return f"these {self.nbytes} bytes are no code of {self.count} of {self.universe} coordinates"
+
+
+def _on_gpu() -> ModuleType:
+    return importlib.import_module("hvd_sketch.sparse.codec_cuda")  # with Triton, which no other device needs
 
 
 def _levels_of(magnitudes: Tensor) -> Tensor:
     largest = magnitudes.amax(dim=1, keepdim=True)
     least = magnitudes.where(magnitudes > 0, largest).amin(dim=1, keepdim=True)
     first = torch.maximum(least, largest / 2 ** (_LEVELS - 1)).clamp_min_(torch.finfo(torch.float32).tiny)
-    bounds = first * torch.exp2(torch.arange(1, _LEVELS - 1, device=magnitudes.device))
-    return torch.searchsorted(bounds, magnitudes, right=True) + (magnitudes > 0)
+    powers = 1 << torch.arange(1, _LEVELS - 1, device=magnitudes.device)
+    return torch.searchsorted(first * powers.to(torch.float32), magnitudes, right=True) + (magnitudes > 0)
+
+
+def _means_of(magnitudes: Tensor, levels: Tensor) -> Tensor:
+    """The mean magnitude of each level, ``(m, levels)``; of a level without any it is zero."""
+    members = levels.unsqueeze(1) == torch.arange(_LEVELS, device=levels.device).unsqueeze(1)
+    sums = torch.where(members, magnitudes.unsqueeze(1), 0.0)
+    while sums.shape[2] > 1:
+        sums = torch.nn.functional.pad(sums, (0, sums.shape[2] % 2))
+        sums = sums[:, :, ::2] + sums[:, :, 1::2]
+    return sums.squeeze(2) / members.sum(dim=2).clamp_min_(1).to(torch.float32)
 
 
 def _values(nibbles: Tensor, means: Tensor) -> Tensor:
     magnitudes = means.gather(1, (nibbles & (_NEGATIVE - 1)).to(torch.int64))
     return torch.where(nibbles >= _NEGATIVE, -magnitudes, magnitudes)
+
+
+def _bytes_of(bits: Tensor) -> Tensor:
+    """Rows of bits (uint8) eight to a byte, the first one the highest."""
+    eights = torch.nn.functional.pad(bits, (0, -bits.shape[1] % 8)).view(len(bits), -1, 8)
+    return (eights << torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)).sum(dim=2, dtype=torch.uint8)
+
+
+def _bits_of(packed: Tensor) -> Tensor:
+    """The bits (uint8) of rows of bytes."""
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
+    return (packed.unsqueeze(2) >> shifts & 1).flatten(1)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from hvd_sketch import native
+from hvd_sketch import gpu, native
 
-_SAMPLE = 1 << 14
-_MARGIN = 1.2
-_GOLDEN = 0x9E3779B1
-"""2^32 over the golden ratio: its multiples spread evenly (Knuth, The Art of Computer Programming, 6.4)."""
+_MOST_SHARDS_ON_GPU = 1024
 
 
 def heaviest(vector: Tensor, count: int) -> Tensor:
@@ -31,9 +31,11 @@ def heaviest_of_shards(vector: Tensor, shards: int, count: int) -> tuple[Tensor,
         raise ValueError(f"vector must be float32, got {vector.dtype}")
     if not 1 <= count <= vector.numel() // shards:
         raise ValueError(f"count must be between 1 and {vector.numel() // shards}, got {count}")
+    if gpu.serves(vector) and shards <= _MOST_SHARDS_ON_GPU:
+        rows, values = _on_gpu().heaviest(vector, shards, count)
+        return rows, values
     if vector.numel() >= 2**32 or not native.serves(vector):
-        rows = torch.stack([_reference(vector[shard::shards], count) for shard in range(shards)])
-        return rows, torch.stack([vector[shard::shards][chosen] for shard, chosen in enumerate(rows)])
+        return _reference(vector, shards, count)
     rows = torch.empty(shards, count, dtype=torch.int64)
     values = torch.empty(shards, count, dtype=torch.float32)
     native.library().sparse_heaviest(
@@ -49,28 +51,24 @@ def heaviest_of_shards(vector: Tensor, shards: int, count: int) -> tuple[Tensor,
     return rows, values
 
 
-def _reference(vector: Tensor, count: int) -> Tensor:
-    """A sample gives a threshold that a few more entries than wanted exceed; those alone are ranked.
-
-    Should it be too high, all are. Magnitudes are compared as the integers that their bits are.
-    """
-    magnitudes = vector.view(torch.int32) & 0x7FFFFFFF
-    stride = magnitudes.numel() // _SAMPLE
-    if stride > 1:
-        blocks = torch.arange(_SAMPLE, device=vector.device)
-        # One entry of each block, never the same one: matrices have a period.
-        sample = magnitudes[blocks * stride + ((blocks * _GOLDEN & 0xFFFFFFFF) * stride >> 32)]
-        rank = int(_MARGIN * count / stride) + 32
-        if 2 * rank < _SAMPLE:
-            candidates = (magnitudes >= sample.topk(rank, sorted=False).values.min()).nonzero().squeeze(1)
-            if candidates.numel() >= count:
-                return candidates[_rank(magnitudes[candidates], count)]
-    return _rank(magnitudes, count)
+def _on_gpu() -> ModuleType:
+    return importlib.import_module("hvd_sketch.sparse.cuda")  # with Triton, which no other device needs
 
 
-def _rank(magnitudes: Tensor, count: int) -> Tensor:
-    least = magnitudes.topk(count, sorted=False).values.min()
-    above = magnitudes > least
-    equal = (magnitudes == least).nonzero().squeeze(1)
-    above[equal[: count - int(above.sum())]] = True
-    return above.nonzero().squeeze(1)
+def _reference(vector: Tensor, shards: int, count: int) -> tuple[Tensor, Tensor]:
+    """On any device, without waiting for it. Magnitudes are compared as the integers that their bits are."""
+    missing = -vector.numel() % shards
+    padded = torch.nn.functional.pad(vector, (0, missing)).view(-1, shards).t()
+    magnitudes = padded.view(torch.int32) & 0x7FFFFFFF
+    if missing:
+        magnitudes[-missing:, -1] = -1
+    least = magnitudes.topk(count, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    above, equal = magnitudes > least, magnitudes == least
+    room = count - above.sum(dim=1, keepdim=True)
+    taken = above | (equal & (equal.cumsum(1) <= room))
+    # What is taken goes to its rank, everything else to a place behind them all.
+    places = torch.where(taken, taken.cumsum(1) - 1, count)
+    numbers = torch.arange(padded.shape[1], device=vector.device).expand_as(places)
+    rows = torch.zeros(shards, count + 1, dtype=torch.int64, device=vector.device).scatter_(1, places, numbers)
+    rows = rows[:, :count].contiguous()
+    return rows, padded.gather(1, rows)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from hvd_sketch import native
+from hvd_sketch import gpu, native
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +34,9 @@ class Rows:
             values = vector.new_full(self.rows.shape, values)
         if native.serves(vector):
             self.put_in_pieces({0: vector}, values, clear=False)
+            return
+        if gpu.serves(vector):
+            _on_gpu().put(vector, self.shards, self.first, self.rows, values.contiguous())
             return
         vector.index_copy_(0, self._coordinates(), values.flatten())
 
@@ -62,5 +67,12 @@ def add(vector: Tensor, shards: int, shard: int, rows: Tensor, values: Tensor) -
             *native.pieces({0: vector}), shards, shard, 0, *rows.shape, rows.data_ptr(), values.data_ptr()
         )
         return
+    if gpu.serves(vector):
+        _on_gpu().add(vector, shards, shard, rows, values.contiguous())
+        return
     for chosen, added in zip(rows, values, strict=True):
         vector[shard::shards].index_add_(0, chosen, added)
+
+
+def _on_gpu() -> ModuleType:
+    return importlib.import_module("hvd_sketch.sparse.rows_cuda")  # with Triton, which no other device needs

@@ -457,6 +457,25 @@ def test_a_gradient_scaler_may_change_its_scale() -> None:
     assert torch.equal(flat(model), train(expected, reference, 6))
 
 
+def test_the_scale_is_read_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading it waits for the scaler's device, which no hook may do for each parameter."""
+    model, optimizer = sketched(grad_scaler=(scaler := torch.amp.GradScaler("cpu", init_scale=2.0**10)))
+    read: list[float] = []
+
+    def get_scale() -> float:
+        read.append(2.0**10)
+        return read[-1]
+
+    monkeypatch.setattr(scaler, "get_scale", get_scale)
+    for number in range(3):
+        optimizer.zero_grad()
+        scaler.scale(loss(model, 0, number)).backward()
+        optimizer.synchronize()
+        with optimizer.skip_synchronize():
+            optimizer.step()
+    assert len(read) == 3
+
+
 def test_an_overflow_skips_the_step_and_leaves_the_memory() -> None:
     """The fifteen, item 6."""
     model, optimizer = sketched(grad_scaler=(scaler := torch.amp.GradScaler("cpu", init_scale=2.0**10)))

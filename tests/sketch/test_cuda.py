@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from hvd_sketch.sketch import CountSketch, Geometry, count_sketch, reference
+from hvd_sketch.sketch import CountSketch, Geometry, reference
 from hvd_sketch.sketch.geometry import TILE_WIDTH
+from tests.support.triton import (
+    INSTALLED,
+    INTERPRETED,
+    compile_all,
+    compiles,
+    in_another_process,
+    interpret,
+    on_interpreter,
+    starts_interpreter,
+)
 
-INTERPRETED = "TRITON_INTERPRET" in os.environ
-INSTALLED = importlib.util.find_spec("triton") is not None
-on_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, on Triton's interpreter")
 on_gpu = pytest.mark.skipif(
     INTERPRETED or not INSTALLED or not torch.cuda.is_available(),
     reason="needs a GPU and Triton: nothing here has one",
@@ -70,23 +74,24 @@ def check_estimates(geometry: Geometry, seed: int, table: Tensor, *choices: int)
         assert torch.equal(bits(estimates.cpu()), bits(everything[chosen]))
 
 
-def _in_another_process(tmp_path: Path, *arguments: str, **environment: str) -> None:
-    """The kernels are bound to the interpreter or the compiler when they are imported: once per process."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), **environment},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def check_bounds(sketch: CountSketch, k: int) -> None:
+    """What is chosen from a table with NaN means nothing, but it is written to its place and nowhere else."""
+    from hvd_sketch.sketch import cuda
+
+    around = [
+        torch.full((3 * k,), 7, dtype=dtype, device=sketch.table.device) for dtype in (torch.int64, torch.float32)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_room_for", lambda k, device: [buffer[k : 2 * k] for buffer in around])
+        sketch._kernel.top_k(sketch.geometry, sketch.seed, sketch.table, k)
+    for buffer in around:
+        assert bool((buffer[:k] == 7).all() & (buffer[2 * k :] == 7).all())
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED or not INSTALLED, reason="needs Triton")
+@starts_interpreter
 def test_on_the_interpreter(tmp_path: Path) -> None:
-    _in_another_process(tmp_path, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, TRITON_INTERPRET="1")
+    interpret(tmp_path, __file__)
 
 
 @on_interpreter
@@ -140,6 +145,19 @@ def test_infinities_are_chosen_first() -> None:
 
 
 @on_interpreter
+@pytest.mark.parametrize("share", [0.02, 0.5, 1.0])
+def test_a_table_that_is_not_a_number_harms_nothing(share: float) -> None:
+    from hvd_sketch.sketch import cuda
+
+    sketch = CountSketch(600, 3, 150, 1)
+    sketch.table.copy_(numbers(450).view(3, 150))
+    sketch.table[torch.rand(3, 150, generator=torch.Generator().manual_seed(0)) <= share] = float("nan")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CountSketch, "_kernel", cuda)
+        check_bounds(sketch, 60)
+
+
+@on_interpreter
 @pytest.mark.parametrize("start", [2**31 - 400, 2**33 + 4321])
 def test_offsets_beyond_32_bits(start: int) -> None:
     geometry = Geometry(start + 800, 3, 9001)
@@ -164,42 +182,34 @@ def test_an_empty_vector_changes_nothing() -> None:
     check_add(Geometry(100, 3, 10), 1, torch.zeros(0), 100, 1.0)
 
 
-_COMPILE = """
-import re, triton
-from triton.backends.compiler import GPUTarget
-from hvd_sketch.sketch import cuda_kernels
+def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+    """All of them, with the types of their arguments other than int64 and their constants."""
+    from hvd_sketch.sketch import cuda_kernels
 
-table = {"table": "*fp32", "draws": "*i32"}
-counted = dict(table, limit="*i64", above="*i64", equal="*i64")
-shape = {"row_count": 4, "lanes": 512}
-for name, pointers, constants in (
-    ("draw", {"draws": "*i32"}, {"lanes": 256}),
-    ("add", dict(table, vector="*fp16"), {"lanes": 32}),
-    ("estimate_all", dict(table, to="*fp32"), shape),
-    ("count_digits", dict(table, counts="*i64", limit="*i64"), dict(shape, lower=False, low_bits=15)),
-    ("count_digits", dict(table, counts="*i64", limit="*i64"), dict(shape, lower=True, low_bits=15)),
-    ("weigh", counted, shape),
-    ("write", dict(counted, ties="*i64", indices="*i64", estimates="*fp32"), shape),
-):
-    kernel = getattr(cuda_kernels, name)
-    types = {p.name: pointers.get(p.name, "fp32" if p.name == "scale" else "i64") for p in kernel.params}
-    types |= dict.fromkeys(constants, "constexpr")
-    source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": False})
-    wrong = re.findall(r"fma\\S*|mad\\S*f32|\\S+ftz\\S*", compiled.asm["ptx"])
-    assert not wrong, (name, wrong)
-"""
+    table = {"table": "*fp32", "draws": "*i32"}
+    counted = {**table, "limit": "*i32", "above": "*i64", "equal": "*i64"}
+    yield cuda_kernels.draw, {"draws": "*i32"}, {"lanes": 256}
+    for dtype in ("*fp16", "*bf16", "*fp32"):
+        yield cuda_kernels.add, {**table, "vector": dtype, "scale": "fp32"}, {"lanes": 32}
+    for rows in (4, 9):
+        shape = {"row_count": rows, "lanes": 512}
+        yield cuda_kernels.estimate_all, {**table, "to": "*fp32"}, shape
+        for lower in (False, True):
+            digits = {**table, "counts": "*i64", "limit": "*i64"}
+            yield cuda_kernels.count_digits, digits, {**shape, "lower": lower, "low_bits": 15}
+        yield cuda_kernels.weigh, counted, shape
+        yield cuda_kernels.write, {**counted, "ties": "*i64", "indices": "*i64", "estimates": "*fp32"}, shape
 
 
-@pytest.mark.skipif(INTERPRETED or not INSTALLED, reason="needs Triton")
-def test_all_kernels_compile_and_nothing_is_fused_or_flushed(tmp_path: Path) -> None:
-    """Neither a fused product and sum nor a subnormal taken for zero: either would change the bits of a result."""
-    _in_another_process(tmp_path, "-c", _COMPILE)
+@compiles
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_all_kernels_compile_and_nothing_is_fused_or_flushed(tmp_path: Path, capability: int) -> None:
+    compile_all(tmp_path, __name__, capability)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="asked once, in the process without the interpreter")
 def test_a_processor_has_no_use_for_triton(tmp_path: Path) -> None:
-    _in_another_process(
+    in_another_process(
         tmp_path,
         "-c",
         "import sys; from hvd_sketch.sketch import CountSketch; s = CountSketch(99, 3, 10); s.top_k(3); s.estimate()\n"
@@ -207,30 +217,48 @@ def test_a_processor_has_no_use_for_triton(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("triton", [None, SimpleNamespace(__version__="3.2.0", __spec__="any")])
-def test_without_a_triton_new_enough_the_reference_serves(
-    triton: object, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    count_sketch._on_gpu.cache_clear()
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "triton", triton)
-        patch.setattr(importlib.util, "find_spec", lambda name: getattr(triton, "__spec__", None))
-        assert count_sketch._on_gpu() is reference
-        assert count_sketch._on_gpu() is reference
-    count_sketch._on_gpu.cache_clear()
-    assert len(caplog.records) == 1
-    assert "pip install" in caplog.text
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "cols"), [(3, 10_000), (5, 100_000), (4, 3000)])
+def test_on_a_gpu(rows: int, cols: int, dtype: torch.dtype) -> None:
+    geometry = Geometry(1_000_000, rows, cols)
+    vector = numbers(900_000).clamp(-60_000, 60_000).to(dtype).cuda()
+    table = check_add(geometry, 1, vector, 55_555, 0.3)
+    check_estimates(geometry, 1, table, 1, 1000, 10_000, 1_000_000)
+    check_estimates(geometry, 1, torch.zeros_like(table), 1000)
 
 
 @on_gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_on_a_gpu(dtype: torch.dtype) -> None:
-    for rows, cols in ((3, 10_000), (5, 100_000), (4, 3000)):
-        geometry = Geometry(1_000_000, rows, cols)
-        vector = numbers(900_000).clamp(-60_000, 60_000).to(dtype).cuda()
-        table = check_add(geometry, 1, vector, 55_555, 0.3)
-        check_estimates(geometry, 1, table, 1, 1000, 10_000, 1_000_000)
-        check_estimates(geometry, 1, torch.zeros_like(table), 1000)
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_few_and_many_rows_on_a_gpu(rows: int) -> None:
+    geometry = Geometry(100_000, rows, 9001)
+    table = check_add(geometry, 2, numbers(100_000).round().cuda(), 0, 1.0)
+    check_estimates(geometry, 2, table, 1, 333, 100_000)
+
+
+@on_gpu
+@pytest.mark.parametrize("start", [2**31 - 500_000, 2**33 + 4321])
+def test_offsets_beyond_32_bits_on_a_gpu(start: int) -> None:
+    check_add(Geometry(start + 1_000_000, 3, 900_001), 5, numbers(1_000_000).cuda(), start, 1.0)
+
+
+@on_gpu
+def test_choosing_beyond_32_bits_on_a_gpu() -> None:
+    """The processor's kernel, equal to the reference, is the oracle: the reference itself would take hours."""
+    dim = 2**31 + 12_345_678
+    ours = CountSketch(dim, 3, 2_000_000, 1, device="cuda")
+    ours.add(numbers(2_000_000).cuda(), offset=dim - 2_000_000)
+    theirs = CountSketch(dim, 3, 2_000_000, 1, table=ours.table.cpu())
+    for one, other in zip(ours.top_k(100_000), theirs.top_k(100_000), strict=True):
+        assert torch.equal(one.cpu(), other)
+
+
+@on_gpu
+@pytest.mark.parametrize("share", [1e-4, 0.5, 1.0])
+def test_a_table_that_is_not_a_number_harms_nothing_on_a_gpu(share: float) -> None:
+    sketch = CountSketch(1_000_000, 3, 10_000, 1, device="cuda")
+    sketch.table[torch.rand(3, 10_000) <= share] = float("nan")
+    check_bounds(sketch, 10_000)
 
 
 @on_gpu

@@ -15,6 +15,7 @@ from hvd_sketch.compressors.sketch.bucket import Scales, SketchBucket
 from hvd_sketch.compressors.sketch.plan import SketchPlan
 from hvd_sketch.errors import RankMismatchError
 from hvd_sketch.exchange import Exchange, Setting
+from hvd_sketch.exchange.base import Factor, Finite
 
 
 class SketchExchange(Exchange):
@@ -69,8 +70,17 @@ class SketchExchange(Exchange):
     ) -> None:
         """As for every `Exchange`; the gradient may be the last one that a bucket waits for."""
         super().submit(position, gradient, factor, parameter, weight_decay)
-        if len(self._norms) > 1 and self.agreed and self.plan is not None:
+        if self._starts_early and self.agreed and self.plan is not None:
             self._start_complete()
+
+    @property
+    def gathers(self) -> bool:
+        """Not where the first buckets travel while backward computes the rest."""
+        return super().gathers and not self._starts_early
+
+    @property
+    def _starts_early(self) -> bool:
+        return len(self._norms) > 1 and self.comm.starts_in_backward(self.gradient.device)
 
     def run(self) -> None:
         """As for every `Exchange`."""
@@ -110,10 +120,10 @@ class SketchExchange(Exchange):
             ]
         self._prepared = plan
 
-    def send(self, plan: SketchPlan, clip: float, finite: bool) -> bool:
+    def send(self, plan: SketchPlan, clip: Factor, finite: Finite) -> bool:
         """Both rounds of every bucket."""
         while len(self._firsts) < len(self._buckets):
-            self._start_first(clip, finite)
+            self._start_first(float(clip), finite)
         headers, seconds = [], []
         for number in range(len(self._buckets)):
             headers.append(self._end_first(number))
@@ -137,7 +147,7 @@ class SketchExchange(Exchange):
             with self.stats.counting(self.comm):
                 self._start_first(self.clip_factor(math.hypot(*self._norms)), math.isfinite(self._norms[number]))
 
-    def _start_first(self, clip: float, finite: bool) -> None:
+    def _start_first(self, clip: float, finite: Finite) -> None:
         """Start round 1 of the next bucket."""
         number = len(self._firsts)
         with self.stats.phase("sketch"):
@@ -196,6 +206,11 @@ class SketchExchange(Exchange):
 
     def _draws_of(self, step: int) -> int:
         return (self._seed << 32) + step
+
+    def measure(self) -> tuple[float, bool]:
+        """As numbers of the host: what a sketch is scaled by is one."""
+        norm = self.gradient_norm()
+        return self.clip_factor(norm), math.isfinite(norm)
 
     def gradient_norm(self) -> float:
         """Of the buckets that have started already, the norm is known."""

@@ -50,6 +50,8 @@ class Rhythm:
 class LocalSteps(Decentralized):
     """Steps the wrapped optimizer, and calls `_meet` after every ``period`` steps.
 
+    All vectors are kept where the parameters are.
+
     A step whose gradient is not finite is left out on that rank, and counted in
     ``stats.skipped``; so nothing such is ever sent.
 
@@ -75,7 +77,15 @@ class LocalSteps(Decentralized):
         rhythm.check(type(self).__name__)
         collectives = default_communicator() if comm is None else as_communicator(comm)
         agreed = {"period": str(rhythm.period), **settings}
-        super().__init__(optimizer, model, collectives, agreed, same_start=rhythm.same_start, layout=rhythm.layout)
+        super().__init__(
+            optimizer,
+            model,
+            collectives,
+            agreed,
+            same_start=rhythm.same_start,
+            layout=rhythm.layout,
+            device=next(model.parameters(), torch.empty(0)).device,
+        )
         self._period, self._clip_norm = rhythm.period, rhythm.clip_norm
         self._steps = 0
 

@@ -40,7 +40,7 @@ class CSER(LocalSteps):
     kind. Others work as well. Evaluate and save inside `average_model`.
 
     Sent: what C2 sends every step, what C1 sends every H steps. State: E_i, and three vectors for
-    each of the two exchanges, in host memory.
+    each of the two exchanges, where the parameters are.
     Source: Xie et al., "CSER: Communication-efficient SGD with Error Reset" (NeurIPS 2020),
     arXiv 2007.13221.
 
@@ -89,7 +89,7 @@ class CSER(LocalSteps):
                     f"CSER: {name} leaves other parameters whole than the other compressor; give both the same "
                     "dense_below and exclude"
                 )
-        return displacement_exchange(compression, layout, self._collectives, torch.device("cpu"))
+        return displacement_exchange(compression, layout, self._collectives, self._flat.device)
 
     def advance(self) -> None:
         before, after = self._before.vector, self._live.vector

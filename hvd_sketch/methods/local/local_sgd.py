@@ -63,7 +63,7 @@ class LocalSGD(LocalSteps):
 
     Sent: what the compressor sends, once every H steps; with ``momentum_sync="average"`` the
     optimizer's state besides, in float32. State: two vectors of the model's size and the
-    exchange's three, in host memory, and one with outer momentum.
+    exchange's three, where the parameters are, and one with outer momentum.
     Sources: Gao, Xu, Huang, "On the convergence of communication-efficient local SGD for federated
     learning" (AAAI 2021); SlowMo, arXiv 1910.00643; DiLoCo, arXiv 2311.08105.
 
@@ -101,7 +101,7 @@ class LocalSGD(LocalSteps):
         rhythm = Rhythm(period=period, clip_norm=clip_norm, same_start=same_start, layout=layout)
         settings = {"compression": repr(compression), "outer": str(self._outer)}
         super().__init__(optimizer, model, comm, rhythm, settings)
-        self.exchange = displacement_exchange(compression, self._flat.layout, self._collectives, torch.device("cpu"))
+        self.exchange = displacement_exchange(compression, self._flat.layout, self._collectives, self._flat.device)
         self._velocity = torch.zeros_like(self._live.vector) if self._outer.outer_momentum else None
         self._anchor = self._present()
 

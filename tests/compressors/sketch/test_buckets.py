@@ -217,3 +217,24 @@ def test_a_rank_without_a_gradient_starts_its_buckets_later_and_nobody_waits_for
     for ends in results:
         assert torch.equal(ends[0], results[0][0])
         assert torch.equal(ends[0], ends[1])
+
+
+class Late(Recording):
+    """Starts nothing early, as simulated ranks on a GPU."""
+
+    def starts_in_backward(self, device: torch.device) -> bool:
+        return False
+
+
+def test_where_nothing_may_start_in_backward_nothing_does_and_nothing_else_changes() -> None:
+    late, early = Late(), Recording()
+    exchanges = [make(TWO, comm) for comm in (late, early)]
+    for number, gradient in enumerate(heavy_tailed(3, TOTAL)):
+        before = [len(late.names), len(early.names)]
+        for exchange in exchanges:
+            submit(exchange, gradient)
+        assert [len(late.names), len(early.names)] == [before[0], before[1] + (number > 0)]
+        for exchange in exchanges:
+            exchange.run()
+        assert torch.equal(exchanges[0].update, exchanges[1].update)
+    assert sorted(late.names) == sorted(early.names)
