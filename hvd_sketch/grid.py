@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.comm.base import Communicator
+from hvd_sketch.saved import Form, Maybe, Vector
 
 BLOCK = 128
 """Neighbours that share a power of two."""
@@ -14,7 +15,7 @@ _EXACT = 2048
 """Half precision has every integer up to here."""
 
 _LEAST = 16
-_HEADROOM_BITS = 3
+_HEADROOM_BITS = 2
 _MOST_BITS = 100
 _LARGEST = 60_000.0
 
@@ -39,7 +40,7 @@ def _blocks(entries: int) -> int:
 
 
 def scales_of(sizes: Tensor, ranks: int) -> Tensor:
-    """Powers of two that bring values of these sizes (float32, not negative) to an eighth of the largest integer.
+    """Powers of two that bring values of these sizes (float32, not negative) to a quarter of the largest integer.
 
     Made of the sizes' exponents, so the same on every kind of machine.
     """
@@ -96,15 +97,20 @@ class Grid:
 
     def resize(self, entries: int) -> None:
         """Go on with another number of values spread over the same vector."""
-        self._entries = entries
-        self.restore(self.scales)
+        self._entries, blocks = entries, _blocks(entries)
+        before = 0 if self.scales is None else self.scales.numel()
+        if self.scales is None or not before:
+            self.scales = None
+        elif before != blocks:
+            self.scales = self.scales[torch.arange(blocks, device=self.scales.device) * before // max(1, blocks)]
 
-    def restore(self, scales: Tensor | None) -> None:
-        """Take up scales of earlier, if need be of another number of values of the same vector."""
-        blocks = _blocks(self._entries)
-        if scales is not None and scales.numel() != blocks:
-            scales = scales[torch.arange(blocks, device=scales.device) * scales.numel() // max(1, blocks)]
-        self.scales = scales
+    def restore(self, scales: Tensor | None, device: torch.device) -> None:
+        """Take up scales of earlier; if they may be of another number of values, `resize` afterwards."""
+        self.scales = None if scales is None else scales.to(device)
+
+    def form(self, *, fixed: bool) -> Form:
+        """What scales to `restore` look like."""
+        return Maybe(torch.empty(_blocks(self._entries), dtype=torch.float32) if fixed else Vector(torch.float32))
 
     def put(self, lanes: Tensor, values: Tensor, comm: Communicator) -> Tensor:
         """Write at most as many values as there are entries; returns what is sent of them, float32."""

@@ -29,7 +29,7 @@ class Maybe:
 
 @dataclass(frozen=True)
 class Equal:
-    """This value and no other."""
+    """This number or text and no other."""
 
     value: Any
 
@@ -121,7 +121,7 @@ def _ends(values: Tensor) -> list[float]:
 def _unequal(name: str, saved: Any, ours: Any) -> str:
     """Of long texts, the first words that differ."""
     if isinstance(saved, str) and isinstance(ours, str):
-        pairs = zip(saved.split() + ["nothing"], ours.split() + ["nothing"], strict=False)
+        pairs = zip([*saved.split(), "nothing"], [*ours.split(), "nothing"], strict=False)
         saved, ours = next(((one, own) for one, own in pairs if one != own), (saved, ours))
     return f"{name} is {saved!r}, here {ours!r}"
 

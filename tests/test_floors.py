@@ -21,7 +21,7 @@ FLOORS = (
     ("schedules",),
     ("stock", "compatibility"),
     ("exchange",),
-    ("memory", "layout", "wire", "grid", "stats", "scope"),
+    ("memory", "layout", "wire", "grid", "saved", "stats", "scope"),
     ("sketch", "sparse", "comm"),
     ("native",),
     ("errors",),

@@ -48,10 +48,10 @@ def test_zeros_are_sent_as_zeros() -> None:
 
 
 @given(ranks=st.integers(1, 128), size=st.floats(1e-25, 1e25))
-def test_a_value_of_the_expected_size_has_an_eighth_of_the_levels(ranks: int, size: float) -> None:
+def test_a_value_of_the_expected_size_has_a_quarter_of_the_levels(ranks: int, size: float) -> None:
     largest = float(torch.tensor([size])) * float(grid.scales_of(torch.tensor([size]), ranks))
     levels = 2 ** ((2048 // ranks).bit_length() - 1)
-    assert levels / 16 <= largest < levels / 8
+    assert levels / 8 <= largest < levels / 4
 
 
 def test_ranks_that_are_too_many_send_float32() -> None:

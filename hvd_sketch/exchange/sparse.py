@@ -14,6 +14,7 @@ from hvd_sketch.exchange.setting import Setting
 from hvd_sketch.exchange.update import Part
 from hvd_sketch.grid import Grid
 from hvd_sketch.layout import Layout
+from hvd_sketch.saved import Form
 
 
 def dense_nbytes(layout: Layout, ranks: int, dtype: torch.dtype) -> int:
@@ -68,6 +69,10 @@ class SparseExchange(Exchange):
         """The scales of the dense values."""
         return {"dense_scales": self._grid.scales}
 
+    def own_form(self) -> Form:
+        """A scale a block."""
+        return {"dense_scales": self._grid.form(fixed=True)}
+
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Restore them."""
-        self._grid.scales = state["dense_scales"]
+        self._grid.restore(state["dense_scales"], self.gradient.device)

@@ -321,9 +321,11 @@ def test_a_memory_of_another_rank_size_or_model_is_refused() -> None:
         for key, state in (
             ("rank", states[1 - comm.rank]),
             ("size", {**states[comm.rank], "size": 4}),
-            ("layout", {**states[comm.rank], "layout": 5}),
+            ("parameters", {**states[comm.rank], "parameters": "weight[3x4]"}),
         ):
-            with pytest.raises(ConfigurationError, match=rf"rank {comm.rank}: the saved memory has {key}=.*flush\(\)"):
+            with pytest.raises(
+                ConfigurationError, match=rf"rank {comm.rank}: the saved memory.*: {key} is .*flush\(\)"
+            ):
                 exchange.load_state_dict(state)
         assert exchange.step == before["step"]
         assert torch.equal(exchange.memory.residual, before["memory"]["residual"])

@@ -13,6 +13,7 @@ from hvd_sketch.compressors.sketch.plan import SketchPlan
 from hvd_sketch.exchange.update import Part
 from hvd_sketch.grid import Grid
 from hvd_sketch.memory import Memory
+from hvd_sketch.saved import Form, Maybe
 from hvd_sketch.sketch import CountSketch
 from hvd_sketch.sparse.chosen import Chosen
 from hvd_sketch.sparse.comb import comb, most_of
@@ -40,6 +41,16 @@ class Scales:
     def state(self) -> tuple[float | None, Tensor | None, Tensor | None]:
         """To be saved: cell, comb, dense."""
         return self.cell, self.comb.scales, self.dense.scales
+
+    def form(self) -> Form:
+        """What can be restored."""
+        return Maybe(float), self.comb.form(fixed=False), self.dense.form(fixed=True)
+
+    def restore(self, state: tuple[float | None, Tensor | None, Tensor | None], device: torch.device) -> None:
+        """Take up what `state` gave."""
+        self.cell, comb, dense = state
+        self.comb.restore(comb, device)
+        self.dense.restore(dense, device)
 
 
 class SketchBucket:

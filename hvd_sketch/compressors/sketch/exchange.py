@@ -16,6 +16,7 @@ from hvd_sketch.compressors.sketch.plan import SketchPlan
 from hvd_sketch.errors import RankMismatchError
 from hvd_sketch.exchange import Exchange, Setting
 from hvd_sketch.exchange.base import Factor, Finite
+from hvd_sketch.saved import Form
 
 
 class SketchExchange(Exchange):
@@ -102,10 +103,15 @@ class SketchExchange(Exchange):
         """The scales of each bucket."""
         return {"scales": [scales.state() for scales in self._scales]}
 
+    def own_form(self) -> Form:
+        """The same of each bucket."""
+        return {"scales": [scales.form() for scales in self._scales]}
+
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Restore them."""
         for scales, saved in zip(self._scales, state["scales"], strict=True):
-            scales.cell, scales.comb.scales, scales.dense.scales = saved
+            scales.restore(saved, self.gradient.device)
+        self._prepared = None
         self._prepare()
 
     def _prepare(self) -> None:
