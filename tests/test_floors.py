@@ -21,7 +21,7 @@ FLOORS = (
     ("schedules",),
     ("stock", "compatibility"),
     ("exchange",),
-    ("memory", "memory_cuda", "layout", "wire", "stats", "scope"),
+    ("memory", "memory_cuda", "layout", "wire", "grid", "saved", "stats", "scope"),
     ("sketch", "sparse", "comm"),
     ("native", "gpu", "precision"),
     ("errors",),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.exchange import Exchange
+from hvd_sketch.saved import Form, Maybe
 from hvd_sketch.sketch.narrow import CELLS, NarrowSketches
 
 _EVERY = 10
@@ -67,6 +68,10 @@ class CommonShare:
     def state_dict(self) -> dict[str, Any]:
         """The estimate, and when the next is due."""
         return {"smoothed": self._smoothed, "count": self._count}
+
+    def state_form(self) -> Form:
+        """A number a parameter."""
+        return {"smoothed": Maybe(self._message[:, 0]), "count": int}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
+from hvd_sketch.saved import Form
 from hvd_sketch.sketch.narrow import CELLS, NarrowSketches
 
 _GROWTH = 4
@@ -142,6 +143,10 @@ class MomentsObserver:
     def state_dict(self) -> dict[str, Any]:
         """The smoothed measurements, and when the last one was."""
         return {"smoothed": self._smoothed.clone(), "measured": self._measured, "count": self._count}
+
+    def state_form(self) -> Form:
+        """As many measurements."""
+        return {"smoothed": self._smoothed, "measured": int, "count": int}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""

@@ -11,6 +11,7 @@ import torch
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.base import Exchange
 from hvd_sketch.layout import Layout
+from hvd_sketch.saved import Form, Maybe
 from hvd_sketch.schedules.base import AdaptiveSchedule
 
 
@@ -90,6 +91,17 @@ class CriticalRegimes(AdaptiveSchedule):
             "critical": list(self.critical),
             "last": self._last,
             "sum": self._sum.clone(),
+        }
+
+    def state_form(self) -> Form:
+        """Of as many parts."""
+        parts = len(self._parts)
+        return {
+            "passes": int,
+            "rate": Maybe(float),
+            "critical": [bool] * parts,
+            "last": Maybe([float] * parts),
+            "sum": self._sum,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.base import Exchange
+from hvd_sketch.saved import Form
 from hvd_sketch.schedules.base import AdaptiveSchedule
 
 
@@ -80,6 +81,10 @@ class EnergyTarget(AdaptiveSchedule):
     def state_dict(self) -> dict[str, Any]:
         """Numbers only."""
         return {"ratio": self._ratio, "captured": self._captured, "known": self._known, "count": self._count}
+
+    def state_form(self) -> Form:
+        """The same kinds of numbers."""
+        return {"ratio": float, "captured": float, "known": int, "count": int}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""

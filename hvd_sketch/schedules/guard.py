@@ -10,6 +10,7 @@ import torch
 
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.base import Exchange
+from hvd_sketch.saved import Form
 from hvd_sketch.schedules.base import AdaptiveSchedule
 
 _SMOOTHING = 0.8
@@ -103,6 +104,10 @@ class Guard(AdaptiveSchedule):
     def state_dict(self) -> dict[str, Any]:
         """Numbers only."""
         return {name: getattr(self, name) for name in _STATE}
+
+    def state_form(self) -> Form:
+        """The same kinds of numbers."""
+        return {**dict.fromkeys(_STATE, float), "_calm": bool, "_count": int}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""

@@ -13,6 +13,7 @@ from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.methods.displacement import displacement_exchange, layout_rule
 from hvd_sketch.methods.local.base import LocalSteps, Rhythm
+from hvd_sketch.saved import Form
 
 
 class CSER(LocalSteps):
@@ -134,6 +135,9 @@ class CSER(LocalSteps):
     def _own_state(self) -> dict[str, Any]:
         exchanges = [exchange.state_dict() for exchange in self._exchanges()]
         return {"errors": self._errors.clone(), "exchanges": exchanges}
+
+    def _own_form(self) -> dict[str, Form]:
+        return {"errors": self._errors, "exchanges": [exchange.state_form() for exchange in self._exchanges()]}
 
     def _load_own_state(self, state: dict[str, Any]) -> None:
         self._errors.copy_(state["errors"])

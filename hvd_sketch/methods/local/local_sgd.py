@@ -13,6 +13,7 @@ from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.methods.displacement import displacement_exchange, layout_rule
 from hvd_sketch.methods.local.base import LocalSteps, Rhythm
+from hvd_sketch.saved import Form
 
 MomentumSync = Literal["keep", "reset", "average"]
 
@@ -159,6 +160,10 @@ class LocalSGD(LocalSteps):
     def _own_state(self) -> dict[str, Any]:
         state = {"exchange": self.exchange.state_dict(), "anchor": self._anchor.vector.clone()}
         return state if self._velocity is None else {**state, "velocity": self._velocity.clone()}
+
+    def _own_form(self) -> dict[str, Form]:
+        form = {"exchange": self.exchange.state_form(), "anchor": self._anchor.vector}
+        return form if self._velocity is None else {**form, "velocity": self._velocity}
 
     def _load_own_state(self, state: dict[str, Any]) -> None:
         self.exchange.load_state_dict(state["exchange"])
