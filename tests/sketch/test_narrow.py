@@ -95,7 +95,7 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     from hvd_sketch.sketch import narrow_cuda
 
     parts = {"parts": "*fp32", "places": "*i64", "vector": "*fp32", "scale": "fp32"}
-    yield narrow_cuda.add_slices, parts, {"size": 1 << 15, "cells": CELLS, "sign_stream": 1 << 20}
+    yield narrow_cuda.add_slices, parts, {"size": 1 << 15, "cells": CELLS}
     yield narrow_cuda.add_up, {"tables": "*fp32", "parts": "*fp32", "edges": "*i64"}, {"cells": CELLS}
 
 
