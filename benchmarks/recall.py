@@ -1,16 +1,16 @@
 """``python -m benchmarks.recall``: how many of the heaviest coordinates the sketch finds, beside a classic one.
 
-Of each vector the k = d / 200 heaviest coordinates are known; found is the share of them among the 4 k with the largest
-estimates, from a table of d / 50 columns. The classic sketch has independent random buckets and signs, looked up and not
-hashed. Both get the same vectors, and draws of their own for each.
+Of each vector the k = d / 200 heaviest coordinates are known; found is the share of them among the 4 k with the
+largest estimates, from a table of d / 50 columns. The classic sketch has independent random cells and signs, looked up
+and not hashed. Both get the same vectors, and draws of their own for each.
 
 Writes ``benchmarks/results/recall.json``, a row for each vector and number of rows, with the means over the draws
 (``ours``, ``classic``), and the table in ``docs/design.md``.
 
 - ``runs``: normal numbers, each run of so many times a log-normal scale (sigma = 2);
 - ``hot runs``: normal numbers, 2 % of the runs (at least one) ten times as large;
-- ``embedding``, ``perceptron``, ``convolution``: the gradient of one parameter after a few steps of training on the words
-  of Python's standard library, or on scikit-learn's digits.
+- ``embedding``, ``perceptron``, ``convolution``: the gradient of one parameter after a few steps of training on the
+  words of Python's standard library, or on scikit-learn's digits.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     """Measure and write; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recall", description=str(__doc__).partition("\n")[0])
     parser.add_argument("--dim", type=float, default=2e6, help="coordinates of the vectors that are drawn")
-    parser.add_argument("--draws", type=int, default=10, help="how often vector, buckets and signs are drawn")
+    parser.add_argument("--draws", type=int, default=10, help="how often vector, cells and signs are drawn")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--report", action="store_true", help="only write the table again, from the rows in --out")
     options = parser.parse_args(arguments)
@@ -61,7 +62,7 @@ def measure(dim: int, draws: int) -> Iterator[Row]:
     """All rows, one after the other."""
     for name, make in (("runs", runs), ("hot runs", hot_runs)):
         for width in WIDTHS:
-            yield from _recall({"vector": name, "width": width}, lambda draw: make(dim, width, draw), draws)
+            yield from _recall({"vector": name, "width": width}, partial(make, dim, width), draws)
     for name, gradient in GRADIENTS.items():
         vectors = [gradient(draw) for draw in range(draws)]
         yield from _recall({"vector": name, "width": None}, vectors.__getitem__, draws)
@@ -103,10 +104,10 @@ def choose_classic(vector: Tensor, rows: int, cols: int, k: int, seed: int) -> T
     generator = torch.Generator().manual_seed(seed)
     estimates = torch.empty(rows, vector.numel())
     for estimate in estimates:
-        bucket = torch.randint(cols, vector.shape, generator=generator)
+        cell = torch.randint(cols, vector.shape, generator=generator)
         sign = 2.0 * torch.randint(2, vector.shape, generator=generator) - 1.0
-        cells = torch.zeros(cols).index_add_(0, bucket, sign * vector)
-        torch.mul(cells[bucket], sign, out=estimate)
+        row = torch.zeros(cols).index_add_(0, cell, sign * vector)
+        torch.mul(row[cell], sign, out=estimate)
     return estimates.median(dim=0).values.abs().topk(k).indices
 
 

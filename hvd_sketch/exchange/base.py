@@ -23,6 +23,7 @@ from hvd_sketch.exchange.update import Part, Update
 from hvd_sketch.exchange.void import tell_void
 from hvd_sketch.memory import Memory
 from hvd_sketch.saved import Equal, Form, unfit
+from hvd_sketch.sketch import geometry
 from hvd_sketch.stats import Stats
 
 Factor = float | Tensor
@@ -400,7 +401,8 @@ class Exchange(ABC):
         """Compare settings, parameters and their values; on a difference, tell every rank what differs."""
         setting, self._told_void = self._setting, False
         mine = {
-            "settings": f"{self._agreed} average={setting.average} momentum_correction={setting.momentum}",
+            "settings": f"{self._agreed} average={setting.average} momentum_correction={setting.momentum} "
+            f"sketch_geometry={geometry.VERSION}",
             "step": self._progress(),
             "parameters": self.layout.describe(),
             "compressed": str(self.layout.compressed),

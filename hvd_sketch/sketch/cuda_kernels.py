@@ -77,7 +77,9 @@ def _flip(value, key, position, row, rows):
     return (value.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["first", "offset", "count", "blocks", "rows", "cols", "width", "length", "tiles", "parts"])
+@triton.jit(
+    do_not_specialize=["first", "offset", "count", "blocks", "rows", "cols", "width", "length", "tiles", "parts"]
+)
 def add(
     table: tl.tensor,
     draws: tl.tensor,
@@ -198,9 +200,7 @@ def estimate_all(
 ):
     """Write all estimates. Grid: steps."""
     step = tl.program_id(0).to(tl.int64)
-    index, estimate, inside = _estimates(
-        table, draws, dim, cols, width, length, tiles, chunks, step, row_count, lanes
-    )
+    index, estimate, inside = _estimates(table, draws, dim, cols, width, length, tiles, chunks, step, row_count, lanes)
     tl.store(to + index, estimate, mask=inside)
 
 
@@ -231,9 +231,7 @@ def count_digits(
     begin = tl.program_id(0).to(tl.int64) * stride
     wanted = tl.load(limit).to(tl.int32)
     for step in range(begin, steps, tl.num_programs(0) * stride):
-        _, estimate, inside = _estimates(
-            table, draws, dim, cols, width, length, tiles, chunks, step, row_count, lanes
-        )
+        _, estimate, inside = _estimates(table, draws, dim, cols, width, length, tiles, chunks, step, row_count, lanes)
         bits = _magnitude(estimate)
         upper = bits >> low_bits
         if lower:
@@ -267,9 +265,7 @@ def weigh(
     least = tl.load(limit)
     more, same = tl.zeros((), tl.int64), tl.zeros((), tl.int64)
     for step in range(begin, tl.minimum(begin + run, steps)):
-        _, estimate, inside = _estimates(
-            table, draws, dim, cols, width, length, tiles, chunks, step, row_count, lanes
-        )
+        _, estimate, inside = _estimates(table, draws, dim, cols, width, length, tiles, chunks, step, row_count, lanes)
         bits = _magnitude(estimate)
         total = tl.sum(_kind(bits, least, inside))
         more += total & 0xFFFF

@@ -1,4 +1,4 @@
-"""Which bucket and which sign a coordinate has: the one definition of the sketch.
+"""Which cell and which sign a coordinate has: the one definition of the sketch.
 
 A **tiled cyclic-shift Count Sketch**. The ``cols`` columns are cut into ``tiles`` tiles of ``width`` columns each.
 The vector is cut into blocks of ``tiles * length`` coordinates, and each block is dealt to ``tiles`` chunks as cards
@@ -6,10 +6,10 @@ are, 64 coordinates at a time: coordinate ``i`` of block ``b`` belongs to the ch
 ``q`` in it, where ``i = b * tiles * length + (q div 64 * tiles + s) * 64 + q mod 64``. With ``m = b * tiles + s``::
 
     tile(m)      = (s + rotation(b)) mod tiles
-    bucket_j(i)  = tile(m) * width + (q + offset_j(m)) mod width
+    cell_j(i)    = tile(m) * width + (q + offset_j(m)) mod width
     sign_j(i)    = +1 or -1, a bit of a 32-bit word hashed from m and q
 
-Two coordinates of one block never share a bucket. Two of different blocks share one in row j
+Two coordinates of one block never share a cell. Two of different blocks share one in row j
 with probability 1/tiles * 1/width = 1/cols, over the draws of ``rotation`` and ``offset_j``, as
 in the classic sketch; so a row's estimate is unbiased with variance at most ``||v||^2 / cols``.
 
@@ -18,7 +18,7 @@ in the first-level cache, and tiles are independent of each other, for threads a
 law near the classic one for vectors that are heavy in runs, as gradients are. Dealing spreads a run over many tiles,
 so that no coordinate shares its tile with more of it than others do. And as a chunk is shorter than a tile is wide, a
 block is much shorter than a row of the table: what is heavy together may collide, as in a classic sketch, and does
-not fill every bucket once. In each bucket coordinates are added in ascending order, so a vector may come in slices.
+not fill every cell once. In each cell coordinates are added in ascending order, so a vector may come in slices.
 
 Every draw is a function of (seed, index), so nothing is stored and every rank agrees.
 Source of the sketch: Charikar, Chen, Farach-Colton, "Finding frequent items in data streams".
@@ -31,6 +31,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+VERSION = 2
+"""Of this definition: tables of different versions must not be summed."""
 TILE_WIDTH = 2048
 """Columns a tile aims at: rows * width floats fit a first-level cache for the usual row counts."""
 CHUNK = 256
@@ -82,7 +84,7 @@ class Geometry:
 
     @property
     def block(self) -> int:
-        """Coordinates of one block; no two of them share a bucket."""
+        """Coordinates of one block; no two of them share a cell."""
         return self.tiles * self.length
 
 
@@ -127,8 +129,8 @@ def _mix32(x: Tensor) -> Tensor:
     return ((x ^ (x >> 15)) * 0x846CA68B) & _MASK32
 
 
-def buckets_and_signs(geometry: Geometry, seed: int, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Bucket (int64) and sign (float32, +1 or -1) of each coordinate in each row.
+def cells_and_signs(geometry: Geometry, seed: int, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Cell (int64) and sign (float32, +1 or -1) of each coordinate in each row.
 
     ``index`` is an int64 tensor of n coordinates; both results have shape ``(rows, n)``.
     """
@@ -140,10 +142,10 @@ def buckets_and_signs(geometry: Geometry, seed: int, index: Tensor) -> tuple[Ten
     piece, together = position // PIECE, max(1, _SIGNS // geometry.rows)
     hashed, turn = piece // together * PIECE + position % PIECE, piece % together * geometry.rows
     keys = -(-geometry.rows // _SIGNS)
-    buckets, signs = [], []
+    cells, signs = [], []
     for row in range(geometry.rows):
         offset = _below(_drawn(seed, keys + row, chunk), width)
-        buckets.append(tile * width + (position + offset) % width)
+        cells.append(tile * width + (position + offset) % width)
         word = _mix32((_drawn(seed, row // _SIGNS, chunk) + hashed) & _MASK32)
         signs.append(1.0 - 2.0 * (word >> 31 - (turn + row) % _SIGNS & 1).to(torch.float32))
-    return torch.stack(buckets), torch.stack(signs)
+    return torch.stack(cells), torch.stack(signs)

@@ -55,12 +55,12 @@ def add_advanced(
     seed: int,
     table: Tensor,
     vector: Tensor,
-    change: Tensor,
-    scale: float,
+    scaled: tuple[Tensor, float],
     kept: Chosen,
     values: Tensor,
 ) -> None:
-    """As `CountSketch.add_advanced`, tile by tile; all tensors are contiguous."""
+    """As `CountSketch.add_advanced`, tile by tile. All tensors are contiguous; ``scaled``: the change and its scale."""
+    change, scale = scaled
     library().sketch_advance(
         geometry.rows,
         geometry.cols,

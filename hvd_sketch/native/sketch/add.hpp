@@ -72,7 +72,7 @@ struct Rows {
     uint32_t key;
     uint32_t shift;  // signs between that of row 0 and that of row[0]
 
-    INLINE int64_t bucket(int row, int64_t position) const {
+    INLINE int64_t cell(int row, int64_t position) const {
         const int64_t at = position + offset[row];
         return at < width ? at : at - width;
     }
@@ -81,7 +81,7 @@ struct Rows {
     INLINE bool wraps(int64_t first, int64_t count, float** to) const {
         bool any = false;
         for (int j = 0; j < R; j++) {
-            const int64_t at = bucket(j, first);
+            const int64_t at = cell(j, first);
             any |= at + count > width;
             to[j] = row[j] + at;
         }
@@ -111,7 +111,7 @@ struct Rows {
         const Word value = (Word)load<N>(full);
         for (int j = 0; j < R; j++) {
             const Float signed_value = (Float)(((value ^ sign(word, j)) & mask) | (~mask & kSignBit));
-            const int64_t at = bucket(j, q), before = width - at;
+            const int64_t at = cell(j, q), before = width - at;
             if (before >= N) {
                 store(row[j] + at, load<N>(row[j] + at) + signed_value);
                 continue;
@@ -144,7 +144,7 @@ struct Rows {
         for (int64_t q = first; q < last; q++) {
             const uint32_t word = mix32(layout.hashed(key, uint32_t(q)), int(shift + layout.before(uint32_t(q))));
             for (int j = 0; j < R; j++)
-                row[j][bucket(j, q)] += bit_cast<float>(bit_cast<uint32_t>(values[q - first]) ^ sign(word, j));
+                row[j][cell(j, q)] += bit_cast<float>(bit_cast<uint32_t>(values[q - first]) ^ sign(word, j));
         }
     }
 

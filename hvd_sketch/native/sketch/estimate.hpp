@@ -85,10 +85,10 @@ public:
                 const Word position = listed % uint32_t(kChunk);
                 if (row % kSigns == 0) store(word_ + i, word(layout, look_up<N>(draws.keys(row), chunk), position));
                 const Word at = position + look_up<N>(draws.offsets(row), chunk), wrapped = at - width;
-                store(bucket_ + i, at < wrapped ? at : wrapped);
+                store(cell_ + i, at < wrapped ? at : wrapped);
             }
             float* to = rows + row * kEstimates;
-            for (int i = 0; i < count; i++) to[i] = cells[bucket_[i]];
+            for (int i = 0; i < count; i++) to[i] = cells[cell_[i]];
             for (int first = 0; first < count; first += kLanes)
                 for (int i = first; i < first + kLanes; i++) to[i] = flip(to[i], word_[i], row % kSigns);
         }
@@ -113,7 +113,7 @@ private:
     }
 
     Buffer<float> rows_;
-    uint32_t word_[kEstimates], bucket_[kEstimates];
+    uint32_t word_[kEstimates], cell_[kEstimates];
     float estimates_[kEstimates];
 };
 
