@@ -100,7 +100,24 @@ def serves_floats(tensor: Tensor) -> bool:
     return tensor.dtype == torch.float32 and tensor.is_contiguous() and serves(tensor)
 
 
+def address(tensor: Tensor, dtype: torch.dtype, count: int) -> int:
+    """Where these values lie, for the kernel, which cannot see what it is given.
+
+    Raises:
+        ValueError: unless they are so many, of this type, contiguous and in the processor's memory.
+    """
+    if tensor.dtype != dtype or tensor.numel() != count or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        strides = "contiguous" if tensor.is_contiguous() else f"strides {tensor.stride()}"
+        raise ValueError(
+            f"hvd_sketch: the native kernel needs {count} contiguous values of {dtype} in the processor's memory, "
+            f"got {tensor.numel()} of {tensor.dtype} on {tensor.device}, {strides}"
+        )
+    return tensor.data_ptr()
+
+
 def pieces(tensors: Mapping[int, Tensor]) -> tuple[ctypes.Array[ctypes.c_int64], int]:
     """Stretches of a vector for the kernel: contiguous float32 tensors by the coordinate of their first element."""
-    numbers = [number for start, piece in tensors.items() for number in (piece.data_ptr(), start, piece.numel())]
+    numbers: list[int] = []
+    for start, piece in tensors.items():
+        numbers += (address(piece, torch.float32, piece.numel()), start, piece.numel())
     return (_int64 * len(numbers))(*numbers), len(tensors)

@@ -77,8 +77,17 @@ class SparseCodec:
         indices, values = indices.contiguous(), values.contiguous()
         code = torch.empty(len(values), self.nbytes, dtype=torch.uint8, device="cpu")
         decoded = torch.empty_like(values)
-        pointers = (tensor.data_ptr() for tensor in (indices, values, code, decoded))
-        native.library().sparse_encode(self.universe, self.count, len(values), *pointers, torch.get_num_threads())
+        count = len(values) * self.count
+        native.library().sparse_encode(
+            self.universe,
+            self.count,
+            len(values),
+            native.address(indices, torch.int64, count),
+            native.address(values, torch.float32, count),
+            code.data_ptr(),
+            decoded.data_ptr(),
+            torch.get_num_threads(),
+        )
         return code, decoded
 
     def decode(self, code: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,9 +105,16 @@ class SparseCodec:
         code = code.contiguous()
         indices = torch.empty(len(code), self.count, dtype=torch.int64, device="cpu")
         values = torch.empty(len(code), self.count, dtype=torch.float32, device="cpu")
-        pointers = (tensor.data_ptr() for tensor in (code, indices, values))
-        threads = torch.get_num_threads()
-        if not native.library().sparse_decode(self.universe, self.count, len(code), *pointers, threads):
+        good = native.library().sparse_decode(
+            self.universe,
+            self.count,
+            len(code),
+            native.address(code, torch.uint8, len(code) * self.nbytes),
+            indices.data_ptr(),
+            values.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if not good:
             raise ValueError(self._no_code())
         return indices, values
 
