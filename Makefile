@@ -41,14 +41,7 @@ soak: env ## wrap, train and drop on two real ranks for ten minutes: memory, thr
 bench: env ## time the kernels against one copy of the vector: some minutes
 	python -m benchmarks.kernels
 
-cluster-SECONDS_TO_FUZZ ?= 120
-fuzz: env ## attack the native kernel under sanitizers, for SECONDS_TO_FUZZ (120) seconds
-	python -m tests.fuzz.sanitized --seconds $(SECONDS_TO_FUZZ)
-
-soak: env ## wrap, train and drop on two real ranks for ten minutes: memory, threads and files must stay
-	python -m tests.soak
-
-bench: env ## time the methods on a cluster of network namespaces on this machine (root)
+cluster-bench: env ## time the methods on a cluster of network namespaces on this machine (root)
 	python -m benchmarks.cluster
 
 accuracy: env ## train dense and with every method on three tasks, 8 simulated ranks: hours, resumable run by run

@@ -34,7 +34,7 @@ from hvd_sketch.sketch import CountSketch
 RESULTS = Path(__file__).resolve().parent / "results" / "recall.json"
 PAGE = RESULTS.parents[2] / "docs" / "design.md"
 BEGIN, END = "<!-- written by benchmarks.recall -->\n", "<!-- until here -->\n"
-WIDTHS = (1, 256, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
+WIDTHS = (256, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
 ROWS = (3, 5)
 
 Row = dict[str, Any]
