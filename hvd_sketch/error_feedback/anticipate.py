@@ -92,8 +92,7 @@ class AnticipatingOptimizer(AheadOptimizer, ExchangingOptimizer):
 
     def __init__(self, wrapping: Wrapping, wiring: Wiring, shares: CommonShare, coefficient: float) -> None:
         super().__init__(wrapping.optimizer, wrapping.named, wiring)
-        ahead = Anticipation(self, wrapping, shares, coefficient)
-        self._own(_ahead=ahead, _names={parameter: name for name, parameter in self._named.items()})
+        self._look_ahead(Anticipation(self, wrapping, shares, coefficient), self._named)
 
     def __new__(cls, wrapping: Any = None, *arguments: Any) -> AnticipatingOptimizer:
         """Over the user's class."""
@@ -102,6 +101,11 @@ class AnticipatingOptimizer(AheadOptimizer, ExchangingOptimizer):
     def moves(self) -> bool:
         """Where there is anybody to exchange with."""
         return self._wiring.is_active()
+
+    def synchronize(self) -> None:
+        """Exchange the step's gradients, at x; see `ExchangingOptimizer`."""
+        self._passes.finish()
+        ExchangingOptimizer.synchronize(self)
 
     def memory_state_dict(self) -> dict[str, Any]:
         """What this rank has not sent yet; save it on every rank, beside ``state_dict()``."""

@@ -83,7 +83,7 @@ class StepAheadOptimizer(AheadOptimizer, Method):
         super().__init__(wrapping.optimizer)
         trained = wrapping.trained
         ahead = _ByTheErrors(self, wrapping, settings.coefficient)
-        self._own(_ahead=ahead, _names={parameter: name for name, parameter in trained.items()})
+        self._look_ahead(ahead, trained)
         self._own(_wrapping=wrapping, _settings=settings, _stepped=ahead.flat.new(), _undo=Undo(wrapping.optimizer))
         self._begin(None)
 
