@@ -14,7 +14,6 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from hvd_sketch.error_feedback.passes import Passes
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.exchange.gradients import watches
-from hvd_sketch.layout import Layout
 from hvd_sketch.methods.flat import Flat, FlatParameters
 from hvd_sketch.methods.wrapper import WrappedOptimizer
 
@@ -22,17 +21,13 @@ from hvd_sketch.methods.wrapper import WrappedOptimizer
 class Ahead(ABC):
     """Moves parameters from the model x, the same on all ranks, to where gradients are taken, and back.
 
-    Args:
-        named: the parameters, by name.
-        layout: their order in a vector.
-
     Attributes:
         is_ahead: where they are.
         flat: the parameters as vectors; ``synchronous`` holds x while they are ahead.
     """
 
-    def __init__(self, named: Mapping[str, Tensor], layout: Layout) -> None:
-        self.flat = FlatParameters(named, layout, next(iter(named.values())).device)
+    def __init__(self, flat: FlatParameters) -> None:
+        self.flat = flat
         self.synchronous, self.ahead = self.flat.new(), self.flat.new()
         self.is_ahead = False
 

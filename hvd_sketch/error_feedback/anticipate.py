@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,8 +16,9 @@ from hvd_sketch.error_feedback.base import ErrorFeedback, Wrapping
 from hvd_sketch.error_feedback.common_share import CommonShare, read_errors
 from hvd_sketch.error_feedback.factored_moments import FactoredMoments, MomentsObserver, check_adam
 from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.exchange import Exchange
 from hvd_sketch.methods.exchanging import ExchangingOptimizer, Wiring
-from hvd_sketch.methods.flat import Flat
+from hvd_sketch.methods.flat import Flat, FlatParameters
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,9 @@ class AnticipatingOptimizer(AheadOptimizer, ExchangingOptimizer):
 
     def __init__(self, wrapping: Wrapping, wiring: Wiring, shares: CommonShare, coefficient: float) -> None:
         super().__init__(wrapping.optimizer, wrapping.named, wiring)
-        self._look_ahead(Anticipation(self, wrapping, shares, coefficient), self._named)
+        flat = FlatParameters(self._named, wrapping.layout, next(iter(self._named.values())).device)
+        ahead = Anticipation(self, lambda: self.exchange, flat, shares, coefficient)
+        self._look_ahead(ahead, self._named)
 
     def __new__(cls, wrapping: Any = None, *arguments: Any) -> AnticipatingOptimizer:
         """Over the user's class."""
@@ -119,18 +123,23 @@ class AnticipatingOptimizer(AheadOptimizer, ExchangingOptimizer):
 
 
 class Anticipation(Ahead):
-    """Ahead by P of what is unsent; ``shares`` follows the exchange."""
+    """Ahead by P of what is unsent; ``shares`` follows the exchange of these parameters."""
 
     def __init__(
-        self, optimizer: ExchangingOptimizer, wrapping: Wrapping, shares: CommonShare, coefficient: float
+        self,
+        optimizer: torch.optim.Optimizer,
+        exchange: Callable[[], Exchange],
+        flat: FlatParameters,
+        shares: CommonShare,
+        coefficient: float,
     ) -> None:
-        super().__init__(wrapping.trained, wrapping.layout)
-        self._optimizer, self._shares, self._coefficient = optimizer, shares, coefficient
+        super().__init__(flat)
+        self._optimizer, self._exchange, self._shares, self._coefficient = optimizer, exchange, shares, coefficient
         self._moved = self.flat.new()
 
     def point(self, ahead: Flat) -> None:
         """By P of what is unsent behind x."""
-        read_errors(self._optimizer.exchange, self._moved.vector)
+        read_errors(self._exchange(), self._moved.vector)
         if self._shares.shares is not None:
             factors = self._coefficient * self._shares.shares.to(self.flat.dtype)
             torch._foreach_mul_(self._moved.views, list(factors.unbind()))
