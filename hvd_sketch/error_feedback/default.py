@@ -41,7 +41,7 @@ def settle(
     averages: bool,
     corrects: bool,
 ) -> tuple[Any, ErrorFeedback | None]:
-    """The compression, which then knows whether gradients are anticipated, and the error feedback: as asked, or its own.
+    """The compression, told whether gradients are anticipated, and the error feedback: as asked, or its own.
 
     A compressor's own is `Anticipate` unless its ``anticipate`` says no, for SGD, Adam and AdamW themselves, whose
     response to a gradient is known, where the ranks' gradients are averaged without momentum correction.
