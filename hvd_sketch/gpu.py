@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import importlib.util
 import logging
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,6 +37,55 @@ def available() -> bool:
 def serves(tensor: Tensor) -> bool:
     """Whether kernels can work on this tensor: it is on a GPU, and they are available."""
     return tensor.device.type == "cuda" and available()
+
+
+class Recorded:
+    """A function of tensors whose launches on a GPU are recorded at its third call and replayed from then on.
+
+    What the host does for some dozens of launches then takes the time of one. The function may depend on nothing but
+    its arguments' values and on tensors that stay where they are, waits for nothing, and returns tensors; those are
+    written to again by the next call. Elsewhere, and while the caller is recording, it is just called.
+    """
+
+    _WARM = 2
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], device: torch.device) -> None:
+        self._function, self._device = function, device
+        self._calls = 0 if device.type == "cuda" else -1
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        """What the function returns."""
+        if self._calls < 0 or torch.cuda.is_current_stream_capturing():
+            return self._function(*arguments)
+        self._calls += 1
+        if self._calls <= self._WARM:
+            return self._function(*arguments)
+        if self._graph is None:
+            self._graph = self._record(arguments)
+        for kept, argument in zip(self._arguments, arguments, strict=True):
+            kept.copy_(argument)
+        self._graph.replay()
+        return self._results
+
+    def _record(self, arguments: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
+        self._arguments = [argument.clone() for argument in arguments]
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        collects = gc.isenabled()
+        gc.disable()  # a graph that it frees would end the recording
+        try:
+            with torch.cuda.stream(stream):
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self._results = self._function(*self._arguments)
+                finally:
+                    graph.capture_end()
+        finally:
+            if collects:
+                gc.enable()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        return graph
 
 
 class Late:

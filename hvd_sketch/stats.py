@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -34,7 +35,7 @@ class Stats:
     bytes_sent: int = 0
     dense_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    _captured: tuple[Tensor, Tensor] | float = field(default=float("nan"), repr=False)
+    _captured: tuple[Sequence[Tensor], Sequence[Tensor]] | float = field(default=float("nan"), repr=False)
     _clip: Tensor | float = field(default=1.0, repr=False)
 
     @property
@@ -46,7 +47,7 @@ class Stats:
     def captured_energy(self) -> float:
         """See above; waits for a device only when somebody asks."""
         if isinstance(self._captured, tuple):
-            part, whole = torch.stack(self._captured).tolist()
+            part, whole = (math.hypot(*map(float, norms)) for norms in self._captured)
             self._captured = (part / whole) ** 2 if whole > 0 else 1.0
         return self._captured
 
@@ -56,7 +57,11 @@ class Stats:
 
     def note_captured(self, sent: Tensor, memory: Tensor) -> None:
         """Take the captured energy of a step from what was sent of which memory."""
-        self._captured = torch.linalg.vector_norm(sent), torch.linalg.vector_norm(memory)
+        self.note_norms([torch.linalg.vector_norm(sent)], [torch.linalg.vector_norm(memory)])
+
+    def note_norms(self, sent: Sequence[Tensor], memory: Sequence[Tensor]) -> None:
+        """Take it from the norms of parts."""
+        self._captured = sent, memory
 
     @property
     def clip(self) -> float:

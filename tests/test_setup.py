@@ -29,6 +29,9 @@ NO_COMPILER = (
 BASIC_TOOLS = ("bash", "cat", "dirname", "sed", "sha256sum")
 
 
+pytestmark = pytest.mark.slow  # they build
+
+
 def run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name not in ("CXX", "PYTHONPATH")}
     return subprocess.run(

@@ -122,7 +122,8 @@ class Communicator(ABC):
         return HostStaging()
 
     @abstractmethod
-    def post_allreduce(self, tensor: Tensor, name: str) -> Pending: ...
+    def post_allreduce(self, tensor: Tensor, name: str) -> Pending:
+        """What a backend does for `start_allreduce`; the same for the others."""
 
     @abstractmethod
     def post_allgather(self, tensor: Tensor, name: str) -> Pending: ...

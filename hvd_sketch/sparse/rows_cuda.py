@@ -8,6 +8,10 @@ An atomic addition takes numbers below 2^-126 for zero, and the rows of one list
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from itertools import chain
+
 import torch
 import triton
 import triton.language as tl
@@ -57,3 +61,66 @@ def scatter(
     if adds:
         value += tl.load(vector + entry, mask=inside, other=0.0)
     tl.store(vector + entry, value, mask=inside)
+
+
+def put_in_pieces(
+    pieces: Mapping[int, Tensor], shards: int, first: int, rows: Tensor, values: Tensor, *, clear: bool
+) -> None:
+    """As `put`, to pieces of the vector: contiguous float32 tensors by the coordinate of their first element."""
+    total, count = rows.numel(), rows.shape[-1]
+    if clear:
+        torch._foreach_zero_(list(pieces.values()))
+    if total == 0 or not pieces:
+        return
+    device = rows.device
+    table = [
+        numbers for start, piece in pieces.items() for numbers in (start, start + piece.numel(), piece.data_ptr())
+    ]
+    with torch.cuda.device_of(rows):
+        scatter_in_pieces[-(-total // _LANES),](
+            _on_device(tuple(chain(*lines)), device),
+            len(pieces),
+            rows,
+            values,
+            shards,
+            first,
+            count,
+            total,
+            steps=len(pieces).bit_length(),
+            lanes=_LANES,
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(table: tuple[int, ...], device: torch.device) -> Tensor:
+    """A table of pieces; they mostly are where they were in the step before."""
+    pinned = device.type == "cuda"
+    return torch.tensor(table, dtype=torch.int64, pin_memory=pinned).to(device, non_blocking=True)
+
+
+@triton.jit(do_not_specialize=["number", "shards", "first", "count", "total"])
+def scatter_in_pieces(
+    table: tl.tensor,
+    number: tl.int64,
+    rows: tl.tensor,
+    values: tl.tensor,
+    shards: tl.int64,
+    first: tl.int64,
+    count: tl.int64,
+    total: tl.int64,
+    steps: tl.constexpr,
+    lanes: tl.constexpr,
+):
+    """Set entries of those pieces that there are; ``table``: start, stop and address of each. Grid: as `scatter`."""
+    at = tl.program_id(0).to(tl.int64) * lanes + tl.arange(0, lanes)
+    inside = at < total
+    entry = tl.load(rows + at, mask=inside, other=0) * shards + first + at // count
+    low, high = at * 0, at * 0 + number  # the last piece that starts no later is one of low … high - 1
+    for _ in tl.static_range(steps):
+        middle = (low + high) // 2
+        later = tl.load(table + 3 * middle, mask=inside, other=0) <= entry
+        low, high = tl.where(later, middle, low), tl.where(later, high, middle)
+    start = tl.load(table + 3 * low, mask=inside, other=0)
+    inside &= (entry >= start) & (entry < tl.load(table + 3 * low + 1, mask=inside, other=0))
+    piece = tl.load(table + 3 * low + 2, mask=inside, other=0).to(tl.pointer_type(tl.float32))
+    tl.store(piece + (entry - start), tl.load(values + at, mask=inside, other=0.0), mask=inside)

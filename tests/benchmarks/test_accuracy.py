@@ -33,6 +33,7 @@ def test_real_ranks_give_the_numbers_of_the_simulation(method: str) -> None:
         assert float(line[-1]) == pytest.approx(loss, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_every_method_trains_on_every_task_that_it_suits() -> None:
     for task in TASKS.values():
         for method in (each for each in ("dense", *METHODS) if suits(each, task.name)):

@@ -138,6 +138,7 @@ def test_without_stepping_ahead_it_is_error_feedback() -> None:
         torch.testing.assert_close(one.model, other.model, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_stepping_ahead_and_averaging_come_closer_to_the_optimum() -> None:
     """On quadratics that differ between ranks, at a constant learning rate: the auxiliary point's distance."""
     optimum = (run(4, Compression.topk(schedule=lambda step: 1.0, half=False, **PLAIN), StepAhead(0.0, 0), 400))[0][

@@ -23,28 +23,18 @@ from tests.support import known_answers
 from tests.support.compressors import (
     BUCKETS,
     COMPRESSED,
+    EVERY,
     EVERYTHING,
     HALF,
     PLAIN,
-    POWERSGD,
     SINGLE,
     SIZES,
-    SPARSE,
     TOPK,
     TOTAL,
-    WHOLE,
+    at_ratio_one,
     conserved,
 )
 from tests.support.simulation import UNIT_ROUNDOFF, Run, heavy_tailed, make, simulate, step
-
-
-@SPARSE
-@SIZES
-def test_applied_plus_kept_is_computed(compressor: Compressor, size: int) -> None:
-    gradients = heavy_tailed(size, 25, TOTAL)
-    runs = simulate(compressor, gradients)
-    assert conserved(runs, gradients, half=getattr(compressor, "half", False))
-    assert all(run.residual.any() for run in runs)
 
 
 @settings(max_examples=25, deadline=None)
@@ -54,15 +44,7 @@ def test_nothing_is_lost_at_any_magnitude(
 ) -> None:
     gradients = heavy_tailed(size, 6, TOTAL, seed=seed) * magnitude
     compressor = Compression.sketch(ratio=20.0, half=half, oversampling=oversampling, seed=seed, **PLAIN)
-    assert conserved(simulate(compressor, gradients), gradients, half=half)
-
-
-@SPARSE
-@SIZES
-def test_all_ranks_get_the_same_bits(compressor: Compressor, size: int) -> None:
-    runs = simulate(compressor, heavy_tailed(size, 10, TOTAL))
-    assert all(torch.equal(run.updates, runs[0].updates) for run in runs)
-    assert compressor is POWERSGD or 0 < int(runs[0].updates[-1].count_nonzero()) < TOTAL // 2
+    assert conserved(compressor, simulate(compressor, gradients), gradients)
 
 
 def test_values_beyond_half_precision_stay_in_the_memory() -> None:
@@ -80,7 +62,7 @@ def test_values_beyond_half_precision_stay_in_the_memory() -> None:
     runs = simulate(HALF, gradients, before_step=note)
     assert min(kept) > 1.0
     assert all(run.updates.isfinite().all() for run in runs)
-    assert conserved(runs, gradients, half=True)
+    assert conserved(HALF, runs, gradients)
 
 
 @pytest.mark.parametrize("magnitude", [1e-12, 1e-6, 1e8])
@@ -96,27 +78,37 @@ def test_half_precision_follows_the_magnitude_of_the_gradients(magnitude: float)
     assert all(float(update[:COMPRESSED].abs().max()) > 0.1 * magnitude for update in updates[2:])
 
 
+@EVERY
 @SIZES
 @pytest.mark.parametrize("average", [True, False])
-def test_sending_everything_is_plain_averaging(size: int, average: bool) -> None:
-    """k = d, a ratio of 1 and a flush all give what a dense exchange gives."""
-    gradients = heavy_tailed(size, 5, TOTAL)
-    expected = gradients.double().mean(0) if average else gradients.double().sum(0)
-    bound = (size + 1) * UNIT_ROUNDOFF * gradients.double().abs().sum(0)
-    ratio_one = Compression.sketch(schedule=lambda step: 1.0, clip_norm=None)
+def test_sending_everything_is_plain_averaging(compressor: Compressor, size: int, average: bool) -> None:
+    """A ratio of 1 and a flush in every step both give what a dense exchange gives."""
+    gradients = heavy_tailed(size, 4, TOTAL)
     for runs in (
-        simulate(EVERYTHING, gradients, average=average),
-        simulate(replace(EVERYTHING, buckets=2), gradients, average=average),
-        simulate(ratio_one, gradients, average=average),
-        simulate(Compression.topk(schedule=lambda step: 1.0, clip_norm=None), gradients, average=average),
-        simulate(HALF, gradients, average=average, before_step=lambda exchange, number: exchange.flush()),
-        simulate(TOPK, gradients, average=average, before_step=lambda exchange, number: exchange.flush()),
+        simulate(at_ratio_one(compressor), gradients, average=average),
+        simulate(compressor, gradients, average=average, before_step=lambda exchange, number: exchange.flush()),
     ):
-        assert ((runs[0].updates.double() - expected).abs() <= bound).all()
-        assert not any(run.residual.any() for run in runs)
+        assert is_plain(runs, gradients, average=average)
 
 
-@SPARSE
+@SIZES
+@pytest.mark.parametrize("average", [True, False])
+def test_a_table_without_collisions_sends_everything(size: int, average: bool) -> None:
+    """k = d."""
+    gradients = heavy_tailed(size, 5, TOTAL)
+    for compressor in (EVERYTHING, replace(EVERYTHING, buckets=2)):
+        assert is_plain(simulate(compressor, gradients, average=average), gradients, average=average)
+
+
+def is_plain(runs: list[Run], gradients: Tensor, *, average: bool) -> bool:
+    """Whether the updates are the ranks' means or sums to rounding, and nothing is kept."""
+    expected = gradients.double().mean(0) if average else gradients.double().sum(0)
+    bound = (len(runs) + 1) * UNIT_ROUNDOFF * gradients.double().abs().sum(0)
+    same = ((runs[0].updates.double() - expected).abs() <= bound).all()
+    return bool(same) and not any(run.residual.any() for run in runs)
+
+
+@EVERY
 def test_a_flush_empties_every_memory_and_lasts_one_step(compressor: Compressor) -> None:
     def flush_in_step_4(exchange: Exchange, number: int) -> None:
         if number == 4:
@@ -127,7 +119,7 @@ def test_a_flush_empties_every_memory_and_lasts_one_step(compressor: Compressor)
 
     gradients = heavy_tailed(3, 6, TOTAL)
     runs = simulate(compressor, gradients, before_step=flush_in_step_4)
-    assert conserved(runs, gradients, half=getattr(compressor, "half", False))
+    assert conserved(compressor, runs, gradients)
     assert all(run.residual.any() for run in runs)
 
 
@@ -225,27 +217,7 @@ def test_known_answers(k: int, momentum: float, size: int) -> None:
         torch.testing.assert_close(torch.stack(weights), expected, rtol=0, atol=1e-6)
 
 
-@WHOLE
-def test_gradients_are_clipped_to_the_norm_before_the_memory(compressor: Compressor) -> None:
-    gradients = heavy_tailed(2, 10, TOTAL)
-    gradients[0] *= 1e-3
-    norms = gradients.norm(dim=2, keepdim=True)
-    limit = float(norms[1].median())
-    clipped = gradients * (limit / norms).clamp(max=1.0)
-    with_clip = type(compressor)(**{**vars(compressor), "clip_norm": limit})
-    factors: list[tuple[float, ...]] = [(), ()]
-
-    def note(exchange: Exchange, number: int) -> None:
-        if number:
-            factors[exchange.comm.rank] += (exchange.stats.clip,)
-
-    runs = simulate(with_clip, gradients, before_step=note)
-    assert conserved(runs, clipped, half=getattr(compressor, "half", False))
-    assert factors[0] == (1.0,) * 9
-    assert factors[1] == pytest.approx((limit / norms[1]).clamp(max=1.0).flatten().tolist()[:9], rel=1e-5)
-
-
-@SPARSE
+@EVERY
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_bad_gradient_on_one_rank_voids_the_step_on_all(compressor: Compressor, bad: float) -> None:
     gradients = heavy_tailed(3, 8, TOTAL)
@@ -268,7 +240,7 @@ def test_a_bad_gradient_on_one_rank_voids_the_step_on_all(compressor: Compressor
     gradients[:, 4] = 0.0
     for run in runs:
         run.updates[4] = 0.0
-    assert conserved(runs, gradients, half=getattr(compressor, "half", False))
+    assert conserved(compressor, runs, gradients)
 
 
 def test_a_flush_waits_for_a_step_that_counts() -> None:
@@ -314,7 +286,7 @@ def test_captured_energy_is_the_share_of_the_memory_that_was_sent() -> None:
     assert 0.0 < simulate(HALF, gradients)[0].exchange.stats.captured_energy < 1.0
 
 
-@SPARSE
+@EVERY
 @pytest.mark.parametrize("momentum", [None, Momentum(0.9, masking=False)], ids=str)
 def test_a_saved_memory_continues_as_if_never_saved(compressor: Compressor, momentum: Momentum | None) -> None:
     """The fifteen, item 7 in arithmetic: tensors, numbers and strings only, so that ``weights_only`` loads them."""
@@ -359,25 +331,13 @@ def test_a_memory_of_another_rank_size_or_model_is_refused() -> None:
     run_in_process(2, load)
 
 
-@SPARSE
-def test_every_default_dtype_will_do(compressor: Compressor) -> None:
-    gradients = heavy_tailed(2, 4, TOTAL)
-    expected = simulate(compressor, gradients)
-    for dtype in (torch.float64, torch.bfloat16):
-        torch.set_default_dtype(dtype)
-        try:
-            assert torch.equal(simulate(compressor, gradients)[0].updates, expected[0].updates)
-        finally:
-            torch.set_default_dtype(torch.float32)
-
-
 def test_a_single_process_compresses_and_sends_nothing() -> None:
     exchange = make(HALF, SingleProcess())
     gradients = heavy_tailed(1, 5, TOTAL)
     updates = torch.stack([step(exchange, gradient) for gradient in gradients[0]])
     assert int(updates[-1].count_nonzero()) < TOTAL // 2
     assert exchange.stats.bytes_sent == 0
-    assert conserved([Run(updates, exchange)], gradients, half=True)
+    assert conserved(HALF, [Run(updates, exchange)], gradients)
 
 
 class HostReads(TorchFunctionMode):

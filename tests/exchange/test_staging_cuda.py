@@ -80,6 +80,7 @@ def test_many_without_a_gpu_are_put_one_by_one() -> None:
     check(torch.device("cpu"))
 
 
+@pytest.mark.slow
 @starts_interpreter
 def test_on_the_interpreter(tmp_path: Path) -> None:
     interpret(tmp_path, __file__)
@@ -118,6 +119,7 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
         yield staging_cuda.gather, pointers, {"kind": kind, "piece": 1 << 14, "lanes": 1024}
 
 
+@pytest.mark.slow
 @compiles
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_all_kernels_compile(tmp_path: Path, capability: int) -> None:

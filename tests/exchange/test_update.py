@@ -11,11 +11,11 @@ from hvd_sketch.comm import Communicator, SingleProcess
 from hvd_sketch.comm.in_process import run_in_process
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.exchange import Exchange
-from tests.support.compressors import SPARSE, TOTAL
+from tests.support.compressors import EVERY, TOTAL
 from tests.support.simulation import heavy_tailed, make, submit
 
 
-@SPARSE
+@EVERY
 @pytest.mark.parametrize("factor", [1.0, 0.5])
 def test_tensors_of_any_kind_get_the_update(compressor: Compressor, factor: float) -> None:
     """Before and after it was asked for as a whole; in steps that are void, and in those that send everything."""

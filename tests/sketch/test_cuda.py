@@ -88,6 +88,7 @@ def check_bounds(sketch: CountSketch, k: int) -> None:
         assert bool((buffer[:k] == 7).all() & (buffer[2 * k :] == 7).all())
 
 
+@pytest.mark.slow
 @starts_interpreter
 def test_on_the_interpreter(tmp_path: Path) -> None:
     interpret(tmp_path, __file__)
@@ -200,6 +201,7 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
         yield cuda_kernels.write, {**counted, "ties": "*i64", "indices": "*i64", "estimates": "*fp32"}, shape
 
 
+@pytest.mark.slow
 @compiles
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_all_kernels_compile_and_nothing_is_fused_or_flushed(tmp_path: Path, capability: int) -> None:

@@ -70,6 +70,7 @@ def check(device: torch.device, size: int) -> None:
     assert torch.equal(ours.cpu().view(torch.int32), expected.view(torch.int32))
 
 
+@pytest.mark.slow
 @starts_interpreter
 def test_on_the_interpreter(tmp_path: Path) -> None:
     interpret(tmp_path, __file__)
@@ -100,6 +101,7 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     yield narrow_cuda.add_up, {"tables": "*fp32", "parts": "*fp32", "edges": "*i64"}, {"cells": CELLS}
 
 
+@pytest.mark.slow
 @compiles
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_all_kernels_compile_and_nothing_is_fused_or_flushed(tmp_path: Path, capability: int) -> None:

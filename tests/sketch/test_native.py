@@ -113,7 +113,7 @@ def test_any_shape(data: st.DataObject, rows: int, cols: int, seed: int) -> None
     check_estimates(geometry, seed, table, data.draw(st.integers(1, dim)), 1)
 
 
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", [*ROWS[:6], *(pytest.param(rows, marks=pytest.mark.slow) for rows in ROWS[6:])])
 def test_any_number_of_threads_and_any_instruction_set(rows: int) -> None:
     geometry, vector = Geometry(BIG, rows, 9001), numbers(BIG - 777, DTYPES[rows % len(DTYPES)])
     for lanes in LANES:

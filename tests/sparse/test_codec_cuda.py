@@ -19,6 +19,7 @@ from tests.support.triton import compile_all, compiles, interpret, on_interprete
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.slow
 @starts_interpreter
 def test_on_the_interpreter(tmp_path: Path) -> None:
     interpret(tmp_path, __file__)
@@ -88,6 +89,7 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
         yield codec_cuda.unpack, pointers, {"low_bits": low_bits, "lanes": 1024}
 
 
+@pytest.mark.slow
 @compiles
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_all_kernels_compile_and_nothing_is_fused_or_flushed(tmp_path: Path, capability: int) -> None:

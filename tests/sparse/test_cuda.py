@@ -19,6 +19,7 @@ from tests.support.triton import compile_all, compiles, interpret, on_interprete
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.slow
 @starts_interpreter
 def test_on_the_interpreter(tmp_path: Path) -> None:
     interpret(tmp_path, __file__)
@@ -87,6 +88,23 @@ def test_rows_are_set_and_added_to_as_by_the_reference(monkeypatch: pytest.Monke
         assert torch.equal(ours.view(torch.int32), expected.view(torch.int32))
 
 
+@on_interpreter
+def test_pieces_of_a_vector_get_their_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hvd_sketch.sparse import rows, rows_cuda
+
+    monkeypatch.setattr(rows_cuda, "_LANES", 16)
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.stack([torch.randperm(100, generator=generator)[:20].sort().values for _ in range(3)])
+    values = torch.randn(3, 20, generator=generator)
+    whole = torch.zeros(307)
+    rows.Rows(3, 0, chosen).put(whole, values)
+    for edges in ([(0, 307)], [(0, 100), (100, 101), (101, 307)], [(5, 17), (200, 300)], []):
+        pieces = {start: torch.full((stop - start,), 7.0) for start, stop in edges}
+        rows_cuda.put_in_pieces(pieces, 3, 0, chosen, values, clear=True)
+        for start, stop in edges:
+            assert torch.equal(pieces[start], whole[start:stop])
+
+
 def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     """All of them, with the types of their arguments other than int64 and their constants."""
     from hvd_sketch.sparse import cuda_kernels, rows_cuda
@@ -95,6 +113,8 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     pointers |= dict.fromkeys(("state", "above", "equal", "chosen"), "*i64")
     for adds in (False, True):
         yield rows_cuda.scatter, {**pointers, "rows": "*i64"}, {"adds": adds, "lanes": 1024}
+    table = {"table": "*i64", "rows": "*i64", "values": "*fp32"}
+    yield rows_cuda.scatter_in_pieces, table, {"steps": 8, "lanes": 1024}
     digit, runs = {"digit_bits": 11, "copies": 8}, {"most_runs": 2048}
     yield cuda_kernels.find_digit, pointers, digit
     yield cuda_kernels.add_up, pointers, runs
@@ -108,6 +128,7 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
         yield cuda_kernels.write, pointers, shape
 
 
+@pytest.mark.slow
 @compiles
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_all_kernels_compile_and_nothing_is_fused_or_flushed(tmp_path: Path, capability: int) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import psutil
+import pytest
 
 Result = TypeVar("Result")
 Launcher = Literal["mpirun", "horovodrun-gloo", "horovodrun-mpi"]
@@ -39,6 +40,8 @@ ENVIRONMENT = {
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     "PYTHONUNBUFFERED": "",  # unbuffered, the words of two ranks mix within a line
 }
+quick = False
+"""Whether tests that start processes are to be left out; see ``--quick``."""
 RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
 OTHERS_MAY_FAIL_TOO = 1.0  # seconds a failed rank waits before its exit makes the launcher kill the rest
 
@@ -64,6 +67,8 @@ def run(command: Sequence[str], *, env: Mapping[str, str] | None = None, timeout
     Raises:
         RanksTimedOut: it did not end within `timeout` seconds; it and all its descendants were killed.
     """
+    if quick:
+        pytest.skip("starts processes")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, **ENVIRONMENT, "PATH": path, "PYTHONPATH": python_path, **(env or {})}
