@@ -34,6 +34,8 @@ class Part:
         if self.places is not None:
             self.places.put_in_pieces(pieces, self.values * factor, clear=True)
             return
+        if not pieces:
+            return
         its = [self.values[start : start + piece.numel()].view_as(piece) for start, piece in pieces.items()]
         torch._foreach_copy_(list(pieces.values()), its if factor == 1.0 else torch._foreach_mul(its, factor))
 

@@ -68,14 +68,14 @@ def put_in_pieces(
 ) -> None:
     """As `put`, to pieces of the vector: contiguous float32 tensors by the coordinate of their first element."""
     total, count = rows.numel(), rows.shape[-1]
+    if not pieces:
+        return
     if clear:
         torch._foreach_zero_(list(pieces.values()))
-    if total == 0 or not pieces:
+    if total == 0:
         return
     device = rows.device
-    table = [
-        numbers for start, piece in pieces.items() for numbers in (start, start + piece.numel(), piece.data_ptr())
-    ]
+    lines = ((start, start + piece.numel(), piece.data_ptr()) for start, piece in pieces.items())
     with torch.cuda.device_of(rows):
         scatter_in_pieces[-(-total // _LANES),](
             _on_device(tuple(chain(*lines)), device),

@@ -34,7 +34,7 @@ def check(vector: Tensor, shards: int, count: int) -> None:
 
 
 @on_interpreter
-@pytest.mark.parametrize(("shards", "runs"), [(1, 64), (2, 1), (3, 2), (7, 64), (8, 4)])
+@pytest.mark.parametrize(("shards", "runs"), [(1, 64), (3, 2), (8, 1)])
 def test_the_heaviest_of_shards(shards: int, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from hvd_sketch.sparse import cuda
 
@@ -66,7 +66,7 @@ def test_a_sample_that_misleads_changes_nothing(margin: float, room: int, monkey
     generator = torch.Generator().manual_seed(1)
     for vector in (torch.randn(1201, generator=generator) ** 3, torch.randn(1201, generator=generator).round()):
         vector[::7] = torch.tensor([float("inf"), -float("inf")]).repeat(86)[: len(vector[::7])]
-        for shards, count in ((1, 50), (2, 3), (3, 171), (4, 300)):
+        for shards, count in ((1, 50), (3, 171), (4, 300)):
             check(vector, shards, count)
 
 
