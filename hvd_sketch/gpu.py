@@ -39,6 +39,40 @@ def serves(tensor: Tensor) -> bool:
     return tensor.device.type == "cuda" and available()
 
 
+Places = Sequence[tuple[int, int]]
+"""Where stretches of a vector start and stop."""
+
+
+def pieces_of(places: Places, most: int) -> list[tuple[int, int, int, int]]:
+    """Cut stretches of a vector into pieces of at most so many coordinates, one for each program.
+
+    Returns:
+        of each piece the number of its stretch, how far in that it begins, and where it starts and stops.
+    """
+    return [
+        (number, begin - start, begin, min(stop, begin + most))
+        for number, (start, stop) in enumerate(places)
+        for begin in range(start, stop, most)
+    ]
+
+
+class Addresses:
+    """Tables of where tensors lie, on a device; copied there only when they are not as they were."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._tables: dict[object, tuple[list[int], Tensor]] = {}
+
+    def __call__(self, name: object, addresses: list[int]) -> Tensor:
+        """The table of that name."""
+        told, table = self._tables.get(name, ([-1], None))
+        if table is None or told != addresses:
+            pinned = self._device.type == "cuda"
+            table = torch.tensor(addresses, dtype=torch.int64, pin_memory=pinned).to(self._device, non_blocking=True)
+            self._tables[name] = addresses, table
+        return table
+
+
 class Recorded:
     """A function of tensors whose launches on a GPU are recorded at its third call and replayed from then on.
 

@@ -6,6 +6,7 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class AheadOptimizer(WrappedOptimizer):
         self._flat = FlatParameters(named, layout, next(iter(named.values())).device)
         self._names = {parameter: name for name, parameter in named.items()}
         self._is_active = is_active
-        self._synchronous, self._ahead = self._flat.new(), self._flat.new()
+        self._synchronous = self._flat.new()
         self._inside = self._differentiated = False
         self._guarded: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         for parameter in self._flat.parameters:
@@ -122,11 +123,15 @@ class AheadOptimizer(WrappedOptimizer):
         return super().state_dict()
 
     def _move_ahead(self) -> None:
-        """Put the parameters from x to the point ahead; both are kept."""
+        """Put the parameters from x to the point ahead, and keep both in ``_synchronous`` and ``_ahead``."""
         self._flat.read(self._synchronous)
         self._ahead.vector.copy_(self._synchronous.vector)
         self.point(self._ahead)
         self._flat.write(self._ahead)
+
+    @cached_property
+    def _ahead(self) -> Flat:
+        return self._flat.new()
 
     def _check_forward(self, module: torch.nn.Module, arguments: Any) -> None:
         if not any(parameter in self._names for parameter in module.parameters(recurse=False)):

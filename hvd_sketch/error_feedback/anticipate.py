@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hvd_sketch import gpu
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.error_feedback.ahead import AheadOptimizer
 from hvd_sketch.error_feedback.base import Distributed, ErrorFeedback, Wrapping
@@ -101,7 +104,7 @@ class AnticipatingOptimizer(AheadOptimizer):
         optimizer: Any = distributed
         super().__init__(optimizer, trained, wrapping.compression.layout(trained.items()), wrapping.is_active)
         self._distributed = distributed
-        self._settings, self._shares, self._moved = settings, shares, self._flat.new()
+        self._settings, self._shares = settings, shares
 
     @property
     def exchange(self) -> Exchange:
@@ -137,6 +140,32 @@ class AnticipatingOptimizer(AheadOptimizer):
         """The distributed optimizer's own step."""
         self._distributed.step()
 
+    def _move_ahead(self) -> None:
+        """On a GPU by one kernel, which needs no vector for the point ahead."""
+        moments = [self.optimizer.state[each].get("exp_avg_sq") for each in self._flat.parameters]
+        if not gpu.serves(self._synchronous.vector) or not self._mover.serves(self._flat.parameters, moments):
+            super()._move_ahead()
+            return
+        rates = {each: group for group in self.optimizer.param_groups for each in group["params"]}
+        numbers = [numbers_of(self.optimizer, rates[each], each) for each in self._flat.parameters]
+        exchange, shares = self.exchange, self._shares.shares
+        if shares is None:
+            shares = torch.zeros(
+                len(numbers), device=exchange.gradient.device
+            )  # nothing is unsent before the first step
+        errors, factors = exchange.memory.residual, self._settings.coefficient * shares
+        self._mover(errors, exchange.owned, factors, moments, numbers, self._synchronous.vector)
+
+    @cached_property
+    def _mover(self) -> Any:
+        kernels = importlib.import_module("hvd_sketch.error_feedback.anticipate_cuda")  # with Triton
+        slots = self._flat.layout.slots
+        return kernels.Mover(self._flat.parameters, [(slot.offset, slot.stop) for slot in slots])
+
+    @cached_property
+    def _moved(self) -> Flat:
+        return self._flat.new()
+
     def point(self, ahead: Flat) -> None:
         """By P of what is unsent behind x."""
         read_errors(self.exchange, self._moved.vector)
@@ -150,13 +179,35 @@ class AnticipatingOptimizer(AheadOptimizer):
         ahead.vector.sub_(self._moved.vector)
 
 
+def _rate(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
+    """That of P, by which a gradient moves the model in the end."""
+    rate = -float(group["lr"]) if group.get("maximize") else float(group["lr"])
+    if isinstance(optimizer, torch.optim.SGD):
+        rate *= (1.0 - group["dampening"]) / (1.0 - group["momentum"])
+    return rate
+
+
+def numbers_of(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor
+) -> tuple[float, float, float, float]:
+    """The numbers of P for a parameter: ``lr, 1 - b2, 1 / sqrt(1 - b2^t), eps``, of which SGD has the first alone."""
+    if isinstance(optimizer, torch.optim.SGD):
+        return _rate(optimizer, group), 0.0, 0.0, 0.0
+    state = optimizer.state[parameter]
+    if not state:  # it was never stepped: nothing is unsent
+        return 0.0, 0.0, 0.0, 0.0
+    second = group["betas"][1]
+    scale = 1.0 / math.sqrt(1.0 - second ** float(state["step"]))
+    return _rate(optimizer, group), 1.0 - second, scale, float(group["eps"])
+
+
 def respond(
     optimizer: torch.optim.Optimizer, group: dict[str, Any], parameters: list[Tensor], errors: list[Tensor]
 ) -> None:
     """Replace gradients of a group's parameters by P of them, in place: how far they will move the model."""
-    rate = -float(group["lr"]) if group.get("maximize") else float(group["lr"])
+    rate = _rate(optimizer, group)
     if isinstance(optimizer, torch.optim.SGD):
-        torch._foreach_mul_(errors, rate * (1.0 - group["dampening"]) / (1.0 - group["momentum"]))
+        torch._foreach_mul_(errors, rate)
         return
     states = [optimizer.state[parameter] for parameter in parameters]
     errors = [error for error, state in zip(errors, states, strict=True) if state]
