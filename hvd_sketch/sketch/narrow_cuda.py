@@ -22,44 +22,70 @@ def sketch(vector: Tensor, seed: int, scale: float, places: Tensor, edges: Tenso
     ``places``, int64 of shape ``(slices, 3)``: where each slice starts, where its stretch stops, and its number in the
     stretch; ``edges``: the first slice of each stretch, and behind them the number of slices.
     """
-    parts = torch.empty(len(places), CELLS, dtype=torch.float32, device=vector.device)
-    tables = torch.empty(len(edges) - 1, CELLS, dtype=torch.float32, device=vector.device)
+    return _launch(vector, seed, scale, places, edges, slice(0), energies=False)[0]
+
+
+def measure(vector: Tensor, seed: int, owned: slice, places: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, and the sum of the squares of each stretch; the values that are owned are ``owned.step`` too large."""
+    tables, energies = _launch(vector, seed, 1.0, places, edges, owned, energies=True)
+    return tables, energies.sum(dim=1)
+
+
+def _launch(
+    vector: Tensor, seed: int, scale: float, places: Tensor, edges: Tensor, owned: slice, *, energies: bool
+) -> Tensor:
+    parts = torch.empty(2, len(places), CELLS, dtype=torch.float32, device=vector.device)
+    sums = torch.empty(2, len(edges) - 1, CELLS, dtype=torch.float32, device=vector.device)
     word = (seed + 2**63) % 2**64 - 2**63
     with torch.cuda.device_of(vector):
         add_slices[len(places),](
-            parts,
+            *parts,
             vector,
             places,
             word,
             scale,
+            owned.start or 0,
+            owned.stop,
+            owned.step or 1,
+            1.0 / (owned.step or 1),
             size=SLICE,
             cells=CELLS,
             sign_stream=_SIGN_STREAM,
+            energies=energies,
             num_warps=1,
             enable_fp_fusion=False,
         )
-        add_up[len(edges) - 1,](tables, parts, edges, cells=CELLS, num_warps=1, enable_fp_fusion=False)
-    return tables
+        for its_sums, its_parts in zip(sums, parts if energies else parts[:1], strict=False):
+            add_up[len(edges) - 1,](its_sums, its_parts, edges, cells=CELLS, num_warps=1, enable_fp_fusion=False)
+    return sums
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "first_owned", "last_owned", "ranks"])
 def add_slices(
     parts: tl.tensor,
+    squares: tl.tensor,
     vector: tl.tensor,
     places: tl.tensor,
     seed: tl.int64,
     scale: tl.float32,
+    first_owned: tl.int64,
+    last_owned: tl.int64,
+    ranks: tl.int64,
+    share: tl.float32,
     size: tl.constexpr,
     cells: tl.constexpr,
     sign_stream: tl.constexpr,
+    energies: tl.constexpr,
 ):
-    """The table of one slice. Grid: slices."""
+    """The table of one slice, and with ``energies`` sums of squares to be added up. Grid: slices."""
     program = tl.program_id(0).to(tl.int64)
     start, stop = tl.load(places + 3 * program), tl.load(places + 3 * program + 1)
     chunk = tl.load(places + 3 * program + 2) * (size // cells)
     count = tl.minimum(stop - start, size).to(tl.int32)
     cell = tl.arange(0, cells)
-    sums = tl.zeros((cells,), tl.float32)
+    sums, energy = tl.zeros((cells,), tl.float32), tl.zeros((cells,), tl.float32)
+    turn = ((start - first_owned) % ranks).to(tl.int32)  # the owner's next coordinate is where it comes to 0
+    owned = tl.minimum(tl.maximum(last_owned - start, 0), size).to(tl.int32)
     for first in tl.range(0, count, cells, loop_unroll_factor=8):
         offset = _below(_drawn(seed, chunk * 0, chunk), chunk * 0 + cells).to(tl.int32)
         key = _drawn(seed, chunk * 0 + sign_stream, chunk).to(tl.int64).to(tl.int32)
@@ -67,8 +93,14 @@ def add_slices(
         used = first + position < count
         value = tl.load(vector + start + first + position, mask=used, other=0.0).to(tl.float32) * scale
         sums = tl.where(used, sums + _flip(value, key, position, tl.full((), 0, tl.int32)), sums)
+        if energies:
+            its = first + position
+            value = tl.where((its < owned) & ((turn + its) % ranks.to(tl.int32) == 0), value * share, value)
+            energy += value * value
         chunk += 1
     tl.store(parts + program * cells + cell, sums)
+    if energies:
+        tl.store(squares + program * cells + cell, energy)
 
 
 @triton.jit
