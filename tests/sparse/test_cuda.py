@@ -38,7 +38,8 @@ def check(vector: Tensor, shards: int, count: int) -> None:
 def test_the_heaviest_of_shards(shards: int, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from hvd_sketch.sparse import cuda
 
-    for name, value in {"_RUNS": runs, "_TOGETHER": 128, "_SAMPLE": 64, "_PROGRAMS": 2 * shards}.items():
+    small = {"_RUNS": runs, "_TOGETHER": 128, "_SAMPLE": 64, "_PARTS": 8, "_LANES": 64}
+    for name, value in small.items():
         monkeypatch.setattr(cuda, name, value)
     size = 701
     normal = torch.randn(3 * size, generator=torch.Generator().manual_seed(shards))[1::3]  # not contiguous
@@ -48,19 +49,22 @@ def test_the_heaviest_of_shards(shards: int, runs: int, monkeypatch: pytest.Monk
 
 
 @on_interpreter
-@pytest.mark.parametrize(("margin", "room"), [(-6.0, 4096), (0.0, 4096), (6.0, 0)])
-def test_a_sample_that_misleads_changes_nothing(margin: float, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Too narrow a bracket, or too little room for what lies inside: then everything is looked at."""
+@pytest.mark.parametrize(("margin", "room"), [(-6.0, None), (0.0, None), (6.0, 1)])
+def test_a_sample_that_misleads_changes_nothing(
+    margin: float, room: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too narrow a bracket, or too little room for the candidates: then everything is looked at."""
     from hvd_sketch.sparse import cuda
 
-    for name, value in {"_TOGETHER": 128, "_SAMPLE": 64, "_PROGRAMS": 4, "_MARGIN": margin}.items():
+    small = {"_TOGETHER": 128, "_SAMPLE": 64, "_PARTS": 4, "_LANES": 64, "_MARGIN": margin}
+    for name, value in small.items():
         monkeypatch.setattr(cuda, name, value)
-    if room == 0:
+    if room is not None:
         made = cuda._Choice.__init__
 
         def without_room(self: Any, vector: Tensor, shards: int, count: int) -> None:
             made(self, vector, shards, count)
-            self._room = 1
+            self._room = room
 
         monkeypatch.setattr(cuda._Choice, "__init__", without_room)
     generator = torch.Generator().manual_seed(1)
@@ -109,23 +113,24 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     """All of them, with the types of their arguments other than int64 and their constants."""
     from hvd_sketch.sparse import cuda_kernels, rows_cuda
 
-    pointers = {"vector": "*fp32", "values": "*fp32", "kept": "*i32", "kept_run": "*i32", "counts": "*i32"}
-    pointers |= dict.fromkeys(("state", "above", "equal", "chosen"), "*i64")
+    pointers = dict.fromkeys(("vector", "values", "kept"), "*fp32") | {"kept_rows": "*i32", "counts": "*i32"}
+    pointers |= dict.fromkeys(("state", "above", "equal"), "*i64")
     for adds in (False, True):
         yield rows_cuda.scatter, {**pointers, "rows": "*i64"}, {"adds": adds, "lanes": 1024}
     table = {"table": "*i64", "rows": "*i64", "values": "*fp32"}
     yield rows_cuda.scatter_in_pieces, table, {"steps": 8, "lanes": 1024}
-    digit, runs = {"digit_bits": 11, "copies": 8}, {"most_runs": 2048}
+    digit, results = {"digit_bits": 11, "copies": 8}, {**pointers, "chosen": "*i64"}
     yield cuda_kernels.find_digit, pointers, digit
-    yield cuda_kernels.add_up, pointers, runs
+    yield cuda_kernels.add_up, pointers, {"most_parts": 2048}
     for wide, shards in ((1, 1), (7, 8), (8, 8)):
-        shape, lanes = {"wide": wide, "shards": shards, "rows": 2048 // shards}, {"wide": wide, "lanes": 1024}
+        shape, lanes = {"wide": wide, "shards": shards, "rows": 512 // shards}, {"wide": wide, "lanes": 512}
         yield cuda_kernels.bracket, pointers, {"wide": wide, "sample": 1 << 14}
-        yield cuda_kernels.sift, pointers, shape
-        yield cuda_kernels.settle, pointers, {"wide": wide, **runs}
+        yield cuda_kernels.count, results, shape
+        yield cuda_kernels.settle, results, {"wide": wide, "most_runs": 8192}
+        yield cuda_kernels.collect, pointers, shape
         yield cuda_kernels.count_digits, pointers, {**digit, **lanes}
-        yield cuda_kernels.tally, pointers, lanes
-        yield cuda_kernels.write, pointers, shape
+        yield cuda_kernels.weigh, pointers, lanes
+        yield cuda_kernels.write, results, lanes
 
 
 @pytest.mark.slow
