@@ -79,6 +79,7 @@ def test_rows_are_set_and_added_to_as_by_the_reference(monkeypatch: pytest.Monke
     from hvd_sketch.sparse import rows, rows_cuda
 
     monkeypatch.setattr(rows_cuda, "_LANES", 16)
+    monkeypatch.setattr(rows_cuda, "_SPANS", 5)
     generator = torch.Generator().manual_seed(0)
     for shards, first, lists in ((1, 0, 1), (5, 1, 3), (4, 3, 1), (3, 0, 0)):
         vector = torch.randn(307, generator=generator) * 2.0**-130
@@ -115,10 +116,9 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
 
     pointers = dict.fromkeys(("vector", "values", "kept"), "*fp32") | {"kept_rows": "*i32", "counts": "*i32"}
     pointers |= dict.fromkeys(("state", "above", "equal"), "*i64")
-    for adds in (False, True):
-        yield rows_cuda.scatter, {**pointers, "rows": "*i64"}, {"adds": adds, "lanes": 1024}
-    table = {"table": "*i64", "rows": "*i64", "values": "*fp32"}
-    yield rows_cuda.scatter_in_pieces, table, {"steps": 8, "lanes": 1024}
+    table = {"table": "*i64", "rows": "*i64", "stops": "*i64", "values": "*fp32", "vector": "*fp32"}
+    for kernel in (rows_cuda.scatter, rows_cuda.add_lists, rows_cuda.scatter_in_pieces):
+        yield kernel, table, {"lanes": 1024}
     digit, results = {"digit_bits": 11, "copies": 8}, {**pointers, "chosen": "*i64"}
     yield cuda_kernels.find_digit, pointers, digit
     yield cuda_kernels.add_up, pointers, {"most_parts": 2048}
