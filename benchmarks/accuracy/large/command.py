@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _runs(options: argparse.Namespace) -> Iterator[tuple[str, float, int]]:
-    """(method, ratio or rank, seed), what matters most before the rest; of local steps each rank's model takes long."""
+    """(method, ratio or rank, seed), what matters most before the rest; local steps, of many models, take long."""
     exchanging = [method for method in METHODS if method != LOCAL]
     for seed in range(options.seeds):
         for methods in (exchanging, [method for method in METHODS if method == LOCAL]):
