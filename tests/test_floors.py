@@ -21,9 +21,9 @@ FLOORS = (
     ("schedules",),
     ("stock", "compatibility"),
     ("exchange",),
-    ("memory", "layout", "wire", "stats", "scope"),
+    ("memory", "memory_cuda", "layout", "wire", "stats", "scope"),
     ("sketch", "sparse", "comm"),
-    ("native",),
+    ("native", "gpu", "precision"),
     ("errors",),
 )
 HEIGHT = {room: len(FLOORS) - number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class NarrowSketches:
     def __call__(self, vector: Tensor, seed: int, scale: float = 1.0) -> Tensor:
         """The tables of ``scale * vector`` (float32), of shape ``(stretches, 32)``."""
         if gpu.serves(vector):
-            tables: Tensor = _on_gpu().sketch(vector, seed, scale, self._places, self._edges)
+            tables: Tensor = self._kernels.tables(vector, seed, scale)
             return tables
         parts = vector.new_zeros(self._first[-1], 1, CELLS)
         for (start, stop), first, slices in zip(self._stretches, self._first, self._slices, strict=False):
@@ -62,7 +63,7 @@ class NarrowSketches:
         in the table, as so many times smaller.
         """
         if gpu.serves(vector):
-            tables, energies = _on_gpu().measure(vector, seed, owned, self._places, self._edges)
+            tables, energies = self._kernels.measure(vector, seed, owned)
             return tables, energies
         energies = _energies([vector[start:stop] for start, stop in self._stretches])
         if owned.stop:
@@ -72,9 +73,10 @@ class NarrowSketches:
             energies -= (1.0 - owned.step**-2) * _energies(held)
         return self(vector, seed), energies
 
-
-def _on_gpu() -> ModuleType:
-    return importlib.import_module("hvd_sketch.sketch.narrow_cuda")  # with Triton, which no other device needs
+    @cached_property
+    def _kernels(self) -> Any:
+        kernels = importlib.import_module("hvd_sketch.sketch.narrow_cuda")  # with Triton
+        return kernels.NarrowKernels(self._places, self._edges, SLICE, CELLS)
 
 
 def _energies(vectors: list[Tensor]) -> Tensor:

@@ -11,53 +11,58 @@ import triton.language as tl
 from torch import Tensor
 
 from hvd_sketch.sketch.cuda_kernels import _below, _drawn, _flip
-from hvd_sketch.sketch.narrow import CELLS, SLICE
 
 _SIGN_STREAM = 1 << 20
 
 
-def sketch(vector: Tensor, seed: int, scale: float, places: Tensor, edges: Tensor) -> Tensor:
-    """The tables of all stretches; see `NarrowSketches`.
+class NarrowKernels:
+    """The tables of all stretches; see `hvd_sketch.sketch.narrow.NarrowSketches`.
 
-    ``places``, int64 of shape ``(slices, 3)``: where each slice starts, where its stretch stops, and its number in the
-    stretch; ``edges``: the first slice of each stretch, and behind them the number of slices.
+    Args:
+        places: int64 ``(slices, 3)``: where each slice starts, where its stretch stops, its number in the stretch.
+        edges: int64: the first slice of each stretch, and behind them the number of slices.
+        size: coordinates of a slice.
+        cells: of a table.
     """
-    return _launch(vector, seed, scale, places, edges, slice(0), energies=False)[0]
 
+    def __init__(self, places: Tensor, edges: Tensor, size: int, cells: int) -> None:
+        self._places, self._edges, self._size, self._cells = places, edges, size, cells
 
-def measure(vector: Tensor, seed: int, owned: slice, places: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, and the sum of the squares of each stretch; the values that are owned are ``owned.step`` too large."""
-    tables, energies = _launch(vector, seed, 1.0, places, edges, owned, energies=True)
-    return tables, energies.sum(dim=1)
+    def tables(self, vector: Tensor, seed: int, scale: float) -> Tensor:
+        """Of ``scale * vector``."""
+        return self._sums(vector, seed, scale, slice(0), energies=False)[0]
 
+    def measure(self, vector: Tensor, seed: int, owned: slice) -> tuple[Tensor, Tensor]:
+        """The same, and the sum of the squares of each; the values that are owned are ``owned.step`` too large."""
+        tables, energies = self._sums(vector, seed, 1.0, owned, energies=True)
+        return tables, energies.sum(dim=1)
 
-def _launch(
-    vector: Tensor, seed: int, scale: float, places: Tensor, edges: Tensor, owned: slice, *, energies: bool
-) -> Tensor:
-    parts = torch.empty(2, len(places), CELLS, dtype=torch.float32, device=vector.device)
-    sums = torch.empty(2, len(edges) - 1, CELLS, dtype=torch.float32, device=vector.device)
-    word = (seed + 2**63) % 2**64 - 2**63
-    with torch.cuda.device_of(vector):
-        add_slices[len(places),](
-            *parts,
-            vector,
-            places,
-            word,
-            scale,
-            owned.start or 0,
-            owned.stop,
-            owned.step or 1,
-            1.0 / (owned.step or 1),
-            size=SLICE,
-            cells=CELLS,
-            sign_stream=_SIGN_STREAM,
-            energies=energies,
-            num_warps=1,
-            enable_fp_fusion=False,
-        )
-        for its_sums, its_parts in zip(sums, parts if energies else parts[:1], strict=False):
-            add_up[len(edges) - 1,](its_sums, its_parts, edges, cells=CELLS, num_warps=1, enable_fp_fusion=False)
-    return sums
+    def _sums(self, vector: Tensor, seed: int, scale: float, owned: slice, *, energies: bool) -> Tensor:
+        slices, stretches, cells = len(self._places), len(self._edges) - 1, self._cells
+        parts = torch.empty(2, slices, cells, dtype=torch.float32, device=vector.device)
+        sums = torch.empty(2, stretches, cells, dtype=torch.float32, device=vector.device)
+        word = (seed + 2**63) % 2**64 - 2**63
+        with torch.cuda.device_of(vector):
+            add_slices[slices,](
+                *parts,
+                vector,
+                self._places,
+                word,
+                scale,
+                owned.start or 0,
+                owned.stop,
+                owned.step or 1,
+                1.0 / (owned.step or 1),
+                size=self._size,
+                cells=cells,
+                sign_stream=_SIGN_STREAM,
+                energies=energies,
+                num_warps=1,
+                enable_fp_fusion=False,
+            )
+            for its_sums, its_parts in zip(sums, parts if energies else parts[:1], strict=False):
+                add_up[stretches,](its_sums, its_parts, self._edges, cells=cells, num_warps=1, enable_fp_fusion=False)
+        return sums
 
 
 @triton.jit(do_not_specialize=["seed", "first_owned", "last_owned", "ranks"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hvd_sketch import gpu
 from hvd_sketch.sketch import CountSketch, narrow
 from hvd_sketch.sketch.narrow import CELLS, NarrowSketches
 from tests.support.triton import (
@@ -59,13 +60,8 @@ def test_the_tables_of_a_sum_tell_its_norm() -> None:
     assert sum(energies) / 300 == pytest.approx((one + two).square().sum().item(), rel=0.05)
 
 
-def check(device: torch.device, size: int) -> None:
-    from hvd_sketch.sketch import narrow_cuda
-
-    sketches = NarrowSketches(STRETCHES, device)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(narrow_cuda, "SLICE", size)
-        ours = narrow_cuda.sketch(vector().to(device), -5, 0.3, sketches._places, sketches._edges)
+def check(device: torch.device) -> None:
+    ours = NarrowSketches(STRETCHES, device)._kernels.tables(vector().to(device), -5, 0.3)
     expected = NarrowSketches(STRETCHES, torch.device("cpu"))(vector(), -5, 0.3)
     assert torch.equal(ours.cpu().view(torch.int32), expected.view(torch.int32))
 
@@ -94,24 +90,18 @@ def test_on_the_interpreter(tmp_path: Path) -> None:
 
 @on_interpreter
 @pytest.mark.parametrize("size", [256, 1 << 15])
-def test_the_kernel_has_the_bits_of_the_reference(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hvd_sketch import gpu
-    from hvd_sketch.sketch import narrow_cuda
-
+def test_the_kernels_have_the_bits_of_the_reference(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(narrow, "SLICE", size)
-    check(torch.device("cpu"), size)
-    monkeypatch.setattr(narrow_cuda, "SLICE", size)
+    check(torch.device("cpu"))
     tables = NarrowSketches(STRETCHES, torch.device("cpu"))(vector(), 4)
     monkeypatch.setattr(gpu, "serves", lambda tensor: True)
     assert torch.equal(NarrowSketches(STRETCHES, torch.device("cpu")).measure(vector(), 4, slice(0))[0], tables)
 
 
 @on_interpreter
-def test_the_kernel_has_the_energies_of_the_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hvd_sketch.sketch import narrow_cuda
-
+def test_the_kernels_have_the_energies_of_the_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(self: NarrowSketches, values: Tensor, seed: int, owned: slice) -> tuple[Tensor, Tensor]:
-        tables, energies = narrow_cuda.measure(values, seed, owned, self._places, self._edges)
+        tables, energies = self._kernels.measure(values, seed, owned)
         return tables, energies
 
     monkeypatch.setattr(NarrowSketches, "measure", measure)
@@ -120,7 +110,7 @@ def test_the_kernel_has_the_energies_of_the_stretches(monkeypatch: pytest.Monkey
 
 @pytest.mark.skipif(INTERPRETED or not INSTALLED or not torch.cuda.is_available(), reason="needs a GPU and Triton")
 def test_on_a_gpu() -> None:
-    check(torch.device("cuda"), narrow.SLICE)
+    check(torch.device("cuda"))
     check_energies(torch.device("cuda"))
     stretches = [(7, 3_000_000), (3_000_000, 3_000_001), (3_000_001, 5_000_000)]
     values = torch.randn(5_000_000) ** 3
