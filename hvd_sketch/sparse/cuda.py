@@ -58,7 +58,8 @@ class _Choice:
         self._vector, self._count, self._shards, self._size = vector, count, shards, size
         self._rows = -(-size // shards)
         self._shape = {"wide": shards, "shards": wide, "rows": max(1, _TOGETHER // wide)}
-        self._room = min(self._rows, count + count // 2 + 4096)
+        self._ranks = _ranks(self._rows, count)
+        self._room = min(self._rows, max(count, _within(self._rows, self._ranks[0])))
         self._state = torch.empty(shards, kernels.FIELDS.value, dtype=torch.int64, device=device)
         kept = torch.empty(2, shards, self._room, dtype=torch.int32, device=device)
         self._looked_at = (vector, kept[0], kept[1].view(torch.float32))
@@ -75,7 +76,7 @@ class _Choice:
         counts = torch.empty(3, self._shards, runs, dtype=torch.int64, device=self._vector.device)
         whole: dict[str, Any] = {"size": self._size, "run": run, **self._shape}
         sample: dict[str, Any] = {"wide": self._shards, "sample": _SAMPLE, "num_warps": 16}
-        kernels.bracket[one](self._vector, self._state, self._size, *self._ranks(), **sample)
+        kernels.bracket[one](self._vector, self._state, self._size, *self._ranks, **sample)
         kernels.count[runs,](self._vector, self._state, *counts, **whole, num_warps=1)
         kernels.settle[one](
             self._state,
@@ -109,10 +110,16 @@ class _Choice:
             *self._looked_at, self._state, *self._before, rows, values, self._room, self._count, **self._lanes
         )
 
-    def _ranks(self) -> tuple[int, int]:
-        """Two ranks in the sample, between which that of the k-th largest nearly certainly lies."""
-        if self._rows <= _SAMPLE:
-            return self._count, self._count
-        expected = self._count * _SAMPLE / self._rows
-        spread = _MARGIN * (math.sqrt(expected) + 1.0)
-        return min(_SAMPLE, max(1, math.ceil(expected + spread))), math.floor(expected - spread)
+
+def _ranks(rows: int, count: int) -> tuple[int, int]:
+    """Two ranks in the sample of so many rows, between which that of the k-th largest nearly certainly lies."""
+    if rows <= _SAMPLE:
+        return count, count
+    expected = count * _SAMPLE / rows
+    spread = _MARGIN * (math.sqrt(expected) + 1.0)
+    return min(_SAMPLE, max(1, math.ceil(expected + spread))), math.floor(expected - spread)
+
+
+def _within(rows: int, rank: int) -> int:
+    """How many rows nearly certainly suffice for what lies above that rank's entry in the sample."""
+    return math.ceil((rank + abs(_MARGIN) * (math.sqrt(rank) + 1.0)) * rows / _SAMPLE)

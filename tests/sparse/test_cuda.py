@@ -74,6 +74,22 @@ def test_a_sample_that_misleads_changes_nothing(
             check(vector, shards, count)
 
 
+@pytest.mark.parametrize("share", [1e-5, 1e-3, 0.01, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("rows", [20_000, 1_000_000, 100_000_000])
+def test_there_is_room_for_the_candidates_of_any_share(rows: int, share: float) -> None:
+    """Six standard deviations of a sample: what lies above its rank's entry, and the k-th largest, is within."""
+    pytest.importorskip("triton")
+    from hvd_sketch.sparse import cuda
+
+    count = max(1, int(rows * share))
+    low, high = cuda._ranks(rows, count)
+    room = cuda._within(rows, low)
+    assert high * rows / cuda._SAMPLE <= count <= max(low * rows / cuda._SAMPLE, count)
+    assert low * rows / cuda._SAMPLE < room
+    least = 1 + 12 * (count * cuda._SAMPLE / rows) ** -0.5 + 100 / (count * cuda._SAMPLE / rows)
+    assert room <= count * least * 1.5
+
+
 @on_interpreter
 def test_rows_are_set_and_added_to_as_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     from hvd_sketch.sparse import rows, rows_cuda
