@@ -87,12 +87,12 @@ class TopKExchange(SparseExchange):
             self._paired = Recorded(partial(self._pair, plan), self.gradient.device)
             self._summed = Recorded(self._sum, self.gradient.device)
         with self.stats.phase("select"):
-            chosen, pairs, *norms = self._paired()
+            chosen, pairs, sent = self._paired()
         with self.stats.phase("exchange"):
             pending = self.comm.start_allgather(pairs, self.rounds.name_of("pairs"))
         with self.stats.phase("memory"):
-            self.stats.note_norms(norms[:1], norms[1:])
             self.memory.keep(Chosen(chosen), 0.0, mask=True)
+            self.stats.note_sent(sent, self.memory.residual[self._where])
         with self.stats.phase("exchange"):
             gathered = pending.wait()
         with self.stats.phase("memory"):
@@ -100,11 +100,11 @@ class TopKExchange(SparseExchange):
             return [Part(self._where, update)]
 
     def _pair(self, plan: Any) -> tuple[Tensor, ...]:
-        """What is chosen, as coordinates and as pairs; the norms of it and of all that could be."""
+        """What is chosen, as coordinates and as pairs, and its norm."""
         chosen, residual = self.choose(plan), self.memory.residual[self._where]
         values = residual.index_select(0, chosen)
-        norms = torch.linalg.vector_norm(values), torch.linalg.vector_norm(residual)
-        return chosen, torch.cat([chosen.to(torch.int32), values.view(torch.int32)]), *norms
+        pairs = torch.cat([chosen.to(torch.int32), values.view(torch.int32)])
+        return chosen, pairs, torch.linalg.vector_norm(values)
 
     def _sum(self, gathered: Tensor) -> tuple[Tensor, ...]:
         indices, values = gathered.view(self.comm.size, 2, -1).unbind(1)
