@@ -68,7 +68,8 @@ class Addresses:
         told, table = self._tables.get(name, ([-1], None))
         if table is None or told != addresses:
             pinned = self._device.type == "cuda"
-            table = torch.tensor(addresses, dtype=torch.int64, pin_memory=pinned).to(self._device, non_blocking=True)
+            on_host = torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=pinned)
+            table = on_host.to(self._device, non_blocking=True)
             self._tables[name] = addresses, table
         return table
 
@@ -120,30 +121,6 @@ class Recorded:
                 gc.enable()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         return graph
-
-
-class Late:
-    """Numbers of a device on their way to the host: who reads them waits for what computes them, and for no more."""
-
-    def __init__(self, *numbers: Tensor) -> None:
-        stacked = torch.stack([number.detach().reshape(()) for number in numbers])
-        self._event: torch.cuda.Event | None = None
-        self._numbers: list[float] | None = None
-        if stacked.device.type == "cuda":
-            self._on_host = torch.empty(len(numbers), dtype=stacked.dtype, pin_memory=True)
-            self._on_host.copy_(stacked, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(stacked.device))
-        else:
-            self._on_host = stacked
-
-    def read(self) -> list[float]:
-        """The numbers."""
-        if self._numbers is None:
-            if self._event is not None:
-                self._event.synchronize()
-            self._numbers = self._on_host.tolist()
-        return self._numbers
 
 
 def find_digit(counts: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:

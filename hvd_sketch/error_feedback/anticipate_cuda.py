@@ -59,7 +59,7 @@ class Mover:
             kept: float32, of the errors' size.
         """
         device = errors.device
-        table = torch.tensor(numbers, dtype=torch.float32, pin_memory=device.type == "cuda")
+        table = torch.tensor(numbers, dtype=torch.float32, device="cpu", pin_memory=device.type == "cuda")
         table = table.to(device, non_blocking=True)
         seconds = self._addresses("moments", [0 if moment is None else moment.data_ptr() for moment in moments])
         for kind in {parameter.dtype for parameter in self._parameters}:

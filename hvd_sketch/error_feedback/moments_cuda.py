@@ -79,7 +79,7 @@ class Moments:
         """
         to = self._addresses("means", [means[p].data_ptr() if p in means else 0 for p in parameters])
         pairs = [numbers.get(parameter, (0.0, 0.0)) for parameter in parameters]
-        table = torch.tensor(pairs, dtype=torch.float32, pin_memory=self._device.type == "cuda")
+        table = torch.tensor(pairs, dtype=torch.float32, device="cpu", pin_memory=self._device.type == "cuda")
         table = table.to(self._device, non_blocking=True)
         for kind in {parameter.grad.dtype for parameter in means}:
             addresses = [p.grad.data_ptr() if p in means and p.grad.dtype == kind else 0 for p in parameters]

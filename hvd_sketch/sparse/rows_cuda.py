@@ -67,7 +67,7 @@ def put_in_pieces(
 def _on_device(table: tuple[int, ...], device: torch.device) -> Tensor:
     """A table of pieces; they mostly are where they were in the step before."""
     pinned = device.type == "cuda"
-    return torch.tensor(table, dtype=torch.int64, pin_memory=pinned).to(device, non_blocking=True)
+    return torch.tensor(table, dtype=torch.int64, device="cpu", pin_memory=pinned).to(device, non_blocking=True)
 
 
 @triton.jit(do_not_specialize=["shards", "first", "count"])
