@@ -7,7 +7,9 @@ import gc
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -74,6 +76,22 @@ class Addresses:
         return table
 
 
+_recording = threading.Lock()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """One thread at a time, and no garbage collection: a graph that it frees would end a recording."""
+    with _recording:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()
+
+
 class Recorded:
     """A function of tensors whose launches on a GPU are recorded at its third call and replayed from then on.
 
@@ -107,18 +125,12 @@ class Recorded:
         self._arguments = [argument.clone() for argument in arguments]
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        collects = gc.isenabled()
-        gc.disable()  # a graph that it frees would end the recording
-        try:
-            with torch.cuda.stream(stream):
-                graph.capture_begin(capture_error_mode="thread_local")
-                try:
-                    self._results = self._function(*self._arguments)
-                finally:
-                    graph.capture_end()
-        finally:
-            if collects:
-                gc.enable()
+        with undisturbed(), torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._results = self._function(*self._arguments)
+            finally:
+                graph.capture_end()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         return graph
 
