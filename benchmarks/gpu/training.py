@@ -67,6 +67,7 @@ def _row(method: str, settings: Any, comm: Communicator, size: Size, text: Text,
     model = Language(size).to(device)
     numel = sum(parameter.numel() for parameter in model.parameters())
     row = {"device": name, "op": "training", "impl": method, "d": numel, "ranks": comm.size}
+    row["when"] = time.strftime("%Y-%m-%d %H:%M")
     try:
         return row | _trained(model, _optimizer(model, settings, comm, size), comm, size, text, steps)
     except Exception as error:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import page
 from benchmarks.gpu.measure import Bench
 from benchmarks.gpu.record import Record
 
@@ -83,3 +84,7 @@ def test_a_measurement_that_fails_leaves_a_row(tmp_path: Path) -> None:
 def test_every_group_has_something_to_do() -> None:
     assert {item.group for item in command.items(False, command.GROUPS)} == set(command.GROUPS)
     assert {item.d for item in command.items(False, ["steps"])} == {10**7, 10**8, 10**9}
+
+
+def test_the_page_is_that_of_the_rows() -> None:
+    assert page.PAGE.read_text() == page.page(page.read())

@@ -70,6 +70,7 @@ def _row(key: Row, plan: Plan, method: Method) -> Row:
     parameters = sum(parameter.numel() for parameter in Language(plan.size).parameters())
     tokens = plan.ranks * plan.size.batch * plan.size.context
     row = {**key, "parameters": parameters, "tokens_per_step": tokens, "device": name, "finished": True}
+    row["when"] = time.strftime("%Y-%m-%d %H:%M")
     try:
         outcome = train(method, plan)
     except ConfigurationError as error:
