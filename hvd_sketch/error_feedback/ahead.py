@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,8 +29,13 @@ class Ahead(ABC):
 
     def __init__(self, flat: FlatParameters) -> None:
         self.flat = flat
-        self.synchronous, self.ahead = self.flat.new(), self.flat.new()
+        self.synchronous = self.flat.new()
         self.is_ahead = False
+
+    @cached_property
+    def ahead(self) -> Flat:
+        """Holds the point ahead."""
+        return self.flat.new()
 
     @abstractmethod
     def point(self, ahead: Flat) -> None:
@@ -37,12 +43,16 @@ class Ahead(ABC):
 
     @torch.no_grad()
     def forth(self) -> None:
-        """Put the parameters from x to the point ahead; both are kept."""
+        """Put the parameters from x to the point ahead."""
+        self.move()
+        self.is_ahead = True
+
+    def move(self) -> None:
+        """Do so, with x kept in ``synchronous`` and the point in ``ahead``."""
         self.flat.read(self.synchronous)
         self.ahead.vector.copy_(self.synchronous.vector)
         self.point(self.ahead)
         self.flat.write(self.ahead)
-        self.is_ahead = True
 
     @torch.no_grad()
     def back(self) -> None:
