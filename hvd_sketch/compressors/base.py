@@ -57,6 +57,11 @@ class Compressor(ABC):
         return small_or_named(self._smallest, self.exclude)(name, parameter)
 
     @property
+    def wants_anticipation(self) -> bool:
+        """Whether gradients are to be anticipated where that is possible."""
+        return self.anticipate is not False
+
+    @property
     def _smallest(self) -> int:
         """The size of the smallest tensor that is compressed."""
         if self.dense_below is None:

@@ -43,7 +43,7 @@ def settle(
 ) -> tuple[Any, ErrorFeedback | None]:
     """The compression, told whether gradients are anticipated, and the error feedback: as asked, or its own.
 
-    A compressor's own is `Anticipate` unless its ``anticipate`` says no, for SGD, Adam and AdamW themselves, whose
+    A compressor's own is `Anticipate` if it `wants_anticipation`, for SGD, Adam and AdamW themselves, whose
     response to a gradient is known, where the ranks' gradients are averaged without momentum correction.
 
     Raises:
@@ -59,7 +59,7 @@ def settle(
                 "anticipate=True needs torch.optim.SGD, Adam or AdamW (without amsgrad), op=Average and no momentum "
                 f"correction, and this is {type(optimizer).__name__}; leave anticipate away to have it where possible"
             )
-        asked = Anticipate() if possible and compression.anticipate is not False else None
+        asked = Anticipate() if possible and compression.wants_anticipation else None
     return replace(compression, anticipate=isinstance(asked, Anticipate)), asked
 
 
