@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,20 +33,22 @@ def in_another_process(tmp_path: Path, *arguments: str, **environment: str) -> N
         env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), **environment},
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def interpret(tmp_path: Path, file: str) -> None:
-    """Run those tests of a file that are for the interpreter."""
-    in_another_process(tmp_path, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, TRITON_INTERPRET="1")
+def interpret(tmp_path: Path, modules: Iterable[str]) -> None:
+    """Run those tests of some modules that are for the interpreter."""
+    files = [f"{module.replace('.', '/')}.py" for module in modules]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--durations=5", "-k", "not gpu"]
+    in_another_process(tmp_path, "-m", "pytest", *options, *files, TRITON_INTERPRET="1")
 
 
-def compile_all(tmp_path: Path, module: str, capability: int) -> None:
-    """Compile the ``kernels()`` of a test module for a GPU; see `_compile`."""
-    in_another_process(tmp_path, "-m", "tests.support.triton", module, str(capability))
+def compile_all(tmp_path: Path, modules: Iterable[str], capability: int) -> None:
+    """Compile the ``kernels()`` of some test modules for a GPU; see `_compile`."""
+    in_another_process(tmp_path, "-m", "tests.support.triton", str(capability), *modules)
 
 
 def _compile(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], capability: int) -> None:
@@ -69,5 +72,6 @@ def _compile(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], c
 
 
 if __name__ == "__main__":
-    for its_kernel, its_pointers, its_constants in importlib.import_module(sys.argv[1]).kernels():
-        _compile(its_kernel, its_pointers, its_constants, int(sys.argv[2]))
+    for module in sys.argv[2:]:
+        for its_kernel, its_pointers, its_constants in importlib.import_module(module).kernels():
+            _compile(its_kernel, its_pointers, its_constants, int(sys.argv[1]))
