@@ -37,11 +37,13 @@ class PowerSGD(Compressor):
         rank: of the product that stands for each matrix; the compression ratio follows from it.
         start_step: steps before this one are dense.
         seed: of the first right factors; equal on all ranks.
+        dense_below: 1024 in any case: vectors have no factors.
     """
 
     rank: int = 2
     start_step: int = 10
     seed: int = 0
+    dense_below: int | None = 1024
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -42,7 +42,7 @@ class Sharded(Bucketed):
             the memory.
     """
 
-    dense_below: int = 0
+    dense_below: int | None = 0
     half: bool = True
 
     def fit(self, layout: Layout, ratio: float, ranks: int) -> Codes:

@@ -22,9 +22,11 @@ class Stride(Sparsifier):
 
     Attributes:
         seed: of the offsets; equal on all ranks.
+        anticipate: no, unless it is asked for.
     """
 
     seed: int = 0
+    anticipate: bool | None = False
 
     def fit(self, layout: Layout, ratio: float, ranks: int) -> int:
         """Every which coordinate to send, so that ``4 * total / ratio`` bytes hold the dense part as well.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,8 +19,9 @@ from hvd_sketch.error_feedback.base import ErrorFeedback, Wrapping
 from hvd_sketch.error_feedback.common_share import CommonShare, read_errors
 from hvd_sketch.error_feedback.factored_moments import FactoredMoments, MomentsObserver, check_adam
 from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.exchange import Exchange
 from hvd_sketch.methods.exchanging import ExchangingOptimizer, Wiring
-from hvd_sketch.methods.flat import Flat
+from hvd_sketch.methods.flat import Flat, FlatParameters
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,9 @@ class AnticipatingOptimizer(AheadOptimizer, ExchangingOptimizer):
 
     def __init__(self, wrapping: Wrapping, wiring: Wiring, shares: CommonShare, coefficient: float) -> None:
         super().__init__(wrapping.optimizer, wrapping.named, wiring)
-        ahead = Anticipation(self, wrapping, shares, coefficient)
-        self._own(_ahead=ahead, _names={parameter: name for name, parameter in self._named.items()})
+        flat = FlatParameters(self._named, wrapping.layout, next(iter(self._named.values())).device)
+        ahead = Anticipation(self, lambda: self.exchange, flat, shares, coefficient)
+        self._look_ahead(ahead, self._named)
 
     def __new__(cls, wrapping: Any = None, *arguments: Any) -> AnticipatingOptimizer:
         """Over the user's class."""
@@ -105,6 +108,11 @@ class AnticipatingOptimizer(AheadOptimizer, ExchangingOptimizer):
     def moves(self) -> bool:
         """Where there is anybody to exchange with."""
         return self._wiring.is_active()
+
+    def synchronize(self) -> None:
+        """Exchange the step's gradients, at x; see `ExchangingOptimizer`."""
+        self._passes.finish()
+        ExchangingOptimizer.synchronize(self)
 
     def memory_state_dict(self) -> dict[str, Any]:
         """What this rank has not sent yet; save it on every rank, beside ``state_dict()``."""
@@ -118,24 +126,29 @@ class AnticipatingOptimizer(AheadOptimizer, ExchangingOptimizer):
 
 
 class Anticipation(Ahead):
-    """Ahead by P of what is unsent; ``shares`` follows the exchange."""
+    """Ahead by P of what is unsent; ``shares`` follows the exchange of these parameters."""
 
     def __init__(
-        self, optimizer: ExchangingOptimizer, wrapping: Wrapping, shares: CommonShare, coefficient: float
+        self,
+        optimizer: torch.optim.Optimizer,
+        exchange: Callable[[], Exchange],
+        flat: FlatParameters,
+        shares: CommonShare,
+        coefficient: float,
     ) -> None:
-        super().__init__(wrapping.trained, wrapping.layout)
-        self._optimizer, self._shares, self._coefficient = optimizer, shares, coefficient
+        super().__init__(flat)
+        self._optimizer, self._exchange, self._shares, self._coefficient = optimizer, exchange, shares, coefficient
 
     def move(self) -> None:
         """On a GPU by one kernel, which needs no vector for the point ahead."""
         optimizer, parameters = self._optimizer, self.flat.parameters
-        moments = [optimizer.state[each].get("exp_avg_sq") for each in parameters]
+        moments = [optimizer.state.get(each, {}).get("exp_avg_sq") for each in parameters]
         if not gpu.serves(self.synchronous.vector) or not self._mover.serves(parameters, moments):
             super().move()
             return
         rates = {each: group for group in optimizer.param_groups for each in group["params"]}
         numbers = [numbers_of(optimizer, rates[each], each) for each in parameters]
-        exchange, shares = optimizer.exchange, self._shares.shares
+        exchange, shares = self._exchange(), self._shares.shares
         if shares is None:  # nothing is unsent before the first step
             shares = torch.zeros(len(numbers), dtype=torch.float32, device=exchange.gradient.device)
         errors, factors = exchange.memory.residual, self._coefficient * shares
@@ -152,7 +165,7 @@ class Anticipation(Ahead):
 
     def point(self, ahead: Flat) -> None:
         """By P of what is unsent behind x."""
-        read_errors(self._optimizer.exchange, self._moved.vector)
+        read_errors(self._exchange(), self._moved.vector)
         if self._shares.shares is not None:
             factors = self._coefficient * self._shares.shares.to(self.flat.dtype)
             torch._foreach_mul_(self._moved.views, list(factors.unbind()))
@@ -177,7 +190,7 @@ def numbers_of(
     """The numbers of P for a parameter: ``lr, 1 - b2, 1 / sqrt(1 - b2^t), eps``, of which SGD has the first alone."""
     if isinstance(optimizer, torch.optim.SGD):
         return _rate(optimizer, group), 0.0, 0.0, 0.0
-    state = optimizer.state[parameter]
+    state = optimizer.state.get(parameter)
     if not state:  # it was never stepped: nothing is unsent
         return 0.0, 0.0, 0.0, 0.0
     second = group["betas"][1]
@@ -193,7 +206,7 @@ def respond(
     if isinstance(optimizer, torch.optim.SGD):
         torch._foreach_mul_(errors, rate)
         return
-    states = [optimizer.state[parameter] for parameter in parameters]
+    states = [optimizer.state.get(parameter) for parameter in parameters]
     errors = [error for error, state in zip(errors, states, strict=True) if state]
     states = [state for state in states if state]  # a parameter without one was never stepped: nothing is unsent
     if not errors:
