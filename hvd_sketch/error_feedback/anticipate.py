@@ -206,9 +206,12 @@ def respond(
     if isinstance(optimizer, torch.optim.SGD):
         torch._foreach_mul_(errors, rate)
         return
-    states = [optimizer.state.get(parameter) for parameter in parameters]
+    states = [optimizer.state.get(parameter) or {} for parameter in parameters]
+    for error, state in zip(errors, states, strict=True):
+        if not state:  # of a parameter that was never stepped
+            error.zero_()
     errors = [error for error, state in zip(errors, states, strict=True) if state]
-    states = [state for state in states if state]  # a parameter without one was never stepped: nothing is unsent
+    states = [state for state in states if state]
     if not errors:
         return
     second = group["betas"][1]
