@@ -8,22 +8,29 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
+_Test = TypeVar("_Test", bound=Callable[..., object])
 INTERPRETED = "TRITON_INTERPRET" in os.environ
 INSTALLED = importlib.util.find_spec("triton") is not None
 _UNFIT = INSTALLED and metadata.version("triton") < "3.7" and metadata.version("numpy") >= "2.4"
 
-on_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, on Triton's interpreter")
+_only_interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, on Triton's interpreter")
 starts_interpreter = pytest.mark.skipif(
     INTERPRETED or not INSTALLED or _UNFIT, reason="needs Triton, and for its interpreter a NumPy no newer than that"
 )
 compiles = pytest.mark.skipif(INTERPRETED or not INSTALLED, reason="needs Triton")
+
+
+def on_interpreter(test: _Test) -> _Test:
+    """Mark a test that `interpret` runs."""
+    marked: _Test = pytest.mark.interpreted(_only_interpreted(test))
+    return marked
 
 
 def in_another_process(tmp_path: Path, *arguments: str, **environment: str) -> None:
@@ -42,7 +49,7 @@ def in_another_process(tmp_path: Path, *arguments: str, **environment: str) -> N
 def interpret(tmp_path: Path, modules: Iterable[str]) -> None:
     """Run those tests of some modules that are for the interpreter."""
     files = [f"{module.replace('.', '/')}.py" for module in modules]
-    options = ["-q", "-x", "-p", "no:cacheprovider", "--durations=5", "-k", "not gpu"]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--durations=5", "-m", "interpreted"]
     in_another_process(tmp_path, "-m", "pytest", *options, *files, TRITON_INTERPRET="1")
 
 
