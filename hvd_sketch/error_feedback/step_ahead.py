@@ -18,7 +18,7 @@ from hvd_sketch.exchange import Exchange
 from hvd_sketch.exchange.gradients import watch
 from hvd_sketch.exchange.scaling import tell_scalers
 from hvd_sketch.methods.displacement import displacement_exchange
-from hvd_sketch.methods.flat import Flat
+from hvd_sketch.methods.flat import Flat, FlatParameters
 from hvd_sketch.methods.wrapper import Method
 
 
@@ -84,7 +84,7 @@ class StepAheadOptimizer(AheadOptimizer, Method):
         super().__init__(wrapping.optimizer)
         trained = wrapping.trained
         ahead = _ByTheErrors(self, wrapping, settings.coefficient)
-        self._own(_ahead=ahead, _names={parameter: name for name, parameter in trained.items()})
+        self._look_ahead(ahead, trained)
         self._own(_wrapping=wrapping, _settings=settings, _stepped=ahead.flat.new(), _undo=Undo(wrapping.optimizer))
         self._begin(None)
 
@@ -189,7 +189,8 @@ class _ByTheErrors(Ahead):
     """Behind x by the errors, and of what this rank owns by its share."""
 
     def __init__(self, optimizer: StepAheadOptimizer, wrapping: Wrapping, coefficient: float) -> None:
-        super().__init__(wrapping.trained, wrapping.layout)
+        trained = wrapping.trained
+        super().__init__(FlatParameters(trained, wrapping.layout, next(iter(trained.values())).device))
         self._optimizer, self._coefficient = optimizer, coefficient
 
     def point(self, ahead: Flat) -> None:
