@@ -73,11 +73,11 @@ class OneWaySignExchange(SparseExchange):
     def send_chosen(self, plan: int) -> list[Part]:
         """Allgather every rank's code, and sum what they stand for."""
         with self.stats.phase("select"):
-            code, left = _encode(self.memory.residual[self._where], self._edges, plan)
+            code, sent = _encode(self.memory.residual[self._where], self._edges, plan)
         with self.stats.phase("exchange"):
             pending = self.comm.start_allgather(code, self.rounds.name_of("signs"))
         with self.stats.phase("memory"):
-            self.keep_all(left)
+            self.keep_rest(sent)
         with self.stats.phase("exchange"):
             gathered = pending.wait()
         with self.stats.phase("memory"):
@@ -86,12 +86,11 @@ class OneWaySignExchange(SparseExchange):
                 update += _decode(row, self._edges)
             return [Part(self._where, update.mul_(1.0 / self.divisor))]
 
-    def keep_all(self, left: Tensor) -> None:
-        """Keep what was left out of the compressed part; momentum stays, for everything is sent in every step."""
+    def keep_rest(self, sent: Tensor) -> None:
+        """Keep the rest of the compressed part; momentum stays, for everything is sent in every step."""
         memory = self.memory.residual[self._where]
-        sent = (memory.square().sum() - left.square().sum()).clamp_min(0.0).sqrt()
-        self.stats.note_captured(sent, memory)
-        self.memory.keep(self._where, left, mask=False)
+        self.stats.note_norms([torch.linalg.vector_norm(sent)], [torch.linalg.vector_norm(memory)])
+        self.memory.keep(self._where, memory - sent, mask=False)
 
 
 class TwoWaySignExchange(OneWaySignExchange):
@@ -129,14 +128,14 @@ class TwoWaySignExchange(OneWaySignExchange):
         """Send every owner its coordinates' signs, and all scales; keep the rest, and what is owned whole."""
         size, values = self.comm.size, self.memory.residual[self._where]
         with self.stats.phase("select"):
-            code, left = _encode(values, self._edges, plan * size)
+            code, sent = _encode(values, self._edges, plan * size)
             head, signs = code[: -plan * size], code[-plan * size :].view(plan, size)
             message = torch.cat([head.expand(size, -1), signs.t()], dim=1)
         with self.stats.phase("exchange"):
             pending = self.comm.start_alltoall(message, self.rounds.name_of("up"))
         with self.stats.phase("memory"):
             own = values[self.owned].clone()
-            self.keep_all(left)
+            self.keep_rest(sent)
             self.memory.keep(self.owned, own, mask=False)
         return pending
 
@@ -150,23 +149,23 @@ class TwoWaySignExchange(OneWaySignExchange):
             for sender, row in enumerate(received):
                 if sender != self.comm.rank:
                     total += _decode(row, edges)
-            code, left = _encode(total, edges, plan)
+            code, sent = _encode(total, edges, plan)
         with self.stats.phase("exchange"):
             pending = self.comm.start_allgather(code, self.rounds.name_of("down"))
         with self.stats.phase("memory"):
-            self.memory.keep(self.owned, left, mask=False)
+            self.memory.keep(self.owned, total - sent, mask=False)
         return pending
 
 
 def _encode(values: Tensor, edges: Sequence[int], nbytes: int) -> tuple[Tensor, Tensor]:
-    """The code of a vector whose tensors lie between the edges, scales and then signs; and what it leaves out."""
+    """The code of a vector whose tensors lie between the edges, scales and then signs; and what it stands for."""
     parts = [values[start:stop] for start, stop in pairwise(edges)]
     counts = torch.tensor([max(1, part.numel()) for part in parts], dtype=torch.float32, device=values.device)
     scales = (torch.stack(torch._foreach_norm(parts, 1)) / counts).to(_SCALE)
     negative, packed = values < 0.0, torch.empty(nbytes, dtype=torch.uint8, device=values.device)
     bits.pack(negative.to(torch.int8).neg_(), 1, packed)
     sent = _scaled(torch.where(negative, -1.0, 1.0), edges, scales.float().unsqueeze(1))
-    return torch.cat([scales.view(torch.uint8), packed]), values - sent
+    return torch.cat([scales.view(torch.uint8), packed]), sent
 
 
 def _decode(code: Tensor, edges: Sequence[int]) -> Tensor:

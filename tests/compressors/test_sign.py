@@ -51,7 +51,9 @@ def by_definition(gradients: Tensor, *, both_ways: bool) -> tuple[list[Tensor], 
 def test_updates_and_memories_are_those_of_the_definition(size: int, both_ways: bool) -> None:
     gradients = heavy_tailed(size, 6, TOTAL)
     updates, memory = by_definition(gradients, both_ways=both_ways)
-    for rank, run in enumerate(simulate(Compression.sign(both_ways=both_ways, **PLAIN), gradients, SHAPES)):
+    runs = simulate(Compression.sign(both_ways=both_ways, **PLAIN), gradients, SHAPES)
+    assert 0.0 < runs[0].exchange.stats.captured_energy < 1.0
+    for rank, run in enumerate(runs):
         torch.testing.assert_close(run.updates, torch.stack(updates), rtol=0, atol=2e-6 * float(gradients.abs().max()))
         torch.testing.assert_close(run.residual, memory[rank], rtol=0, atol=2e-6 * float(gradients.abs().max()))
 
