@@ -23,7 +23,7 @@ FLOORS = (
     ("exchange",),
     ("memory", "memory_cuda", "layout", "wire", "grid", "saved", "stats", "scope"),
     ("sketch", "sparse", "comm"),
-    ("native", "gpu", "precision"),
+    ("native", "gpu", "precision", "bits"),
     ("errors",),
 )
 HEIGHT = {room: len(FLOORS) - number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -273,7 +273,7 @@ def test_ranks_that_differ_are_told_how_on_all_of_them() -> None:
     assert all(told == results[0] for told in results)
     expected = {name: pattern for name, (_, _, pattern) in MISMATCHES.items()}
     expected["memory"] = "step: rank 0 has '3', rank 1 has '7'"
-    remedy = "Give every rank.*load a saved memory that fits on.*broadcast_parameters before.*the first step"
+    remedy = "Give every rank.*load a saved memory that fits on.*broadcast_parameters.*the first step"
     for name, pattern in expected.items():
         assert re.search(f"(?s)^RankMismatchError.*{pattern}.*{remedy}", results[0][name]), results[0].get(name)
 
