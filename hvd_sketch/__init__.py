@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hvd_sketch import ddp
 from hvd_sketch.comm import Communicator, SingleProcess, chosen_backend
 from hvd_sketch.compressors import Compression, TensorTopK
 from hvd_sketch.error_feedback.anticipate import Anticipate
@@ -79,6 +80,7 @@ __all__ = [
     "broadcast_object",
     "broadcast_optimizer_state",
     "broadcast_parameters",
+    "ddp",
     "exchange_of",
     "init",
     "is_initialized",
@@ -96,7 +98,9 @@ if not TYPE_CHECKING:  # a type checker would take any name for one of ours
         """Names of ``horovod.torch``, or of its stand-in, which is imported when the first of them is used."""
         if name.startswith("__"):
             raise AttributeError(name)
-        source = importlib.import_module("horovod.torch" if chosen_backend() == "horovod" else "hvd_sketch.frontends.world")
+        source = importlib.import_module(
+            "horovod.torch" if chosen_backend() == "horovod" else "hvd_sketch.frontends.world"
+        )
         try:
             return getattr(source, name)
         except AttributeError:

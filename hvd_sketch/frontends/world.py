@@ -19,7 +19,7 @@ def _world() -> Communicator:
 
 
 def init() -> None:
-    """Connect to the other processes: torch.distributed under torchrun, mpi4py under mpirun, else this process alone."""
+    """Connect to the other processes, by torch.distributed under torchrun and by mpi4py under mpirun; else none."""
     _world()
 
 
