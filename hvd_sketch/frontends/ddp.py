@@ -5,6 +5,7 @@
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, overload
 
@@ -18,9 +19,13 @@ from hvd_sketch.comm import as_communicator
 from hvd_sketch.compatibility import check_momentum, check_steps_once
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.error_feedback.ahead import AheadOptimizer
+from hvd_sketch.error_feedback.anticipate import Anticipate
 from hvd_sketch.error_feedback.base import ErrorFeedback
+from hvd_sketch.error_feedback.default import Default, follow, settle
+from hvd_sketch.error_feedback.passes import Passes
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
+from hvd_sketch.exchange.gradients import watch
 from hvd_sketch.exchange.scaling import LossScale
 from hvd_sketch.frontends.optimizer import DistributedOptimizer
 from hvd_sketch.layout import describe_values
@@ -36,6 +41,8 @@ class State:
     An update that is not stepped with and then cleared is as if it had never been exchanged. In a void step
     (see `Exchange`) gradients are not a number on all ranks, so that a ``GradScaler`` lowers its scale, and the
     optimizer's step leaves parameters and state alone.
+
+    Gradients are anticipated where the compressor's ``anticipate`` has it so, see `Compressor`.
 
     Sent: what the compressor sends. Ranks that have run out of data inside ``model.join()`` take part with a
     gradient of zero and with what they have kept.
@@ -67,6 +74,7 @@ class State:
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         _check(compression, optimizer)
+        compression, feedback = settle(compression, optimizer, Default.OF_COMPRESSION, averages=True, corrects=False)
         named = dict(_numbered(optimizer) if named_parameters is None else named_parameters)
         self._optimizer, self._scale, self._factor = weakref.ref(optimizer), LossScale(grad_scaler), 1.0
         trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
@@ -83,6 +91,9 @@ class State:
         self._open: list[tuple[torch.futures.Future[Tensor], Tensor]] = []
         self._undo: Callable[[], None] | None = None
         self._stepping = self._unstepped = self._ever_stepped = self._added_to = False
+        self._passes: Passes | None = None
+        if isinstance(feedback, Anticipate):
+            self._passes = follow(optimizer, feedback.coefficient, self, self.exchange, trained)
         self._watch(optimizer)
 
     def flush(self) -> None:
@@ -144,6 +155,7 @@ class State:
     def _finish(self) -> None:
         """Exchange, write the update into all buckets, and complete them."""
         exchange = self.exchange
+        self._back_at_the_model()
         exchange.submit_many(self._stale, 1.0 / self._factor)
         exchange.only_decay = list(self._stale)
         exchange.frozen = [at for at, parameter in enumerate(self._parameters) if not parameter.requires_grad]
@@ -179,12 +191,23 @@ class State:
 
     def _watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Be told, while the model lives, of gradients that are computed and of steps."""
+        watch(self, self._parameters)
         reference = weakref.ref(self)
         for position, parameter in enumerate(self._parameters):
             parameter.register_hook(_told(reference, State._computed, position))
         optimizer.register_step_pre_hook(_told(reference, State._before_step))
         optimizer.register_step_post_hook(_told(reference, State._after_step))
         optimizer.register_load_state_dict_post_hook(_told(reference, State._restart))
+
+    def gradient_computed(self, parameter: Tensor) -> None:
+        """Called by backward."""
+        if self._passes is not None:
+            self._passes.took(parameter)
+
+    def _back_at_the_model(self) -> None:
+        """End the step ahead, if parameters are."""
+        if self._passes is not None:
+            self._passes.finish()
 
     def _computed(self, position: int) -> None:
         """Backward is about to add to a gradient."""
@@ -207,6 +230,7 @@ class State:
 
     def _before_step(self) -> None:
         """What was exchanged is stepped with, unless it is void."""
+        self._back_at_the_model()
         self._stepping = self._ever_stepped = True
         if self._unstepped and self.exchange.void:
             self._clear()
@@ -214,10 +238,12 @@ class State:
         self._undo, self._unstepped = None, False
 
     def _after_step(self) -> None:
+        self._back_at_the_model()
         self._stepping = self._unstepped = False
 
     def _restart(self) -> None:
         """The optimizer has loaded a state: what is unsent belongs to what was before."""
+        self._back_at_the_model()
         self._undo = None
         self.exchange.reset()
 
@@ -261,7 +287,7 @@ def register(
     optimizer: torch.optim.Optimizer,
     compression: Compressor,
     *,
-    error_feedback: None = None,
+    error_feedback: Default | None = ...,
     grad_scaler: torch.amp.GradScaler | None = None,
 ) -> State: ...
 
@@ -282,20 +308,20 @@ def register(
     optimizer: torch.optim.Optimizer,
     compression: Compressor,
     *,
-    error_feedback: ErrorFeedback | None = None,
+    error_feedback: ErrorFeedback | Default | None = Default.OF_COMPRESSION,
     grad_scaler: torch.amp.GradScaler | None = None,
 ) -> State | AheadOptimizer:
     """Let a DistributedDataParallel model exchange its gradients by a compressor.
 
-    Without ``error_feedback`` the script goes on as it is, with its own optimizer. With it, go on with the
-    optimizer that is returned, and compute gradients inside its block, see `AheadOptimizer`; they then stay each
-    rank's own, and it is `step` that exchanges.
+    The script goes on as it is, with its own optimizer. Given an ``error_feedback``, go on with the optimizer that
+    is returned: gradients then stay each rank's own, and it is its `step` that exchanges.
 
     Args:
         model: the DistributedDataParallel model, compiled or not.
         optimizer: the one that steps its parameters.
         compression: one of `hvd_sketch.Compression` that sparsifies.
-        error_feedback: `Anticipate`, or `StepAhead`.
+        error_feedback: `Anticipate` or `StepAhead` with settings of their own; by default the compressor's, and none
+            with None.
         grad_scaler: the scaler in use, if there are several in the process.
 
     Returns:
@@ -312,7 +338,9 @@ def register(
             "first, or use hvd_sketch.DistributedOptimizer, which needs none"
         )
     named = {name: p for name, p in model.module.named_parameters() if name not in model.parameters_to_ignore}
-    if error_feedback is None:
+    if error_feedback is None and isinstance(compression, Compressor):
+        compression = replace(compression, anticipate=False)
+    if error_feedback is None or isinstance(error_feedback, Default):
         group = model.process_group
         state = State(compression, optimizer, named.items(), process_group=group, grad_scaler=grad_scaler)
         model.register_comm_hook(state, hook)
