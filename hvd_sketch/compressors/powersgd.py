@@ -109,7 +109,9 @@ class PowerSGDExchange(Exchange):
         self._computed = torch.zeros(layout.compressed, dtype=torch.float32, device=device)
         self._lefts = self._first[wire.HEADER : wire.HEADER + lefts]
         self._rights = self._second[_DIGEST.stop :]
-        self._bases = torch.tensor([(each.left.start, each.shape[0]) for each in self._matrices], device=device)
+        self._bases = torch.tensor(
+            [(each.left.start, each.shape[0]) for each in self._matrices], dtype=torch.int64, device=device
+        )
         self._multiplied = Recorded(self._multiply, device)
         self._projected = Recorded(self._project, device)
         self._expanded = Recorded(self._expand, device)
@@ -123,7 +125,11 @@ class PowerSGDExchange(Exchange):
         """Round 1, whose message has the dense part too, and round 2."""
         compressed, dense = slice(0, self.layout.compressed), slice(self.layout.compressed, self.layout.total)
         with self.stats.phase("factor"), full_precision():
-            self._multiplied(clip if isinstance(clip, Tensor) else torch.tensor(clip, device=self.gradient.device))
+            self._multiplied(
+                clip
+                if isinstance(clip, Tensor)
+                else torch.tensor(clip, dtype=torch.float32, device=self.gradient.device)
+            )
         if not self.rounds.sum(self._first, finite, "left"):
             return False
         with self.stats.phase("factor"), full_precision():

@@ -98,12 +98,15 @@ class AnticipatingOptimizer(AheadOptimizer, ExchangingOptimizer):
     def __init__(self, wrapping: Wrapping, wiring: Wiring, shares: CommonShare, coefficient: float) -> None:
         super().__init__(wrapping.optimizer, wrapping.named, wiring)
         flat = FlatParameters(self._named, wrapping.layout, next(iter(self._named.values())).device)
-        ahead = Anticipation(self, lambda: self.exchange, flat, shares, coefficient)
+        ahead = Anticipation(self, self._its_exchange, flat, shares, coefficient)
         self._look_ahead(ahead, self._named)
 
     def __new__(cls, wrapping: Any = None, *arguments: Any) -> AnticipatingOptimizer:
         """Over the user's class."""
         return super().__new__(cls, wrapping.optimizer if isinstance(wrapping, Wrapping) else None)
+
+    def _its_exchange(self) -> Exchange:
+        return self.exchange
 
     def moves(self) -> bool:
         """Where there is anybody to exchange with."""
@@ -206,9 +209,12 @@ def respond(
     if isinstance(optimizer, torch.optim.SGD):
         torch._foreach_mul_(errors, rate)
         return
-    states = [optimizer.state.get(parameter) for parameter in parameters]
+    states = [optimizer.state.get(parameter) or {} for parameter in parameters]
+    for error, state in zip(errors, states, strict=True):
+        if not state:  # of a parameter that was never stepped
+            error.zero_()
     errors = [error for error, state in zip(errors, states, strict=True) if state]
-    states = [state for state in states if state]  # a parameter without one was never stepped: nothing is unsent
+    states = [state for state in states if state]
     if not errors:
         return
     second = group["betas"][1]
