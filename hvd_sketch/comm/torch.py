@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hvd_sketch.comm.base import Communicator, Pending
-from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.errors import ConfigurationError, RankLostError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _OF_THE_HOST = ("gloo", "mpi")  # backends that are given tensors of the host alone
@@ -124,12 +124,12 @@ class TorchCommunicator(Communicator):
         """Inside, a failure of the backend says what it most likely means.
 
         Raises:
-            RuntimeError: in place of the backend's own, which is its cause.
+            RankLostError: in place of the backend's own, which is its cause.
         """
         try:
             yield
         except RuntimeError as error:
-            raise RuntimeError(
+            raise RankLostError(
                 f"hvd_sketch: rank {self._rank} of {self._size} lost the others: one of them ended, or did not take "
                 f"part in time; look for the first error of all ranks. torch.distributed says: {error}"
             ) from error

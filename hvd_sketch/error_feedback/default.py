@@ -98,7 +98,7 @@ def follow(
     shares.attach(exchange)
     flat = FlatParameters(named, exchange.layout, first.device)
     ahead = Anticipation(weakref.proxy(optimizer), lambda: exchange, flat, shares, coefficient)
-    moves: Callable[[], bool] = lambda: exchange.stats.steps > 0 and watches(client, first)  # noqa: E731
+    moves: Callable[[], bool] = lambda: exchange.step + exchange.stats.steps > 0 and watches(client, first)  # noqa: E731
     return Passes(ahead, {parameter: name for name, parameter in named.items()}, moves)
 
 

@@ -15,7 +15,7 @@ import hvd_sketch as hvd
 from hvd_sketch.comm import Communicator, SingleProcess, as_communicator, chosen_backend, default_communicator
 from hvd_sketch.comm.in_process import run_in_process
 from hvd_sketch.comm.torch import TorchCommunicator
-from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.errors import ConfigurationError, RankLostError
 from tests.support.ranks import Launcher, ranks
 
 DTYPES = (torch.float32, torch.float16, torch.float64, torch.int32, torch.int64, torch.uint8)
@@ -126,7 +126,7 @@ def with_a_rank_that_ends() -> str:
     comm.allreduce(torch.ones(1), "together")
     if comm.rank == comm.size - 1:
         return "left"
-    with pytest.raises(RuntimeError) as lost:
+    with pytest.raises(RankLostError) as lost:
         comm.allreduce(torch.ones(100), "alone")
     return str(lost.value)
 

@@ -206,8 +206,9 @@ def uneven() -> tuple[Balance, int, Tensor]:
     return balance(inner, start, state, computed), state.exchange.stats.steps, flat(model)
 
 
-def void(scaler: torch.amp.GradScaler | None, closure: bool) -> tuple[bool, bool, float, int]:
+def void(*, scales: bool = False, closure: bool = False) -> tuple[bool, bool, float, int]:
     """Rank 1's gradient of the third step is not a number, with momentum and weight decay at work."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0) if scales else None
     model = wrapped(net())
     optimizer = sgd(model, momentum=0.9, weight_decay=0.1)
     state = hvd.ddp.register(model, optimizer, COMPRESSORS["sketch"]())
@@ -374,7 +375,6 @@ def on_a_rank() -> dict[str, Any]:
     sys.modules["horovod"] = sys.modules["mpi4py"] = None  # type: ignore[assignment]
     hvd.init()
     warnings.simplefilter("ignore")
-    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     return {
         **{f"trained, {name}": trained(make) for name, make in COMPRESSORS.items()},
         **{f"wrapped, {name}": trained(COMPRESSORS["sharded"], **kw) for name, kw in WRAPPINGS.items()},
@@ -389,8 +389,8 @@ def on_a_rank() -> dict[str, Any]:
         ],
         "cleared": cleared(),
         "uneven": uneven(),
-        "void": [void(None, False), void(None, True)],
-        "void, scaled": void(scaler, False),
+        "void": [void(), void(closure=True)],
+        "void, scaled": void(scales=True),
         "scaled": scaled(),
         "autocast": autocast(),
         "compiled": compiled(),
