@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hvd_sketch import ddp
 from hvd_sketch.comm import Communicator, SingleProcess, chosen_backend
 from hvd_sketch.compressors import Compression, TensorTopK
 from hvd_sketch.error_feedback.anticipate import Anticipate
@@ -35,6 +34,7 @@ from hvd_sketch.stats import Stats
 from hvd_sketch.stock import exchange_of
 
 if TYPE_CHECKING:
+    from hvd_sketch import ddp
     from hvd_sketch.frontends.world import (
         allreduce,
         broadcast_object,
@@ -98,6 +98,8 @@ if not TYPE_CHECKING:  # a type checker would take any name for one of ours
         """Names of ``horovod.torch``, or of its stand-in, which is imported when the first of them is used."""
         if name.startswith("__"):
             raise AttributeError(name)
+        if name == "ddp":  # not every PyTorch has it
+            return importlib.import_module("hvd_sketch.ddp")
         source = importlib.import_module(
             "horovod.torch" if chosen_backend() == "horovod" else "hvd_sketch.frontends.world"
         )

@@ -12,6 +12,7 @@ from typing import Any, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import GradBucket  # torch.distributed's own, which it does not export to type checkers
 from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
@@ -111,7 +112,7 @@ class State:
         self.exchange.load_state_dict(state)
 
     @torch.no_grad()
-    def receive(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def receive(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Take a bucket of gradients; the future completes with that of the last one.
 
         Raises:
@@ -183,7 +184,7 @@ class State:
             )
         return position
 
-    def _refuse_sparse(self, bucket: dist.GradBucket) -> None:
+    def _refuse_sparse(self, bucket: GradBucket) -> None:
         """Tell all ranks, in the step, that a gradient is sparse."""
         slots = self.exchange.layout.slots
         names = ", ".join(slots[self._position_of(parameter)].name for parameter in bucket.parameters())
@@ -269,12 +270,12 @@ def _told(reference: "weakref.ref[State]", what: Callable[..., None], *arguments
     return hook
 
 
-def hook(state: State, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def hook(state: State, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """The communication hook: ``model.register_comm_hook(State(compression, optimizer), hook)``."""
     return state.receive(bucket)
 
 
-def keep_local(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def keep_local(state: None, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """A communication hook that leaves every rank its own gradients, for an optimizer that exchanges."""
     future = torch.futures.Future[Tensor]()
     future.set_result(bucket.buffer())

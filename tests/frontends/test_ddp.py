@@ -217,11 +217,11 @@ def void(*, scales: bool = False, closure: bool = False) -> tuple[bool, bool, fl
         before = flat(model)
         value = torch.nan if (rank, number) == (1, 2) else 1.0
 
-        def evaluate(number: int = number, value: float = value) -> Tensor:
+        def evaluate(number: int = number, value: float = value) -> float:
             optimizer.zero_grad()
             result = loss(model, rank, number) * value
             (scaler.scale(result) if scaler else result).backward()
-            return result
+            return float(result)
 
         if closure:
             optimizer.step(evaluate)
@@ -273,7 +273,7 @@ def autocast() -> Tensor:
 
 
 def compiled() -> Tensor:
-    model = torch.compile(wrapped(net()), backend="aot_eager")
+    model: Any = torch.compile(wrapped(net()), backend="aot_eager")
     optimizer = sgd(model, momentum=0.5)
     hvd.ddp.register(model, optimizer, COMPRESSORS["sharded"]())
     for number in range(STEPS):
@@ -352,12 +352,13 @@ def sparse() -> None:
 
 def errors() -> dict[str, str]:
     model = wrapped(net())
+    none: Any = Compression.none
     return {
         "ranks differ": refused(mismatched),
         "a parameter that State does not know": refused(unknown),
         "sparse": refused(sparse),
         "not wrapped": refused(lambda: hvd.ddp.register(net(), sgd(model), COMPRESSORS["topk"]())),
-        "no compressor": refused(lambda: hvd.ddp.register(model, sgd(model), Compression.none)),
+        "no compressor": refused(lambda: hvd.ddp.register(model, sgd(model), none)),
         "lbfgs": refused(lambda: hvd.ddp.State(COMPRESSORS["topk"](), torch.optim.LBFGS(model.parameters()))),
         "foreign": refused(
             lambda: hvd.ddp.register(
