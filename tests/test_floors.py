@@ -14,6 +14,7 @@ import hvd_sketch
 ROOT = Path(hvd_sketch.__file__).parent
 FLOORS = (
     ("__init__", "__main__"),
+    ("ddp",),
     ("frontends",),
     ("error_feedback",),
     ("methods",),

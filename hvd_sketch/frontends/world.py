@@ -19,12 +19,12 @@ def _world() -> Communicator:
 
 
 def init() -> None:
-    """Connect to the other processes: mpi4py under a launcher, else this process alone."""
+    """Connect to the other processes, by torch.distributed under torchrun and by mpi4py under mpirun; else none."""
     _world()
 
 
 def shutdown() -> None:
-    """Forget the communicator; MPI itself ends with the process."""
+    """Forget the communicator; MPI and torch.distributed end with the process."""
     _world.cache_clear()
 
 
@@ -45,12 +45,16 @@ def size() -> int:
 
 def local_rank() -> int:
     """This process's number on its host."""
-    return int(os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", os.environ.get("MPI_LOCALRANKID", "0")))
+    return _told_by_launcher("0", "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 
 
 def local_size() -> int:
     """Number of processes on this host."""
-    return int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", os.environ.get("MPI_LOCALNRANKS", "1")))
+    return _told_by_launcher("1", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+
+
+def _told_by_launcher(alone: str, *variables: str) -> int:
+    return int(next((os.environ[variable] for variable in variables if variable in os.environ), alone))
 
 
 def allreduce(tensor: Tensor, name: str = "allreduce", op: int = 0) -> Tensor:
