@@ -10,17 +10,26 @@ from hvd_sketch.comm.base import Communicator, Pending
 from hvd_sketch.comm.single import SingleProcess
 from hvd_sketch.errors import ConfigurationError
 
-__all__ = ["Communicator", "Pending", "SingleProcess", "as_communicator", "default_communicator", "has_horovod"]
+__all__ = [
+    "Communicator",
+    "Pending",
+    "SingleProcess",
+    "as_communicator",
+    "default_communicator",
+    "has_horovod",
+    "is_installed",
+]
 
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE")
 
 
 def has_horovod() -> bool:
     """Whether Horovod with its PyTorch part is installed; does not import it."""
-    return _installed("horovod")
+    return is_installed("horovod")
 
 
-def _installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; does not import it."""
     try:
         return importlib.util.find_spec(package) is not None
     except ValueError:  # sys.modules[package] is None, which forbids to import it
@@ -41,7 +50,7 @@ def default_communicator(process_set: Any = None) -> Communicator:
     launched = max(int(os.environ.get(variable, "1")) for variable in _SIZE_VARIABLES)
     if launched == 1:
         return SingleProcess()
-    if not _installed("mpi4py"):
+    if not is_installed("mpi4py"):
         raise ConfigurationError(
             f"{launched} processes were launched but neither Horovod nor mpi4py is installed; "
             "install one of them: pip install mpi4py"

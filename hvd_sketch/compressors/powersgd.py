@@ -146,7 +146,8 @@ class PowerSGDExchange(Exchange):
                 f"{self.comm.rank} and all others; use one build of PyTorch and its linear algebra on all ranks"
             )
         with self.stats.phase("factor"), full_precision():
-            self._right.copy_(rights)
+            if self.rounds.all_present:
+                self._right.copy_(rights)
             for matrix in self._matrices:
                 n, m = matrix.shape
                 left, right = lefts[matrix.left].view(n, self._rank), rights[matrix.right].view(m, self._rank)

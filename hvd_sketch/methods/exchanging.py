@@ -227,6 +227,18 @@ class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
         """Restore this rank's memory, after ``load_state_dict``; see `Exchange.load_state_dict`."""
         self.exchange.load_state_dict(state)
 
+    def shared_state(self) -> dict[str, Any]:
+        """Parameters and the optimizer's state, the same on all ranks; not copied."""
+        values = {name: parameter.detach() for name, parameter in self._named.items()}
+        return {"parameters": values, "optimizer": self.optimizer.state_dict()}
+
+    def take_over(self, state: dict[str, Any]) -> None:
+        """Go on with another rank's `shared_state`; what is unsent here stays."""
+        with torch.no_grad():
+            for name, parameter in self._named.items():
+                parameter.copy_(state["parameters"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+
     def flush(self) -> None:
         """Send everything in the next step, so that a checkpoint after it needs no memory."""
         self.exchange.flush()

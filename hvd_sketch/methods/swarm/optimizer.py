@@ -8,7 +8,7 @@ import random
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -151,9 +151,6 @@ class SwarmSGD(Decentralized):
         self._courier.stop(away, _LAST_WORDS)
         self._finished = True
         atexit.unregister(self._leave)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
