@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -31,6 +32,13 @@ class Communicator(ABC):
     bytes_sent: int = 0
     muted: bool = False
     """Whether this rank adds zeros to every sum, for it has joined."""
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
+
+    def __reduce__(self) -> Any:
+        """What is loaded from a pickle has whatever ranks there are then."""
+        return importlib.import_module("hvd_sketch.comm").default_communicator, ()
 
     @property
     @abstractmethod

@@ -49,7 +49,7 @@ class PowerSGD(Compressor):
 
     def is_dense(self, name: str, parameter: Tensor) -> bool:
         """Also true of a matrix that the product of two factors would not shrink."""
-        if super().is_dense(name, parameter):
+        if parameter.dim() < 2 or super().is_dense(name, parameter):
             return True
         n, m = matrix_shape(tuple(parameter.shape))
         return self.rank * (n + m) >= n * m

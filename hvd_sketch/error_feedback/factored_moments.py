@@ -71,7 +71,7 @@ class MomentsObserver:
 
     def attach(self, exchange: Exchange) -> None:
         """Follow an exchange from its first step on."""
-        self._slots = [slot for slot in exchange.layout.slots if slot.stop <= exchange.layout.compressed]
+        self._slots = [slot for slot in exchange.layout.slots if slot.offset < exchange.layout.compressed]
         self._rows = [slot.shape[0] if len(slot.shape) > 1 else 1 for slot in self._slots]
         device, count = exchange.gradient.device, len(self._slots)
         sizes = [
@@ -100,7 +100,8 @@ class MomentsObserver:
     def lend(self, optimizer: torch.optim.Optimizer) -> None:
         """Set Adam's running means so that the coming step divides by v: it adds ``(1 - b2) u^2`` to b2 times them."""
         for group in optimizer.param_groups if self._measured else ():
-            parameters = [p for p in group["params"] if p in self._moments and optimizer.state.get(p)]
+            stepped = [p for p in group["params"] if p.grad is not None and optimizer.state.get(p)]
+            parameters = [p for p in stepped if p in self._moments]
             if not parameters:
                 continue
             second = group["betas"][1]

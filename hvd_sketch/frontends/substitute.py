@@ -57,6 +57,7 @@ class Substitute:
         """Tell, on one rank, if nothing was compressed."""
         rank = next((os.environ[name] for name in _RANK_VARIABLES if name in os.environ), "0")
         if not self.used and rank == "0":
+            sys.stdout.flush()
             _logger.warning(
                 "hvd_sketch: nothing was compressed: the script wrapped no optimizer in "
                 "horovod.torch.DistributedOptimizer"

@@ -134,6 +134,12 @@ class SwarmSGD(Decentralized):
         self._courier.start()
         atexit.register(self._leave)
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise ConfigurationError(
+            "SwarmSGD cannot be copied or pickled, for a thread answers other nodes in its name; save "
+            "optimizer.state_dict(), and the model inside average_model()"
+        )
+
     def finish(self) -> None:
         """Collective: wait, answering, until all nodes are done, and end the courier.
 
