@@ -198,6 +198,12 @@ def watchers() -> dict[int, Watcher]:
     return {number: found[number] for number in sorted(found) if found[number] is not None}
 
 
+def watches(optimizer: Watcher, parameter: Tensor) -> bool:
+    """Whether it is this optimizer that is told."""
+    watching = _watching.get(parameter)
+    return watching is not None and watching.watcher() is optimizer
+
+
 def _hook_of(watching: _Watch) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
         optimizer = watching.watcher()

@@ -64,6 +64,7 @@ class SparseExchange(Exchange):
         self.memory.keep(where, 0.0, mask=True)
         with self.stats.phase("exchange"):
             self.comm.allreduce(values, self.rounds.name_of("whole"))
+        self.stats.captured_energy = 1.0
         return [Part(where, values.mul_(1.0 / self.divisor))]
 
     def _sum_dense(self, clip: Factor, finite: Finite) -> Tensor | None:

@@ -50,6 +50,11 @@ class FlatParameters:
         double = any(parameter.dtype == torch.float64 for parameter in self.parameters)
         self.dtype = torch.float64 if double else torch.float32
 
+    @property
+    def _values(self) -> list[Tensor]:
+        """The parameters' memory, whatever a script has put there, beside autograd and its count of versions."""
+        return [parameter.data for parameter in self.parameters]
+
     def new(self) -> Flat:
         """A vector of zeros."""
         vector = torch.zeros(self.layout.total, dtype=self.dtype, device=self.device)
@@ -57,11 +62,11 @@ class FlatParameters:
 
     def read(self, into: Flat) -> None:
         """Copy the parameters into a vector."""
-        torch._foreach_copy_(into.views, self._values())
+        torch._foreach_copy_(into.views, self._values)
 
     def write(self, values: Flat) -> None:
         """Copy a vector into the parameters."""
-        torch._foreach_copy_(self._values(), values.views)
+        torch._foreach_copy_(self._values, values.views)
 
     def read_gradients(self, into: Flat) -> None:
         """Copy the gradients into a vector; a parameter without one counts as gradient zero."""
@@ -77,10 +82,6 @@ class FlatParameters:
             if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)
             parameter.grad.copy_(view)
-
-    def _values(self) -> list[Tensor]:
-        """Not kept: somebody may give a parameter other memory."""
-        return [parameter.detach() for parameter in self.parameters]
 
 
 class FlatModel(FlatParameters):

@@ -98,7 +98,7 @@ def highest() -> int:
     """Bytes; the largest that the process ever had, or has now."""
     with open("/proc/self/status") as status:
         peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-    return max(peak, psutil.Process().memory_info().rss)
+    return max(peak, int(psutil.Process().memory_info().rss))
 
 
 def test_broadcasts_cost_what_they_carry() -> None:

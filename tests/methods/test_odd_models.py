@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -127,15 +128,14 @@ def sharded(model: nn.Module) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
+    with tempfile.NamedTemporaryFile() as file:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{file.name}", rank=0, world_size=1)
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    finally:
         torch.distributed.destroy_process_group()
     return model
 
 
-UNFIT = {
+UNFIT: dict[str, Callable[[], nn.Module]] = {
     "is lazy": lambda: nn.Sequential(nn.Linear(30, 50), nn.LazyLinear(40)),
     "is on the meta device": lambda: nn.Sequential(nn.Linear(30, 50), nn.Linear(50, 40, device="meta")),
     "is a DTensor": lambda: sharded(net()),
