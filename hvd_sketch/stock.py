@@ -30,7 +30,7 @@ from hvd_sketch.comm.base import Communicator
 from hvd_sketch.compatibility import check_momentum
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
-from hvd_sketch.exchange.gradients import Gradients, watch
+from hvd_sketch.exchange.gradients import Gradients, shared_state, take_over, watch
 from hvd_sketch.exchange.scaling import LossScale
 from hvd_sketch.layout import Layout, describe_values
 from hvd_sketch.memory import Momentum
@@ -143,6 +143,14 @@ class _Client:
         """Called by backward."""
         if self._companion is not None:
             self._companion.took(parameter)
+
+    def shared_state(self) -> dict[str, Any]:
+        """Parameters and the optimizer's state, the same on all ranks; not copied."""
+        return shared_state(self.gradients.parameters, self.optimizer())
+
+    def take_over(self, state: dict[str, Any]) -> None:
+        """Go on with another rank's `shared_state`; what is unsent here stays."""
+        take_over(state, self.gradients.parameters, self.optimizer())
 
     def settle(self) -> None:
         """Exchange the gradients of all open tickets, as they are now, and write the updates into them."""

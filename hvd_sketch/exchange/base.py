@@ -138,7 +138,7 @@ class Exchange(Progress):
         if self._absent.positions and not self.void:
             self._absent.put_back(self.memory, self.update)
         self.step += self.rounds.all_present and not self.void
-        for observer in self.observers:
+        for observer in self.observers if self.rounds.all_present else ():
             observer.observe(self)
 
     @property

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -216,11 +218,27 @@ def test_launched_processes_that_cannot_connect_are_refused() -> None:
     assert "pip install mpi4py" in completed.output
 
 
-def test_names_of_horovod_alone_are_missed_clearly() -> None:
-    program = FORBID_HOROVOD + "import hvd_sketch as hvd\nhvd.join"
+def test_every_name_of_horovod_is_there_or_says_what_it_needs() -> None:
+    stock = importlib.import_module("horovod.torch")
+    public = {name for name in dir(stock) if not name.startswith("_")} - {"check_extension"}
+    names = sorted(name for name in public if name == "elastic" or not isinstance(getattr(stock, name), ModuleType))
+    program = f"""{FORBID_HOROVOD}
+import hvd_sketch as hvd, torch
+for name in {names}:
+    getattr(hvd, name)
+adasum = lambda: hvd.allreduce(torch.ones(1), op=hvd.Adasum)
+for use in (lambda: hvd.elastic.run, hvd.ProcessSet, hvd.SyncBatchNorm, adasum):
+    try:
+        use()
+    except hvd.ConfigurationError as error:
+        print(error)
+hvd.nonsense
+"""
     completed = run([sys.executable, "-c", program])
     assert completed.returncode == 1
-    assert "hvd_sketch has no attribute 'join', nor has hvd_sketch.frontends.world" in completed.output
+    for name in ("hvd.elastic", "hvd.ProcessSet", "hvd.SyncBatchNorm", "op=Adasum"):
+        assert f"{name} needs Horovod" in completed.output
+    assert "hvd_sketch has no attribute 'nonsense'" in completed.output
 
 
 def test_importing_us_does_not_import_horovod() -> None:
