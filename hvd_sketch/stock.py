@@ -79,6 +79,7 @@ class _Client:
         self.parameters = {name: parameter for parameter, name in names.items() if parameter.requires_grad}
         self.exchange = _make_exchange(compressor, optimizer, compressor.layout(self.parameters.items()))
         self.exchange.describe_values = partial(describe_values, self.parameters)
+        self.exchange.log.notes.append("stock Horovod, error_feedback=None")
         self.gradients = Gradients(self.exchange, self.parameters, sparse_as_dense=False, decay_of=None)
         self.tickets: list[Ticket] = []
         self._order = list(self.parameters.values())

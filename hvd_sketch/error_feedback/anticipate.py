@@ -78,7 +78,7 @@ class Anticipate(ErrorFeedback):
 
     def wrap(self, wrapping: Wrapping) -> AnticipatingOptimizer:
         """An `AnticipatingOptimizer` over the optimizer that exchanges gradients."""
-        shares, wiring = CommonShare(), wrapping.wiring
+        shares, wiring = CommonShare(), replace(wrapping.wiring, note=f"error_feedback={self}")
         if self.second_moments is None:
             wiring = replace(wiring, followers=[shares])
         else:

@@ -48,6 +48,7 @@ class Wiring:
         grad_scaler: the scaler in use, if it is told.
         correction: the momentum that is applied before the exchange in place of the optimizer's own.
         followers: attached to the exchange when it is made.
+        note: what is logged of how it is connected.
         before_step: called between the exchange and the step.
         attributes: what else Horovod's own optimizer has.
     """
@@ -59,6 +60,7 @@ class Wiring:
     grad_scaler: torch.amp.GradScaler | None = None
     correction: Momentum | None = None
     followers: Sequence[Follower] = ()
+    note: str = "error_feedback=None"
     before_step: Callable[[torch.optim.Optimizer], None] | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -131,6 +133,7 @@ class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
             wiring = self._wiring
             exchange = wiring.make_exchange(self._named, wiring.correction)
             exchange.describe_values = partial(describe_values, self._named)
+            exchange.log.notes.append(wiring.note)
             for follower in wiring.followers:
                 follower.attach(exchange)
             if self._memory is not None:
