@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,15 +85,23 @@ class Anticipate(ErrorFeedback):
         else:
             moments = MomentsObserver(self.second_moments, wrapping.named)
             wiring = replace(wiring, followers=[shares, moments], before_step=moments.lend)
-        return AnticipatingOptimizer(wrapping, wiring, shares, self.coefficient)
+        return AnticipatingOptimizer(
+            wrapping, wiring, lambda optimizer: Anticipation(optimizer, wrapping, shares, self.coefficient)
+        )
 
 
 class AnticipatingOptimizer(AheadOptimizer, ExchangingOptimizer):
-    """The optimizer that `Anticipate` asks for; used as `AheadOptimizer` says."""
+    """Exchanges gradients that were taken ahead of the model; used as `AheadOptimizer` says.
 
-    def __init__(self, wrapping: Wrapping, wiring: Wiring, shares: CommonShare, coefficient: float) -> None:
+    Args:
+        wrapping: what is wrapped.
+        wiring: how it is connected.
+        ahead_of: where gradients are taken, made of the optimizer.
+    """
+
+    def __init__(self, wrapping: Wrapping, wiring: Wiring, ahead_of: Callable[[ExchangingOptimizer], Ahead]) -> None:
         super().__init__(wrapping.optimizer, wrapping.named, wiring)
-        ahead = Anticipation(self, wrapping, shares, coefficient)
+        ahead = ahead_of(self)
         self._own(_ahead=ahead, _names={parameter: name for name, parameter in self._named.items()})
 
     def __new__(cls, wrapping: Any = None, *arguments: Any) -> AnticipatingOptimizer:
