@@ -207,8 +207,7 @@ class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
     def discard(self) -> None:
         """Throw the gradients away that were computed, synchronized or not; nothing of them is kept anywhere."""
         self._throw_away()
-        for parameter in self._named.values():
-            parameter.grad = None
+        super().discard()
 
     def zero_grad(self, *arguments: Any, **keywords: Any) -> None:
         """Clear the gradients; what was synchronized and not stepped with is as if it had never been."""
