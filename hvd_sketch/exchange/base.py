@@ -24,10 +24,7 @@ Finite = bool | Tensor
 
 
 class Observer(Saved, Protocol):
-    """Learns from every step of an exchange, on all ranks in the same order; may communicate.
-
-    Of a void step, too: see `Exchange.void`.
-    """
+    """Learns from every step of an exchange that counts, on all ranks in the same order; may communicate."""
 
     def observe(self, exchange: Exchange) -> None: ...
 
@@ -48,7 +45,7 @@ class Exchange(Progress):
 
     Attributes:
         void: whether the last step was.
-        observers: who learns from every step.
+        observers: who learns from every step that counts.
         log: what rank 0 tells of it.
         gradient: the step's gradients, float32, of the layout's size.
         frozen: positions of the parameters that do not require a gradient for now.
@@ -143,8 +140,9 @@ class Exchange(Progress):
         self.stats.dense_bytes += self.comm.allreduce_bytes(4 * self.layout.total)
         if self._absent.positions and not self.void:
             self._absent.put_back(self.memory, self.update)
-        self.step += self.rounds.all_present and not self.void
-        for observer in self.observers:
+        counts = self.rounds.all_present and not self.void
+        self.step += counts
+        for observer in self.observers if counts else ():
             observer.observe(self)
         self.log.end_step(self, compressed=compressed)
 
