@@ -21,7 +21,6 @@ class Unconfigured(logging.Handler):
 
 LOGGER = logging.getLogger("hvd_sketch")
 LOGGER.addHandler(Unconfigured())
-LOGGER.handlers[-1].setFormatter(logging.Formatter("%(name)s: %(message)s"))
 if LOGGER.level == logging.NOTSET:  # else these lines would be shown to those alone who ask for all libraries' own
     LOGGER.setLevel(logging.INFO)
 
@@ -59,7 +58,7 @@ class Log:
         if compressed and not self._has_told:
             self._has_told = True
             sent, dense = stats.bytes_sent - self._before[0], stats.dense_bytes - self._before[1]
-            LOGGER.info("%s", self._first_line(exchange, sent, dense))
+            LOGGER.info("hvd_sketch: %s", self._first_line(exchange, sent, dense))
         self.begin_step(stats)
 
     def _first_line(self, exchange: Progress, sent: int, dense: int) -> str:
@@ -76,7 +75,7 @@ class Log:
 
 def _tell_end(label: str, stats: Stats) -> None:
     LOGGER.info(
-        "the end after %d steps, %d of them void: %s, in all; %s",
+        "hvd_sketch: the end after %d steps, %d of them void: %s, in all; %s",
         stats.steps,
         stats.skipped,
         _cost(stats.bytes_sent, stats.dense_bytes),

@@ -25,8 +25,10 @@ from tests.support.simulation import drive, heavy_tailed, make, simulate
 
 TOTAL = 5470
 COST = r"([\d.,]+) MB sent in place of ([\d.,]+) MB \(([\d.,]+) times less\)"
-FIRST = re.compile(rf"step (\d+) is the first compressed one: (.+) on (\d+) ranks; {COST} a step and rank; (.+)")
-LAST = re.compile(rf"the end after (\d+) steps, (\d+) of them void: {COST}, in all; (.+)")
+FIRST = re.compile(
+    rf"hvd_sketch: step (\d+) is the first compressed one: (.+) on (\d+) ranks; {COST} a step and rank; (.+)"
+)
+LAST = re.compile(rf"hvd_sketch: the end after (\d+) steps, (\d+) of them void: {COST}, in all; (.+)")
 
 
 Lines = Callable[[], list[str]]
@@ -160,7 +162,7 @@ def test_a_script_that_just_ends_sees_both_lines_before_and_after_it_configures_
     assert status == 0, output
     first, last = [line for line in output.splitlines() if "hvd_sketch: " in line]
     assert re.search("(^|:)hvd_sketch: step 1 is .*; stock Horovod, error_feedback=None", first)
-    assert re.search("(^|:)configured hvd_sketch: the end after 5 steps, 0 of them void", last)
+    assert re.search("(^|:)configured hvd_sketch: hvd_sketch: the end after 5 steps, 0 of them void", last)
     assert all(f"steps {rank} 5" in output for rank in range(2))
 
 
