@@ -76,16 +76,21 @@ def _accompany(
     settled, feedback = settle(compressor, optimizer, Default.OF_COMPRESSION, averages=averages, corrects=False)
     if not isinstance(feedback, Anticipate):
         return settled, stock.alone
-    return settled, partial(_follow, optimizer, feedback.coefficient)
+    return settled, partial(_follow, optimizer, feedback)
 
 
 def _follow(
-    optimizer: torch.optim.Optimizer, coefficient: float, client: Any, exchange: Exchange, named: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    feedback: Anticipate,
+    client: Any,
+    exchange: Exchange,
+    named: Mapping[str, Tensor],
 ) -> Passes:
+    exchange.log.notes.append(f"error_feedback={feedback}")
     shares, first = CommonShare(), next(iter(named.values()))
     shares.attach(exchange)
     flat = FlatParameters(named, exchange.layout, first.device)
-    ahead = Anticipation(weakref.proxy(optimizer), lambda: exchange, flat, shares, coefficient)
+    ahead = Anticipation(weakref.proxy(optimizer), lambda: exchange, flat, shares, feedback.coefficient)
     moves: Callable[[], bool] = lambda: exchange.stats.steps > 0 and watches(client, first)  # noqa: E731
     return Passes(ahead, {parameter: name for name, parameter in named.items()}, moves)
 

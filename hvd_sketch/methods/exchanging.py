@@ -241,7 +241,7 @@ class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
         exchange, gradients = self._made()
         if exchange.streams:
             with torch.no_grad():
-                gradients.computed(parameter, self.backward_passes_per_step)
+                gradients.computed(parameter, self.backward_passes_per_step, lambda: 1.0 / self._scale.by_hand(self))
 
     def _run(self, scale: float, *, remember: bool = False) -> tuple[Exchange, Gradients]:
         """Exchange the gradients as they are, less their scale."""

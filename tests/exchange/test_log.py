@@ -161,7 +161,7 @@ def test_a_script_that_just_ends_sees_both_lines_before_and_after_it_configures_
     status, output = launch(2, (sys.executable, str(tmp_path / "script.py")))
     assert status == 0, output
     first, last = [line for line in output.splitlines() if "hvd_sketch: " in line]
-    assert re.search("(^|:)hvd_sketch: step 1 is .*; stock Horovod, error_feedback=None", first)
+    assert re.search("(^|:)hvd_sketch: step 1 is .*; stock Horovod; error_feedback=Anticipate", first)
     assert re.search("(^|:)configured hvd_sketch: hvd_sketch: the end after 5 steps, 0 of them void", last)
     assert all(f"steps {rank} 5" in output for rank in range(2))
 
