@@ -66,6 +66,7 @@ Accompany = Callable[[Compressing, torch.optim.Optimizer, bool], tuple[Compressi
 
 def alone(client: Any, exchange: Exchange, named: Mapping[str, Tensor]) -> None:
     """Nobody goes along."""
+    exchange.log.notes.append("error_feedback=None")
 
 
 _accompany: list[Accompany] = [lambda compressor, optimizer, averages: (compressor, alone)]
@@ -109,6 +110,7 @@ class _Client:
         self.parameters = {name: parameter for parameter, name in names.items() if parameter.requires_grad}
         self.exchange = _make_exchange(compressor, optimizer, compressor.layout(self.parameters.items()))
         self.exchange.describe_values = partial(describe_values, self.parameters)
+        self.exchange.log.notes.append("stock Horovod")
         self.gradients = Gradients(self.exchange, self.parameters, sparse_as_dense=False, decay_of=None)
         self.tickets: list[Ticket] = []
         self._order = list(self.parameters.values())

@@ -94,7 +94,7 @@ class State:
         self._stepping = self._unstepped = self._ever_stepped = self._added_to = False
         self._passes: Passes | None = None
         if isinstance(feedback, Anticipate):
-            self._passes = follow(optimizer, feedback.coefficient, self, self.exchange, trained)
+            self._passes = follow(optimizer, feedback, self, self.exchange, trained)
         self._watch(optimizer)
 
     def flush(self) -> None:
