@@ -44,6 +44,7 @@ __version__ = "0.1.0"
 _METHODS = {
     "Accordion": "accordion",
     "AccordionBatch": "accordion_batch",
+    "AsyncSGD": "server",
     "CSER": "cser",
     "DecentLaM": "decentlam",
     "DmSGD": "decentlam",

@@ -38,12 +38,19 @@ class Courier(threading.Thread):
         comm: an intracommunicator; duplicating it is collective.
         receive: called with the sender and the message, which it gives back to ``buffers``.
         buffers: where messages come from and go to.
+        largest: bytes; a message of more stays with its sender, and an empty one is received in its place.
 
     Raises:
         ConfigurationError: when MPI was initialised for fewer threads.
     """
 
-    def __init__(self, comm: MPI.Intracomm, receive: Callable[[int, Tensor], None], buffers: Buffers) -> None:
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        receive: Callable[[int, Tensor], None],
+        buffers: Buffers,
+        largest: int = LARGEST_MESSAGE,
+    ) -> None:
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
             raise ConfigurationError(
                 "MPI was initialised without MPI_THREAD_MULTIPLE, so no thread can answer while this rank computes; "
@@ -51,7 +58,7 @@ class Courier(threading.Thread):
             )
         super().__init__(name="hvd_sketch courier", daemon=True)
         self._comm = comm.Dup()
-        self._receive, self._buffers = receive, buffers
+        self._receive, self._buffers, self._largest = receive, buffers, largest
         self._outbox: SimpleQueue[tuple[int, Tensor]] = SimpleQueue()
         self._sending: list[tuple[MPI.Request, int, Tensor]] = []
         self._receiving: list[tuple[MPI.Request, int, Tensor]] = []
@@ -102,9 +109,13 @@ class Courier(threading.Thread):
     def _accept(self) -> bool:
         status, found = MPI.Status(), False
         while (arriving := self._comm.Improbe(tag=_TAG, status=status)) is not None:
-            buffer = self._buffers.take(status.Get_count(MPI.BYTE))
-            self._receiving.append((arriving.Irecv(buffer.numpy()), status.source, buffer))
             found = True
+            nbytes = status.Get_count(MPI.BYTE)
+            if nbytes > self._largest:
+                self._receive(status.source, self._buffers.take(0))
+                continue
+            buffer = self._buffers.take(nbytes)
+            self._receiving.append((arriving.Irecv(buffer.numpy()), status.source, buffer))
         return found
 
     def _finish_receiving(self) -> bool:

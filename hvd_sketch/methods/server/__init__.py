@@ -1,0 +1,53 @@
+"""Training with a server: asynchronous, in tiers, and with workers that cannot be trusted."""
+
+from hvd_sketch.methods.server.errors import ServerLost, TurnedAway, WorkersLost
+from hvd_sketch.methods.server.log import read_log, replay
+from hvd_sketch.methods.server.optimizer import AsyncSGD
+from hvd_sketch.methods.server.polyline import Polyline
+from hvd_sketch.methods.server.rules import (
+    FedAsync,
+    Gathered,
+    Hinge,
+    Krum,
+    Mean,
+    Median,
+    MultiKrum,
+    Plain,
+    Polynomial,
+    Push,
+    Rule,
+    TrimmedMean,
+    Zeno,
+    ZenoPlus,
+    ZenoPS,
+    ZenoPSAsync,
+)
+from hvd_sketch.methods.server.stats import ServerStats, WorkerCounts
+
+__all__ = [
+    "AsyncSGD",
+    "FedAsync",
+    "Gathered",
+    "Hinge",
+    "Krum",
+    "Mean",
+    "Median",
+    "MultiKrum",
+    "Plain",
+    "Polyline",
+    "Polynomial",
+    "Push",
+    "Rule",
+    "ServerLost",
+    "ServerStats",
+    "TrimmedMean",
+    "TurnedAway",
+    "WorkerCounts",
+    "WorkersLost",
+    "Zeno",
+    "ZenoPS",
+    "ZenoPSAsync",
+    "ZenoPlus",
+    "read_log",
+    "replay",
+]
