@@ -42,6 +42,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _METHODS = {
+    "ADSAGA": "server",
     "Accordion": "accordion",
     "AccordionBatch": "accordion_batch",
     "AsyncSGD": "server",
@@ -49,6 +50,7 @@ _METHODS = {
     "DecentLaM": "decentlam",
     "DmSGD": "decentlam",
     "EnergyTarget": "energy_target",
+    "FedAT": "server",
     "Guard": "guard",
     "LEAD": "lead",
     "LocalSGD": "local_sgd",

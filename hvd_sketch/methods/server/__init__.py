@@ -1,9 +1,12 @@
 """Training with a server: asynchronous, in tiers, and with workers that cannot be trusted."""
 
+from hvd_sketch.methods.server.adsaga import ADSAGA
 from hvd_sketch.methods.server.errors import ServerLost, TurnedAway, WorkersLost
+from hvd_sketch.methods.server.fedat import FedAT
 from hvd_sketch.methods.server.log import read_log, replay
 from hvd_sketch.methods.server.optimizer import AsyncSGD
 from hvd_sketch.methods.server.polyline import Polyline
+from hvd_sketch.methods.server.privacy import LocalNoise
 from hvd_sketch.methods.server.rules import (
     FedAsync,
     Gathered,
@@ -25,11 +28,14 @@ from hvd_sketch.methods.server.rules import (
 from hvd_sketch.methods.server.stats import ServerStats, WorkerCounts
 
 __all__ = [
+    "ADSAGA",
     "AsyncSGD",
+    "FedAT",
     "FedAsync",
     "Gathered",
     "Hinge",
     "Krum",
+    "LocalNoise",
     "Mean",
     "Median",
     "MultiKrum",

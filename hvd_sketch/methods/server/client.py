@@ -26,9 +26,9 @@ class Client:
         self.done = False
         line.to_worker = self._deliver
 
-    def join(self, applied: int, *, fresh: bool) -> tuple[Header, Tensor]:
+    def join(self, moment: int, *, fresh: bool) -> tuple[Header, Tensor]:
         """The whole model, to begin with."""
-        return self._ask(Header(Kind.JOIN, applied, note=Note.FRESH if fresh else Note.NOTHING).write())
+        return self._ask(Header(Kind.JOIN, moment, note=Note.FRESH if fresh else Note.NOTHING).write())
 
     def push(self, version: int, code: int, payload: Tensor) -> tuple[Header, Tensor]:
         """Send an update that began at a version; the model after it."""

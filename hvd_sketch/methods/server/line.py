@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hvd_sketch.comm.buffers import Buffers
 from hvd_sketch.errors import ConfigurationError
-from hvd_sketch.methods.server.message import HEADER, Header, Kind
+from hvd_sketch.methods.server.message import HEADER, LONGEST_REASON, Header, Kind
 from hvd_sketch.methods.server.watch import Watch
 
 _FOR_WORKERS = (Kind.MODEL, Kind.ABORT)
@@ -52,9 +52,10 @@ class Line:
     def __init__(self, comm: Any, *, nbytes: int, patience: float, server: int) -> None:
         from hvd_sketch.comm.peer import LARGEST_MESSAGE, Courier
 
-        if nbytes + HEADER > LARGEST_MESSAGE:
+        largest = max(nbytes, LONGEST_REASON) + HEADER
+        if largest > LARGEST_MESSAGE:
             raise ConfigurationError(
-                f"a message of this model may take {nbytes + HEADER} bytes, but one MPI message carries "
+                f"a message of this model may take {largest} bytes, but one MPI message carries "
                 f"{LARGEST_MESSAGE} at most: freeze parameters, or use a method with an allreduce"
             )
         self.rank: int = comm.rank
@@ -64,7 +65,7 @@ class Line:
         self.bytes_received = 0
         self.to_server: Deliver | None = None
         self.to_worker: Deliver | None = None
-        self._courier = Courier(comm, self._receive, _Fresh(), nbytes + HEADER)
+        self._courier = Courier(comm, self._receive, _Fresh(), largest)
         self.watch = Watch(self._courier.last_heard, lambda rank: self.tell(rank, Kind.PING), patience)
 
     def start(self) -> None:
@@ -106,10 +107,14 @@ class Line:
             self._hand_on(Letter(source, message, time.monotonic()))
 
     def _hand_on(self, letter: Letter) -> None:
-        kind = int(letter.message[0]) if letter.message.numel() else 0
-        from_server = letter.source == self.server and kind in (*_FOR_WORKERS, Kind.GONE)
-        deliver = self.to_worker if from_server else self.to_server
+        deliver = self.to_worker if self._is_servers(letter) else self.to_server
         if deliver is not None:
             with self.condition:
                 deliver(letter)
                 self.condition.notify_all()
+
+    def _is_servers(self, letter: Letter) -> bool:
+        """Whether the server sent it; what a server's rank sends to itself may be its worker's as well."""
+        if letter.source != self.server:
+            return False
+        return self.rank != self.server or int(letter.message[0]) in _FOR_WORKERS

@@ -14,11 +14,14 @@ _FORMAT = struct.Struct("<BBHIQ")
 HEADER = _FORMAT.size
 """Bytes before the payload."""
 
+LONGEST_REASON = 1000
+"""Bytes of the text of an ABORT."""
+
 
 class Kind(IntEnum):
     """What a message is."""
 
-    JOIN = auto()  # worker: send me the whole model; number says how many of my pushes my state has in it
+    JOIN = auto()  # worker: send me the whole model; number is the moment of my own state
     PUSH = auto()  # worker: my update; number is the version of the model that it began at
     PULL = auto()  # worker: let me look at the whole model
     DONE = auto()  # worker: no more pushes

@@ -11,7 +11,7 @@ import torch
 
 from hvd_sketch.methods.server.errors import WorkersLost
 from hvd_sketch.methods.server.line import Letter, Line
-from hvd_sketch.methods.server.message import Header, Kind, Note, Unreadable
+from hvd_sketch.methods.server.message import LONGEST_REASON, Header, Kind, Note, Unreadable
 from hvd_sketch.methods.server.store import ProtocolError, Replies, Store
 
 _MOST_LETTERS = 2  # of one worker: it waits for the answer to each, but may end meanwhile
@@ -110,7 +110,9 @@ class Serving:
             f"rank {self._line.rank}: worker {source} is turned away: {reason}", RuntimeWarning, stacklevel=2
         )
         self.gone.add(source)
-        told = Header(Kind.ABORT).write(torch.frombuffer(bytearray(reason.encode()), dtype=torch.uint8))
+        told = Header(Kind.ABORT).write(
+            torch.frombuffer(bytearray(reason.encode()[:LONGEST_REASON]), dtype=torch.uint8)
+        )
         return [(source, told), *self._store.leave(source, True, at)]
 
     def _lose(self, worker: int) -> None:

@@ -16,7 +16,7 @@ class WorkerCounts:
         accepted, refused: by the rule.
         void: of the pushes, those that could not count: values not finite, or damaged on the way.
         lost: how often it was given up.
-        applied: of its pushes, those that its present state has in it; what it says when it joins.
+        moment: of its own state: a number that it chose when it began, and one more for every push accepted.
     """
 
     pushes: int = 0
@@ -24,7 +24,7 @@ class WorkerCounts:
     refused: int = 0
     void: int = 0
     lost: int = 0
-    applied: int = 0
+    moment: int = 0
 
 
 @dataclass

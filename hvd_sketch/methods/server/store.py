@@ -74,27 +74,27 @@ class Store:
         """No payload of a worker is larger."""
         return max(code.most_bytes for code in self._codes.values())
 
-    def join(self, worker: int, applied: int, fresh: bool, at: float) -> Replies:
+    def join(self, worker: int, moment: int, fresh: bool, at: float) -> Replies:
         """A worker begins, or begins again: it gets the whole model.
 
         Args:
             worker: its rank.
-            applied: how many of its pushes its own state has in it.
-            fresh: it has no state.
+            moment: of its own state, see `WorkerCounts`.
+            fresh: that is empty.
             at: now, in seconds on any clock.
 
         Raises:
             ProtocolError: for a rank that is no worker, or a state of another moment than this one.
         """
         counts = self._counts(worker)
-        if not fresh and applied != counts.applied:
+        if not fresh and moment != counts.moment:
             raise ProtocolError(
-                f"its state has {applied} of its pushes in it, the server's has {counts.applied}: load checkpoints "
-                "of the same moment on all ranks, or let this one begin without"
+                "its state is of another moment than the server's: load checkpoints of the same moment on all ranks, "
+                "or let this one begin without"
             )
-        self._record(Event(Happened.JOIN, worker, applied, int(fresh), at))
+        self._record(Event(Happened.JOIN, worker, moment, int(fresh), at))
         if fresh:
-            counts.applied = 0
+            counts.moment = moment
         self._present.add(worker)
         self._rule.enter(worker, fresh=fresh)
         self._waiting.pop(worker, None)
@@ -214,7 +214,7 @@ class Store:
         for push, accepted in zip(able, verdicts, strict=True):
             counts = self.stats.workers[push.worker]
             counts.accepted += accepted
-            counts.applied += accepted
+            counts.moment += accepted
             counts.refused += not accepted
             if accepted:
                 self._verdicts[push.worker] = Note.ACCEPTED
