@@ -5,6 +5,7 @@ from hvd_sketch.methods.server.errors import ServerLost, TurnedAway, WorkersLost
 from hvd_sketch.methods.server.fedat import FedAT
 from hvd_sketch.methods.server.log import read_log, replay
 from hvd_sketch.methods.server.optimizer import AsyncSGD
+from hvd_sketch.methods.server.place import Place, place
 from hvd_sketch.methods.server.polyline import Polyline
 from hvd_sketch.methods.server.privacy import LocalNoise
 from hvd_sketch.methods.server.rules import (
@@ -39,6 +40,7 @@ __all__ = [
     "Mean",
     "Median",
     "MultiKrum",
+    "Place",
     "Plain",
     "Polyline",
     "Polynomial",
@@ -54,6 +56,7 @@ __all__ = [
     "ZenoPS",
     "ZenoPSAsync",
     "ZenoPlus",
+    "place",
     "read_log",
     "replay",
 ]

@@ -62,7 +62,6 @@ class ADSAGA(Member):
 
     Args:
         model: what is trained; the server's is what all begin with. float64 to converge beyond 1e-7.
-        comm: an mpi4py intracommunicator, ``MPI.COMM_WORLD`` by default.
         components: of this worker, at least 1; on a dedicated server any number.
         smoothness: the largest curvature of a component, for a linear model the largest squared norm of a sample.
         rate: the learning rate; ``1 / (6 smoothness)`` when not given, a choice of ours.
@@ -70,7 +69,7 @@ class ADSAGA(Member):
         on_lost: ``"keep"`` or ``"remove"``.
         server: the rank that holds x.
         server_works: that rank is a worker as well.
-        patience, log, on_change: see `AsyncSGD`.
+        comm, patience, restarts, log, on_change: see `AsyncSGD`.
 
     Raises:
         ConfigurationError: for settings that cannot work.
@@ -90,6 +89,7 @@ class ADSAGA(Member):
         server: int = 0,
         server_works: bool = False,
         patience: float = 60.0,
+        restarts: int = 0,
         log: Path | str | None = None,
         on_change: Callable[[int], None] | None = None,
     ) -> None:
@@ -99,7 +99,7 @@ class ADSAGA(Member):
         self.model = model
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         parameters = FlatParameters(named, whole(named.items()), torch.device("cpu"))
-        setting = Setting("ADSAGA", server, server_works, patience=patience)
+        setting = Setting("ADSAGA", server, server_works, patience=patience, restarts=restarts)
         rule = Saga(step, on_lost)
         connection = connect(setting, parameters, model, comm, rule, samples=components, log=log, on_change=on_change)
         self._take_part(connection, parameters)

@@ -40,8 +40,16 @@ class Client:
 
     def finish(self) -> None:
         """Say that no more pushes come."""
-        self.done = True
         self._line.tell(self._line.server, Kind.DONE)
+        self.done = True
+
+    def wait_for_end(self) -> None:
+        """Wait until everybody has done their part.
+
+        Raises:
+            ServerLost: when the server ended before, or is silent for too long.
+        """
+        self._read(self._await())
 
     def _ask(self, message: Tensor) -> tuple[Header, Tensor]:
         """Send, and wait for the model.
@@ -54,24 +62,28 @@ class Client:
         if self.done:
             raise RuntimeError("this worker has said that it is done: the server may have ended")
         self._line.send(self._line.server, message)
-        letter = self._await()
-        header, payload, intact = self._read(letter)
+        header, payload = self._read(self._await())
+        if header.kind != Kind.MODEL:
+            self.done = True
+            raise ServerLost(f"rank {self._line.rank}: the server has ended: all other workers had done their part")
+        return header, payload
+
+    def _read(self, letter: Letter) -> tuple[Header, Tensor]:
+        rank = self._line.rank
+        try:
+            header, payload, intact = Header.read(letter.message)
+        except Unreadable as error:
+            raise RuntimeError(f"rank {rank}: a message from the server was damaged: {error}") from None
+        if not intact:
+            raise RuntimeError(f"rank {rank}: a message from the server was damaged on the way")
         if header.kind == Kind.ABORT:
             self.done = True
             told = payload.numpy().tobytes().decode(errors="replace")
-            raise TurnedAway(f"rank {self._line.rank}: the server turned this worker away: {told}")
+            raise TurnedAway(f"rank {rank}: the server turned this worker away: {told}")
         if header.kind == Kind.GONE:
             self.done = True
-            raise ServerLost(f"rank {self._line.rank}: the server, rank {self._line.server}, has ended by an error")
-        if not intact:
-            raise RuntimeError(f"rank {self._line.rank}: a model from the server was damaged on the way")
+            raise ServerLost(f"rank {rank}: the server, rank {self._line.server}, has ended by an error")
         return header, payload
-
-    def _read(self, letter: Letter) -> tuple[Header, Tensor, bool]:
-        try:
-            return Header.read(letter.message)
-        except Unreadable as error:
-            raise RuntimeError(f"rank {self._line.rank}: a message from the server was damaged: {error}") from None
 
     def _await(self) -> Letter:
         line = self._line

@@ -23,6 +23,7 @@ from hvd_sketch.methods.server.codes import Code, Whole
 from hvd_sketch.methods.server.engine import Engine
 from hvd_sketch.methods.server.line import Line
 from hvd_sketch.methods.server.log import Event, Happened, Log
+from hvd_sketch.methods.server.place import Place, place
 from hvd_sketch.methods.server.polyline import Polyline, PolylineCode
 from hvd_sketch.methods.server.rules.base import Rule
 from hvd_sketch.methods.server.sparse_codes import sparse_code
@@ -32,7 +33,7 @@ from hvd_sketch.methods.server.validation import Served
 
 @dataclass(frozen=True)
 class Setting:
-    """What server and workers agree on, but for ``patience``, which is each rank's own."""
+    """What server and workers agree on, but for ``patience`` and ``restarts``, which are each rank's own."""
 
     method: str
     server: int = 0
@@ -40,12 +41,15 @@ class Setting:
     up: Any = Compression.none
     down: Any = Compression.none
     patience: float = 60.0
+    restarts: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 < self.patience < math.inf:
             raise ConfigurationError(
                 f"{self.method}: patience must be a positive number of seconds, got {self.patience}"
             )
+        if self.restarts < 0:
+            raise ConfigurationError(f"{self.method}: restarts must be at least 0, got {self.restarts}")
 
     @property
     def layout(self) -> LayoutRule:
@@ -115,11 +119,13 @@ def connect(
 ) -> Connection:
     """Collective: agree on the settings, share the server's buffers, and be ready.
 
+    In a process that replaces a lost worker nothing is collective, and buffers stay its own.
+
     Args:
         setting: what is agreed on.
         parameters: that train, of ``model``.
         model: the server's is what all begin with.
-        comm: an mpi4py intracommunicator, ``MPI.COMM_WORLD`` if None.
+        comm: an mpi4py intracommunicator, or a `Place`; see `place`.
         rule: of the server; those of other ranks do not matter.
         samples: of this worker.
         log: a file for the server to record what comes.
@@ -129,16 +135,12 @@ def connect(
         ConfigurationError: for what cannot work.
         RankMismatchError: alike on all ranks, when they differ.
     """
-    from mpi4py import MPI
-
-    comm = MPI.COMM_WORLD if comm is None else comm
-    if not isinstance(comm, MPI.Intracomm):
-        raise ConfigurationError(f"{setting.method}: comm must be an mpi4py intracommunicator, got {comm!r}")
-    if not 0 <= setting.server < comm.size:
+    here = place(comm)
+    if not 0 <= setting.server < here.size:
         raise ConfigurationError(
-            f"{setting.method}: server must be a rank below {comm.size}, got {setting.server}; start more ranks"
+            f"{setting.method}: server must be a rank below {here.size}, got {setting.server}; start more ranks"
         )
-    if comm.size == 1 and not setting.works:
+    if here.size == 1 and not setting.works:
         raise ConfigurationError(
             f"{setting.method}: a single rank cannot be a server without workers; start more ranks, or let it do "
             "both with server_works=True"
@@ -146,21 +148,36 @@ def connect(
     if samples < 1:
         raise ConfigurationError(f"{setting.method}: a worker's samples must be at least 1, got {samples}")
     up, down = setting.code("up", parameters), setting.code("down", parameters)
-    collectives = as_communicator(comm)
+    differences = None if isinstance(down, Whole) else down
+    counts = _agree(setting, parameters, model, here, samples) if here.way is None else {}
+    store = None
+    if here.rank == setting.server:
+        served = Served.copy_of(parameters, model, counts)
+        store = _store(served, parameters, rule, up, differences, log)
+    nbytes = max(code.most_bytes for code in (up, down, Whole(parameters.layout.total, parameters.dtype)))
+    line = Line(here, nbytes=nbytes, patience=setting.patience, server=setting.server)
+    engine = Engine(
+        line,
+        store,
+        works=setting.works,
+        patience=setting.patience,
+        restarts=setting.restarts,
+        on_change=on_change,
+    )
+    return Connection(engine, up, differences)
+
+
+def _agree(
+    setting: Setting, parameters: FlatParameters, model: torch.nn.Module, here: Place, samples: int
+) -> dict[int, int]:
+    """Collective: the workers' samples, by rank."""
+    collectives = as_communicator(here.comm)
     agree(collectives, setting.agreed(parameters, model), _name)
     _share_buffers(model, collectives, setting.server)
     counts = dict(enumerate(collectives.allgather_object(samples, _name("samples"))))
     if not setting.works:
         del counts[setting.server]
-    differences = None if isinstance(down, Whole) else down
-    store = None
-    if comm.rank == setting.server:
-        served = Served.copy_of(parameters, model, counts)
-        store = _store(served, parameters, rule, up, differences, log)
-    nbytes = max(code.most_bytes for code in (up, down, Whole(parameters.layout.total, parameters.dtype)))
-    line = Line(comm, nbytes=nbytes, patience=setting.patience, server=setting.server)
-    engine = Engine(line, store, works=setting.works, patience=setting.patience, on_change=on_change)
-    return Connection(engine, up, differences)
+    return counts
 
 
 def _store(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from hvd_sketch.methods.server.client import Client
@@ -29,16 +29,23 @@ class Engine:
         store: what this rank serves, None on all ranks but the server's.
         works: whether the server's rank is a worker as well.
         patience: seconds, to tell of.
-        on_change: see `Serving`.
+        restarts, on_change: see `Serving`.
     """
 
     def __init__(
-        self, line: Line, store: Store | None, *, works: bool, patience: float, on_change: Callable[[int], None] | None
+        self,
+        line: Line,
+        store: Store | None,
+        *,
+        works: bool,
+        patience: float,
+        restarts: int,
+        on_change: Callable[[int], None] | None,
     ) -> None:
         self._line, self.store = line, store
         self.is_worker = works or store is None
         self.client = Client(line, patience, self._check)
-        self._serving = Serving(line, store, on_change) if store is not None else None
+        self._serving = None if store is None else Serving(line, store, restarts=restarts, on_change=on_change)
         self._thread = threading.Thread(target=self._serve_beside, name="hvd_sketch server", daemon=True)
         self._failure: BaseException | None = None
         self._closed = False
@@ -83,33 +90,37 @@ class Engine:
         self._serving.serve()
 
     def finish(self) -> None:
-        """The block ends: a worker says so, a server serves until no worker is left.
+        """The block ends, on all ranks together: workers say that they are done, a server serves until none is left.
+
+        A worker waits, for Open MPI waits at the end of a process too, and for ever where another dies meanwhile.
 
         Raises:
+            ServerLost: when the server ended before.
             RuntimeError: when serving ended by an error.
         """
         if self._closed:
             return
         if self.is_worker:
             self.client.finish()
-        if self._thread.is_alive():
+        if self._serving is None:
+            self.client.wait_for_end()
+        elif self.is_worker:
             self._thread.join()
-        self._check()
-        if not self.is_worker:
+            self._check()
+        else:
             self.serve()
-        self._close(self._serving.lost if self._serving is not None else ())
+        self._close()
 
     def leave(self) -> None:
         """End without waiting, and say so."""
         if not self._closed:
-            self._close(self._everybody())
+            for rank in self._everybody():
+                self._line.tell(rank, Kind.GONE)
+            self._close()
 
-    def _close(self, told: Collection[int]) -> None:
-        """Tell some ranks that this one is gone, and end."""
+    def _close(self) -> None:
         self._closed = True
         atexit.unregister(self.leave)
-        for rank in told:
-            self._line.tell(rank, Kind.GONE)
         serving = self._serving
         self._line.close(serving.lost | serving.gone if serving is not None else (), _LAST_WORDS)
 

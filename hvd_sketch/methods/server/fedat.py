@@ -47,7 +47,6 @@ class FedAT(AsyncSGD):
     Args:
         optimizer: takes the local steps.
         model: what it trains; the server's is what all begin with.
-        comm: an mpi4py intracommunicator, ``MPI.COMM_WORLD`` by default.
         period: local steps of a round.
         tiers: M, or the ranks of each tier, the fastest first.
         clients: workers of a tier that a round asks, drawn at random; None for all.
@@ -59,7 +58,7 @@ class FedAT(AsyncSGD):
         retier: rounds of all tiers together between two re-orderings; None for none.
         forget: see above.
         seed: of the choice of workers.
-        server, patience, log, on_change: see `AsyncSGD`.
+        comm, server, patience, restarts, log, on_change: see `AsyncSGD`.
 
     Raises:
         ConfigurationError: for settings that cannot work.
@@ -85,6 +84,7 @@ class FedAT(AsyncSGD):
         seed: int = 0,
         server: int = 0,
         patience: float = 60.0,
+        restarts: int = 0,
         log: Path | str | None = None,
         on_change: Callable[[int], None] | None = None,
     ) -> None:
@@ -104,6 +104,7 @@ class FedAT(AsyncSGD):
             proximal=proximal,
             samples=samples,
             patience=patience,
+            restarts=restarts,
             log=log,
             on_change=on_change,
         )

@@ -12,9 +12,10 @@ from torch import Tensor
 from hvd_sketch.comm.buffers import Buffers
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.methods.server.message import HEADER, LONGEST_REASON, Header, Kind
+from hvd_sketch.methods.server.place import Place
 from hvd_sketch.methods.server.watch import Watch
 
-_FOR_WORKERS = (Kind.MODEL, Kind.ABORT)
+_FOR_WORKERS = (Kind.MODEL, Kind.END, Kind.ABORT)
 
 
 class Letter(NamedTuple):
@@ -43,13 +44,13 @@ class Line:
     rank itself takes the same way, but for the network.
 
     Args:
-        comm: an mpi4py intracommunicator; duplicating it is collective.
+        here: this rank's place; duplicating its communicator is collective.
         nbytes: no payload is larger; a message that is stays with its sender.
         patience: see `Watch`.
         server: the server's rank.
     """
 
-    def __init__(self, comm: Any, *, nbytes: int, patience: float, server: int) -> None:
+    def __init__(self, here: Place, *, nbytes: int, patience: float, server: int) -> None:
         from hvd_sketch.comm.peer import LARGEST_MESSAGE, Courier
 
         largest = max(nbytes, LONGEST_REASON) + HEADER
@@ -58,14 +59,14 @@ class Line:
                 f"a message of this model may take {largest} bytes, but one MPI message carries "
                 f"{LARGEST_MESSAGE} at most: freeze parameters, or use a method with an allreduce"
             )
-        self.rank: int = comm.rank
-        self.size: int = comm.size
-        self.server = server
+        self.rank, self.size, self.server = here.rank, here.size, server
         self.condition = threading.Condition()
         self.bytes_received = 0
         self.to_server: Deliver | None = None
         self.to_worker: Deliver | None = None
-        self._courier = Courier(comm, self._receive, _Fresh(), largest)
+        self._courier = Courier(here.comm, self._receive, _Fresh(), largest, here.size)
+        if here.way is not None:
+            self._courier.reach(server, here.way)
         self.watch = Watch(self._courier.last_heard, lambda rank: self.tell(rank, Kind.PING), patience)
 
     def start(self) -> None:
@@ -87,6 +88,10 @@ class Line:
             self._hand_on(Letter(to, message, time.monotonic()))
         else:
             self._courier.send(to, message)
+
+    def reach(self, rank: int, way: Any) -> None:
+        """A rank is another process from now on, see `Courier.reach`."""
+        self._courier.reach(rank, way)
 
     def check(self) -> None:
         """Raise what went wrong in the courier's thread."""

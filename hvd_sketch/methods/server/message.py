@@ -26,6 +26,7 @@ class Kind(IntEnum):
     PULL = auto()  # worker: let me look at the whole model
     DONE = auto()  # worker: no more pushes
     MODEL = auto()  # server: number is the version; the answer to JOIN, PUSH and PULL
+    END = auto()  # server: everybody has done their part
     ABORT = auto()  # server: I take no more of your messages; the payload says why
     PING = auto()
     PONG = auto()

@@ -56,7 +56,7 @@ class AsyncSGD(Member, WrappedOptimizer):
     Args:
         optimizer: takes the local steps; its state stays on its worker. None are taken on a dedicated server.
         model: what it trains; the server's is what all begin with.
-        comm: an mpi4py intracommunicator, ``MPI.COMM_WORLD`` by default.
+        comm: an mpi4py intracommunicator, ``MPI.COMM_WORLD`` by default, or this process's `place`.
         rule: of the server, see `hvd_sketch.methods.server.rules`; `Plain` by default.
         period: H, in steps; may differ from worker to worker.
         server: the rank that holds x.
@@ -69,6 +69,8 @@ class AsyncSGD(Member, WrappedOptimizer):
         outgoing: transforms of what this worker pushes: `LocalNoise`, or an attack, see
             `hvd_sketch.methods.server.attacks`.
         patience: seconds without an answer to a ping after which a rank counts as lost.
+        restarts: how often the server starts the script again for a lost worker, as a new process, which MPI must
+            allow; the script gets its rank from `place` then.
         log: a file for the server to record what came, see `hvd_sketch.methods.server.replay`.
         on_change: called on the server's rank with the version after every change, between two
             messages; to save or to look at the model there.
@@ -95,6 +97,7 @@ class AsyncSGD(Member, WrappedOptimizer):
         samples: int = 1,
         outgoing: Sequence[Transform] = (),
         patience: float = 60.0,
+        restarts: int = 0,
         log: Path | str | None = None,
         on_change: Callable[[int], None] | None = None,
     ) -> None:
@@ -106,7 +109,7 @@ class AsyncSGD(Member, WrappedOptimizer):
             raise ConfigurationError(f"{name}: proximal must be at least 0, got {proximal}")
         if memory not in get_args(MemoryUse):
             raise ConfigurationError(f"{name}: memory must be one of {get_args(MemoryUse)}, got {memory!r}")
-        setting = Setting(name, server, server_works, up, down, patience)
+        setting = Setting(name, server, server_works, up, down, patience, restarts)
         self.model = model
         self._period, self._proximal = period, proximal
         self._clip_norm: float | None = getattr(up, "clip_norm", None)

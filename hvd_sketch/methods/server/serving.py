@@ -12,8 +12,10 @@ import torch
 from hvd_sketch.methods.server.errors import WorkersLost
 from hvd_sketch.methods.server.line import Letter, Line
 from hvd_sketch.methods.server.message import LONGEST_REASON, Header, Kind, Note, Unreadable
+from hvd_sketch.methods.server.place import Restarts
 from hvd_sketch.methods.server.store import ProtocolError, Replies, Store
 
+_STARTING = 120.0  # seconds in which a worker that is started again must join
 _MOST_LETTERS = 2  # of one worker: it waits for the answer to each, but may end meanwhile
 
 
@@ -27,11 +29,16 @@ class Serving:
     Args:
         line: of this rank.
         store: what is served.
+        restarts: how often a lost worker is started again, see `Restarts`.
         on_change: called with the version after every change, by whoever serves.
     """
 
-    def __init__(self, line: Line, store: Store, on_change: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self, line: Line, store: Store, *, restarts: int = 0, on_change: Callable[[int], None] | None = None
+    ) -> None:
         self._line, self._store, self._on_change = line, store, on_change
+        self._restarts = Restarts(restarts, line.size, line.reach)
+        self._starting: dict[int, float] = {}
         self._inbox: deque[Letter] = deque()
         self.done: set[int] = set()
         self.lost: set[int] = set()
@@ -45,9 +52,10 @@ class Serving:
             WorkersLost: when none had done its part.
             RuntimeError: for an error of the courier.
         """
-        while remaining := self._remaining():
+        while self._remaining():
             self._line.check()
-            for worker in self._line.watch.silent([rank for rank in remaining if rank != self._line.rank]):
+            self._give_up_starting()
+            for worker in self._line.watch.silent(self._watched()):
                 self._lose(worker)
             with self._line.condition:
                 if not self._inbox:
@@ -55,21 +63,39 @@ class Serving:
                 letters = [self._inbox.popleft() for _ in range(len(self._inbox))]
             for letter in letters:
                 self._handle(letter)
+        for worker in self.done | self.lost:
+            self._line.tell(worker, Kind.END)
         if not self.done:
             raise WorkersLost(f"rank {self._line.rank}: none of the {len(self._store.stats.workers)} workers is left")
 
     def _remaining(self) -> list[int]:
-        return [rank for rank in self._store.stats.workers if rank not in self.done | self.lost | self.gone]
+        """Those to wait for; of these some may be on their way."""
+        away = self.done | (self.lost | self.gone) - self._starting.keys()
+        return [rank for rank in self._store.stats.workers if rank not in away]
+
+    def _watched(self) -> list[int]:
+        return [rank for rank in self._remaining() if rank not in self._starting and rank != self._line.rank]
+
+    def _give_up_starting(self) -> None:
+        now, failed = time.monotonic(), self._restarts.failed
+        for worker in [rank for rank, deadline in self._starting.items() if rank in failed or now > deadline]:
+            del self._starting[worker]
+            self._warn(f"worker {worker} was to be started again, but has not joined; going on without it")
+
+    def _start_again(self, worker: int) -> None:
+        if self._restarts.begin(worker):
+            self._starting[worker] = time.monotonic() + _STARTING
+
+    def _warn(self, text: str) -> None:
+        warnings.warn(f"rank {self._line.rank}: {text}", RuntimeWarning, stacklevel=3)
 
     def _deliver(self, letter: Letter) -> None:
         """In the courier's thread."""
-        if letter.source in self.gone:
-            return
         if sum(waiting.source == letter.source for waiting in self._inbox) < _MOST_LETTERS:
             self._inbox.append(letter)
 
     def _handle(self, letter: Letter) -> None:
-        if letter.source in self.gone:
+        if letter.source in self.gone and letter.source not in self._starting:
             return
         self.lost.discard(letter.source)
         before = self._store.version
@@ -89,6 +115,8 @@ class Serving:
             raise ProtocolError("a message without a payload was damaged")
         if header.kind == Kind.JOIN:
             self.done.discard(source)
+            self.gone.discard(source)
+            self._starting.pop(source, None)
             return self._store.join(source, header.number, header.note == Note.FRESH, at)
         if header.kind == Kind.PULL:
             return [(source, self._store.look())]
@@ -96,19 +124,14 @@ class Serving:
             self.done.add(source)
             return self._store.leave(source, False, at)
         if header.kind == Kind.GONE:
-            warnings.warn(
-                f"rank {self._line.rank}: worker {source} has ended by an error; going on without it",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            self._warn(f"worker {source} has ended by an error; going on without it")
             self.gone.add(source)
+            self._start_again(source)
             return self._store.leave(source, True, at)
         raise ProtocolError(f"workers send no {header.kind.name}")
 
     def _turn_away(self, source: int, reason: str, at: float) -> Replies:
-        warnings.warn(
-            f"rank {self._line.rank}: worker {source} is turned away: {reason}", RuntimeWarning, stacklevel=2
-        )
+        self._warn(f"worker {source} is turned away: {reason}")
         self.gone.add(source)
         told = Header(Kind.ABORT).write(
             torch.frombuffer(bytearray(reason.encode()[:LONGEST_REASON]), dtype=torch.uint8)
@@ -116,13 +139,12 @@ class Serving:
         return [(source, told), *self._store.leave(source, True, at)]
 
     def _lose(self, worker: int) -> None:
-        warnings.warn(
-            f"rank {self._line.rank}: worker {worker} does not answer any more (patience); its process is dead or "
-            "stopped, or the network between is cut; going on without it",
-            RuntimeWarning,
-            stacklevel=2,
+        self._warn(
+            f"worker {worker} does not answer any more (patience); its process is dead or stopped, or the network "
+            "between is cut; going on without it"
         )
         self.lost.add(worker)
+        self._start_again(worker)
         self._send(self._store.leave(worker, True, time.monotonic()))
 
     def _send(self, replies: Replies) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,18 @@ import torch
 from torch import Tensor
 
 from hvd_sketch import Compression, ConfigurationError, RankMismatchError
-from hvd_sketch.methods.server import AsyncSGD, FedAsync, Plain, Polyline, Rule, ServerStats, TurnedAway, replay
+from hvd_sketch.methods.server import (
+    AsyncSGD,
+    FedAsync,
+    Plain,
+    Polyline,
+    Rule,
+    ServerLost,
+    ServerStats,
+    TurnedAway,
+    WorkersLost,
+    replay,
+)
 from hvd_sketch.methods.server.codes import Whole
 from hvd_sketch.methods.server.connection import Setting
 from hvd_sketch.methods.server.store import Store
@@ -163,6 +175,40 @@ def straggle(comm: Any) -> int:
     return optimizer.stats.pushes
 
 
+def flood(comm: Any) -> str:
+    """Worker 3 sends a message larger than any may be."""
+    model = Vector(torch.zeros(10))
+    try:
+        with async_sgd(model, comm) as optimizer:
+            for _ in optimizer.work(range(5)):
+                if comm.rank == 3:
+                    optimizer._engine.client.push(0, 0, torch.zeros(10**6, dtype=torch.uint8))
+                model.x.grad = torch.ones(10)
+                optimizer.step()
+    except TurnedAway as error:
+        return str(error)
+    return f"{optimizer.stats.pushes} pushes"
+
+
+def end_by_errors(comm: Any, ranks: Container[int]) -> str:
+    """Some raise an error of their own, the server after its tenth change."""
+    model = Vector(torch.zeros(10))
+
+    def fail(version: int = 10) -> None:
+        if comm.rank in ranks and version == 10:
+            raise ZeroDivisionError("its own")
+
+    try:
+        with async_sgd(model, comm, on_change=fail) as optimizer:
+            for step in optimizer.work(range(10_000)):
+                fail(10 if step == 3 else 0)
+                model.x.grad = torch.ones(10)
+                optimizer.step()
+    except (ZeroDivisionError, ServerLost, WorkersLost) as error:
+        return f"{type(error).__name__}: {error}"
+    return "not told"
+
+
 def refuse(comm: Any) -> list[str]:
     told = []
     different = [{"server": comm.rank % 2}, {"up": Compression.topk(ratio=8.0 + comm.rank, **SPARSE)}, {"server": 4}]
@@ -181,6 +227,9 @@ class OnMpi(NamedTuple):
     misbehaved: str
     resumed: Resumed
     straggled: int
+    flooded: str
+    without_server: str
+    without_workers: str
     refusals: list[str]
 
 
@@ -189,8 +238,10 @@ def on_4_ranks(folder: str) -> OnMpi:
 
     comm = MPI.COMM_WORLD
     trained = {name: run(comm, arguments, f"{folder}/{name}") for name, arguments in VARIANTS.items()}
-    others = poison(comm), look(comm), misbehave(comm), resume(comm), straggle(comm), refuse(comm)
-    return OnMpi(trained, *others)
+    others = poison(comm), look(comm), misbehave(comm), resume(comm), straggle(comm)
+    warnings.simplefilter("ignore", RuntimeWarning)
+    ends = flood(comm), end_by_errors(comm, (0,)), end_by_errors(comm, WORKERS)
+    return OnMpi(trained, *others, *ends, refuse(comm))
 
 
 class Results(NamedTuple):
@@ -300,6 +351,24 @@ def test_settings_that_differ_are_refused_alike_on_all_ranks(results: Results) -
 def test_a_slow_worker_does_not_hold_up_the_others(results: Results) -> None:
     """Proved by order, not by time: all of the others' pushes fall into one of its steps."""
     assert [result.straggled for result in results.ranks] == [42, 2, 20, 20]
+
+
+def test_a_message_larger_than_any_may_be_is_not_received(results: Results) -> None:
+    assert [result.flooded for result in results.ranks[:3]] == ["10 pushes", "5 pushes", "5 pushes"]
+    assert "longer than any may be" in results.ranks[3].flooded
+
+
+def test_an_error_of_the_server_is_an_error_of_every_worker(results: Results) -> None:
+    server, *workers = (result.without_server for result in results.ranks)
+    assert server == "ZeroDivisionError: its own"
+    for rank, told in enumerate(workers, start=1):
+        assert told == f"ServerLost: rank {rank}: the server, rank 0, has ended by an error"
+
+
+def test_a_server_that_all_workers_leave_by_errors_ends(results: Results) -> None:
+    server, *workers = (result.without_workers for result in results.ranks)
+    assert server == "WorkersLost: rank 0: none of the 3 workers is left"
+    assert workers == ["ZeroDivisionError: its own"] * 3
 
 
 def alone(**arguments: Any) -> AsyncSGD:
