@@ -152,8 +152,7 @@ def connect(
     counts = _agree(setting, parameters, model, here, samples) if here.way is None else {}
     store = None
     if here.rank == setting.server:
-        served = Served.copy_of(parameters, model, counts)
-        store = _store(served, parameters, rule, up, differences, log)
+        store = _store(Served(parameters.layout, model, counts), parameters, rule, up, differences, log)
     nbytes = max(code.most_bytes for code in (up, down, Whole(parameters.layout.total, parameters.dtype)))
     line = Line(here, nbytes=nbytes, patience=setting.patience, server=setting.server)
     engine = Engine(

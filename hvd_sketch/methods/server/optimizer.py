@@ -177,11 +177,10 @@ class AsyncSGD(Member, WrappedOptimizer):
                     parameter.grad.add_(parameter.detach() - sent.to(parameter), alpha=self._proximal)
 
     def _push(self, *, whole: bool = False) -> None:
-        if not self._work.is_finite():
-            self._work.go_back()
+        code, payload, finite = self._work.update(whole=whole)
+        if not finite:
             self.optimizer.state.clear()
             self._counted.skipped += 1
-        code, payload = self._work.update(whole=whole)
         with self._counted.phase("model"):
             header, answer = self._engine.client.push(self._version, code, payload)
         if self._engine.store is None:

@@ -60,7 +60,7 @@ class SparseCode(Code):
 
     @property
     def most_bytes(self) -> int:
-        return 4 + max(4 * self._layout.total, 4 * self._layout.dense + self._chosen_bytes(self._layout.compressed))
+        return 4 * self._layout.total + 64  # any ratio above 1 sends less
 
     @abstractmethod
     def _choose(self, vector: Tensor, count: int, step: int) -> list[Tensor]:

@@ -69,11 +69,6 @@ class Store:
         self._verdicts: dict[int, Note] = {}
         rule.start(served)
 
-    @property
-    def most_bytes(self) -> int:
-        """No payload of a worker is larger."""
-        return max(code.most_bytes for code in self._codes.values())
-
     def join(self, worker: int, moment: int, fresh: bool, at: float) -> Replies:
         """A worker begins, or begins again: it gets the whole model.
 
@@ -109,16 +104,18 @@ class Store:
                 an unknown code or a payload of a wrong length.
         """
         counts = self._counts(worker)
-        if worker not in self._sent or worker in self._waiting:
+        sent = self._sent.get(worker)
+        if sent is None:
             raise ProtocolError("it pushes without having been sent a model since its last push")
-        if header.number != self._sent[worker]:
-            raise ProtocolError(f"its push says version {header.number}, it was sent {self._sent[worker]}")
+        if header.number != sent:
+            raise ProtocolError(f"its push says version {header.number}, it was sent {sent}")
         update = self._decode(header.code, payload) if intact else None
         self._record(Event(Happened.PUSH, worker, header.number, header.code if intact else 255, at, payload))
         if worker not in self._present:
             self._present.add(worker)
             self._rule.enter(worker, fresh=False)
-        staleness = self.version - header.number
+        staleness = self.version - sent
+        del self._sent[worker]
         counts.pushes += 1
         counts.void += update is None
         self.stats.note_push(staleness)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from hvd_sketch.layout import Layout
 from hvd_sketch.methods.flat import Flat, FlatParameters
 
 Validate = Callable[[nn.Module, int], Tensor]
@@ -20,43 +21,39 @@ It may draw a fresh sample for every number; for one number it must always be th
 
 @dataclass(frozen=True)
 class Served:
-    """What a server serves.
+    """What a server serves, and to whom.
 
     Attributes:
-        parameters: of ``model``, by the layout that all ranks share.
-        model: for the server's own use; nobody trains it.
+        layout: of the parameters.
+        model: on the server's rank.
         samples: how many each worker has, by rank.
     """
 
-    parameters: FlatParameters
+    layout: Layout
     model: nn.Module
-    samples: dict[int, int] = field(default_factory=dict)
+    samples: dict[int, int]
 
     @property
     def workers(self) -> list[int]:
         """Ranks of the workers, ascending."""
         return sorted(self.samples)
 
-    @classmethod
-    def copy_of(cls, parameters: FlatParameters, model: nn.Module, samples: dict[int, int]) -> Served:
-        """With a copy of the model, in host memory."""
-        copied = copy.deepcopy(model).cpu()
-        named = dict(copied.named_parameters())
-        return cls(FlatParameters(named, parameters.layout, torch.device("cpu")), copied, samples)
-
 
 class Validation:
-    """A loss on trusted data, at flat models."""
+    """A loss on trusted data, at flat models; on a copy of the model, in host memory."""
 
     def __init__(self, validate: Validate, served: Served) -> None:
-        self._validate, self._served = validate, served
-        self._flat = served.parameters.new()
+        self._validate = validate
+        self._model = copy.deepcopy(served.model).cpu()
+        named = dict(self._model.named_parameters())
+        self._parameters = FlatParameters(named, served.layout, torch.device("cpu"))
+        self._flat = self._parameters.new()
 
     def loss(self, model: Tensor, number: int) -> float:
         """The loss at a model on sample ``number``."""
         self._put(model)
         with torch.no_grad():
-            return float(self._validate(self._served.model, number))
+            return float(self._validate(self._model, number))
 
     def gradient(self, model: Tensor, number: int) -> Tensor:
         """The gradient at a model on sample ``number``: a new vector."""
@@ -72,13 +69,13 @@ class Validation:
         return model - here
 
     def _gradient(self, number: int) -> Flat:
-        self._served.model.zero_grad()
+        self._model.zero_grad()
         with torch.enable_grad():
-            torch.autograd.backward(self._validate(self._served.model, number))
-        gradient = self._served.parameters.new()
-        self._served.parameters.read_gradients(gradient)
+            torch.autograd.backward(self._validate(self._model, number))
+        gradient = self._parameters.new()
+        self._parameters.read_gradients(gradient)
         return gradient
 
     def _put(self, model: Tensor) -> None:
         self._flat.vector.copy_(model)
-        self._served.parameters.write(self._flat)
+        self._parameters.write(self._flat)

@@ -58,9 +58,15 @@ class Work:
         self._whole = Whole(self.errors.numel(), self.errors.dtype)
         self._messages = 0
 
-    def update(self, *, whole: bool = False) -> tuple[int, Tensor]:
-        """The number of the code and the payload of the coming push; all that is unsent with ``whole``."""
+    def update(self, *, whole: bool = False) -> tuple[int, Tensor, bool]:
+        """The number of the code and the payload of the coming push; all that is unsent with ``whole``.
+
+        Work that is not finite is given up; the last of the results says whether it was.
+        """
         moved = self._moved()
+        finite = math.isfinite(torch.linalg.vector_norm(moved, math.inf))
+        if not finite:
+            moved.zero_()
         for transform in self._outgoing:
             moved = transform(moved)
         self.errors.add_(moved)
@@ -69,11 +75,7 @@ class Work:
         if self._memory == "none":
             self.errors.zero_()
         self._messages += 1
-        return code.number, payload
-
-    def is_finite(self) -> bool:
-        """Whether what was done since the last model can be sent."""
-        return math.isfinite(torch.linalg.vector_norm(self._moved(), math.inf))
+        return code.number, payload, finite
 
     def adopt(self, header: Header, payload: Tensor) -> None:
         """Take the server's answer, and go on from there."""
@@ -82,10 +84,6 @@ class Work:
         else:
             assert self._down is not None
             self._down.add(payload, self.held.vector)
-        self.go_back()
-
-    def go_back(self) -> None:
-        """Begin where the server's last answer left this worker."""
         self._live.vector.copy_(self.held.vector)
         if self._memory == "reset":
             self._live.vector.sub_(self.errors)

@@ -38,7 +38,7 @@ def flat(model: torch.nn.Module, layout: Layout | None = None) -> FlatParameters
 
 
 def served(model: torch.nn.Module, samples: dict[int, int]) -> Served:
-    return Served.copy_of(flat(model), model, samples)
+    return Served(flat(model).layout, model, samples)
 
 
 class Server:

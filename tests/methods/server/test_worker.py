@@ -32,8 +32,8 @@ def answer(work: Work, model: Tensor) -> None:
 
 def sent_by(work: Work) -> Tensor:
     """The update in a worker's next push."""
-    number, payload = work.update()
-    assert number == 1
+    number, payload, finite = work.update()
+    assert (number, finite) == (1, True)
     update = torch.zeros(COUNT)
     sparse_code(TOPK, TOPK.layout([("x", update)])).add(payload, update)
     return update

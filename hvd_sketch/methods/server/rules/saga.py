@@ -35,7 +35,7 @@ class Saga(Rule):
 
     def start(self, served: Served) -> None:
         super().start(served)
-        count = served.parameters.layout.total
+        count = served.layout.total
         self.average = torch.zeros(count, dtype=torch.float64)
         self._sums = {worker: torch.zeros_like(self.average) for worker in served.workers}
         self._counted = set(served.workers)

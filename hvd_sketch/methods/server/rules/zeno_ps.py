@@ -33,9 +33,8 @@ class _Validated(Rule):
 
     def start(self, served: Served) -> None:
         super().start(served)
-        layout = served.parameters.layout
-        slots = [slice(slot.offset, slot.stop) for slot in layout.slots if slot.numel]
-        self._parts = slots if self._per_tensor else [slice(0, layout.total)]
+        slots = [slice(slot.offset, slot.stop) for slot in served.layout.slots if slot.numel]
+        self._parts = slots if self._per_tensor else [slice(0, served.layout.total)]
         self._validators = [Validation(validate, served) for validate in self._given]
 
     def apply(self, model: Tensor, pushes: Sequence[Push]) -> list[bool]:
