@@ -27,7 +27,6 @@ from benchmarks.server import rows
 from benchmarks.server.digits import CLASSES, Digits, accuracy, loss_of, network, split
 from benchmarks.server.rows import Row
 from hvd_sketch.methods.server import (
-    Gathered,
     Krum,
     Mean,
     Median,
@@ -51,22 +50,25 @@ from hvd_sketch.methods.server.attacks import (
 
 WORLD = MPI.COMM_WORLD
 WORKERS = WORLD.size - 1
-PUSHES = 120  # of each worker
-RATE, SYNCHRONOUS_RATE = 0.1, 0.5
-"""Of a gradient; a round's mean of ten allows more."""
+PUSHES, PERIOD, BATCH = 120, 4, 64  # of each worker
+RATES = {"plain": 0.05, "Zeno++": 0.1, "ZenoPS async": 0.1}
+SYNCHRONOUS_RATE = 0.3
+"""The workers' learning rates: a mean of ten allows more than ten pushes one after the other."""
 HOSTILE = (0, 2, 4, 6, 8)
 MAJORITY_Z = 1.5  # of ALIE, where hostile workers need nobody else for a majority
 
 RULES: dict[str, Callable[[Any], Rule]] = {
     "plain": lambda validate: Plain(),
-    "Zeno++": lambda validate: ZenoPlus(validate, refresh=10, rate=RATE, rho=0.001, max_staleness=2 * WORKERS),
-    "ZenoPS async": lambda validate: ZenoPSAsync(validate, rate=RATE, refresh=10, max_staleness=2 * WORKERS),
+    "Zeno++": lambda validate: ZenoPlus(validate, refresh=3, rate=0.2, rho=0.002, max_staleness=3 * WORKERS),
+    "ZenoPS async": lambda validate: ZenoPSAsync(
+        validate, rate=RATES["ZenoPS async"], steps=PERIOD, refresh=3, max_staleness=3 * WORKERS
+    ),
     "mean": lambda validate: Mean(),
     "median": lambda validate: Median(),
     "trimmed mean": lambda validate: TrimmedMean(4),
     "Krum": lambda validate: Krum(3),
     "Zeno": lambda validate: Zeno(validate, 8),
-    "ZenoPS": lambda validate: ZenoPS(validate, rate=SYNCHRONOUS_RATE),
+    "ZenoPS": lambda validate: ZenoPS(validate, rate=SYNCHRONOUS_RATE, steps=PERIOD),
 }
 ATTACKS = ("label flip", "sign x 10", "Gaussian", "ALIE", "IPM")
 
@@ -112,13 +114,13 @@ def run(cell: Row, shared: Path) -> Row:
     honest = Honest(shared, sum(parameter.numel() for parameter in model.parameters()), max(worker, 0))
     outgoing = attack_of(cell["attack"], honest, hostile, WORLD.rank) if is_hostile else honest
     rule = RULES[cell["rule"]](lambda network, number: loss_of(network, data.trusted))
-    sgd = torch.optim.SGD(model.parameters(), lr=SYNCHRONOUS_RATE if isinstance(rule, Gathered) else RATE)
-    optimizer = hvd.AsyncSGD(sgd, model, WORLD, rule=rule, outgoing=[outgoing], patience=120.0)
+    sgd = torch.optim.SGD(model.parameters(), lr=RATES.get(cell["rule"], SYNCHRONOUS_RATE))
+    optimizer = hvd.AsyncSGD(sgd, model, WORLD, rule=rule, period=PERIOD, outgoing=[outgoing], patience=120.0)
     generator = torch.Generator().manual_seed(1000 * cell["seed"] + WORLD.rank)
     with optimizer:
-        for _ in optimizer.work(range(PUSHES)):
+        for _ in optimizer.work(range(PUSHES * PERIOD)):
             optimizer.zero_grad()
-            loss_of(model, mine.batch(generator)).backward()
+            loss_of(model, mine.batch(generator, BATCH)).backward()
             optimizer.step()
     return {"accuracy": accuracy(model, data.test), **verdicts(optimizer.stats, hostile)}
 
@@ -133,13 +135,13 @@ def verdicts(stats: ServerStats, hostile: int) -> Row:
 
 
 def trusted_alone(seed: int) -> Row:
-    """The reference: as many steps as there are pushes, on the trusted data and nothing else."""
+    """The reference: as many steps as all workers take together, on the trusted data and nothing else."""
     data, model = split(), network(seed)
     generator = torch.Generator().manual_seed(seed)
-    sgd = torch.optim.SGD(model.parameters(), lr=RATE)
-    for _ in range(PUSHES * WORKERS):
+    sgd = torch.optim.SGD(model.parameters(), lr=RATES["Zeno++"])
+    for _ in range(PUSHES * PERIOD * WORKERS):
         sgd.zero_grad()
-        loss_of(model, data.trusted.batch(generator)).backward()
+        loss_of(model, data.trusted.batch(generator, BATCH)).backward()
         sgd.step()
     return {"accuracy": accuracy(model, data.test)}
 

@@ -23,7 +23,7 @@ from hvd_sketch.methods.server import FedAsync, Mean
 
 WORLD = MPI.COMM_WORLD
 SLOW, RARE = 1, 8  # classes from 8 on
-PERIOD, RATE = 4, 0.1
+PERIOD, RATE, BATCH = 4, 0.1, 32
 STEP, SLOWNESS = 0.02, 5.0  # seconds
 
 
@@ -69,7 +69,7 @@ def run(cell: Row, seconds: float) -> Row:
     with optimizer:
         for began in optimizer.work(clock(seconds)):
             optimizer.zero_grad()
-            loss_of(model, mine.batch(generator)).backward()
+            loss_of(model, mine.batch(generator, BATCH)).backward()
             time.sleep(max(0.0, began + pace - time.monotonic()))
             optimizer.step()
     seldom = data.test.labels >= RARE

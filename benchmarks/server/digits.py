@@ -10,7 +10,6 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 CLASSES = 10
-BATCH = 32
 TRUSTED = 137
 
 
@@ -24,7 +23,7 @@ class Digits(NamedTuple):
         """Some of them."""
         return Digits(self.images[where], self.labels[where])
 
-    def batch(self, generator: torch.Generator, size: int = BATCH) -> Digits:
+    def batch(self, generator: torch.Generator, size: int) -> Digits:
         """Some at random."""
         return self.at(torch.randint(len(self.labels), (size,), generator=generator))
 

@@ -72,6 +72,11 @@ class Engine:
         """Bytes sent and received, of all messages to and from other ranks."""
         return self._line.bytes_sent, self._line.bytes_received
 
+    @property
+    def beside_worker(self) -> bool:
+        """Whether the caller is the thread that serves beside a worker."""
+        return threading.current_thread() is self._thread
+
     def begin(self) -> None:
         """The block begins."""
         if self.store is not None and self.is_worker:

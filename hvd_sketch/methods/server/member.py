@@ -45,7 +45,13 @@ class Member:
 
         Raises:
             ServerLost: when the server has ended, or is silent for too long.
+            RuntimeError: in ``on_change`` beside a worker, whose model it would take away while it trains.
         """
+        if self._engine.beside_worker:
+            raise RuntimeError(
+                "server_model() in on_change would change the model that this rank's worker trains; look at it "
+                "between the worker's steps, or use a dedicated server"
+            )
         own, seen = self._flat.new(), self._flat.new()
         self._flat.read(own)
         if self._engine.store is not None and not (self._engine.is_worker and self._inside):

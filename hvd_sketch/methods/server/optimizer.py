@@ -61,7 +61,8 @@ class AsyncSGD(Member, WrappedOptimizer):
         period: H, in steps; may differ from worker to worker.
         server: the rank that holds x.
         server_works: the server's rank trains as well, and serves in a thread beside.
-        up, down: ``Compression.none``, ``topk``, ``sharded`` or ``stride``, or a `Polyline`.
+        up, down: ``Compression.none``, ``topk``, ``sharded`` or ``stride``, or a `Polyline`. The ``clip_norm`` of
+            ``up`` clips every local gradient; warm-ups count messages.
         memory: what a worker does with what ``up`` left out: go on from a model that has it, ``"reset"``, or
             from the server's, ``"feedback"``, or forget it, ``"none"``; see `hvd_sketch.methods.server.worker.Work`.
         proximal: λ; adds ``λ (z - x)`` to the gradient of a local step at z, x being the model it was sent.
@@ -72,8 +73,8 @@ class AsyncSGD(Member, WrappedOptimizer):
         restarts: how often the server starts the script again for a lost worker, as a new process, which MPI must
             allow; the script gets its rank from `place` then.
         log: a file for the server to record what came, see `hvd_sketch.methods.server.replay`.
-        on_change: called on the server's rank with the version after every change, between two
-            messages; to save or to look at the model there.
+        on_change: called with the version after every change, on the server's rank and in the thread that serves,
+            between two messages; to save, or on a dedicated server to look at the model, there.
 
     Raises:
         ConfigurationError: for settings that cannot work.

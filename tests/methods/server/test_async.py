@@ -396,6 +396,21 @@ def test_a_single_rank_serves_itself() -> None:
         pass
 
 
+def test_the_server_does_not_take_its_own_workers_model_away() -> None:
+    def look(version: int) -> None:
+        with optimizer.server_model():
+            pass
+
+    def step_twice() -> None:
+        optimizer.step()
+        optimizer.step()
+
+    optimizer = alone(on_change=look)
+    with pytest.raises(RuntimeError, match="serving ended by an error") as raised, optimizer:
+        step_twice()
+    assert "would change the model that this rank's worker trains" in str(raised.value.__cause__)
+
+
 class Broken(Plain):
     def apply(self, model: Tensor, pushes: Any) -> list[bool]:
         raise ZeroDivisionError("its own")
