@@ -46,9 +46,9 @@ def attacks(mine: Sequence[Row], rows: Sequence[Row], folder: Path) -> str:
     alone = [row["accuracy"] for row in rows if row["experiment"] == "trusted alone"]
     parts = [
         "## Ten workers, some of them hostile\n",
-        "`benchmarks.server.attacks`: handwritten digits, 130 images a worker, 137 that the server trusts, a perceptron "
-        "of 4810 parameters. Percent of 360 other images that are read correctly at the end, mean of the seeds "
-        f"({_seeds(mine)}), by the number of hostile workers. Trained on the trusted images alone: "
+        "`benchmarks.server.attacks`: handwritten digits, 130 images a worker, 137 that the server trusts, a "
+        "perceptron of 4810 parameters. Percent of 360 other images that are read correctly at the end, mean of the "
+        f"seeds ({_seeds(mine)}), by the number of hostile workers. Trained on the trusted images alone: "
         f"{_percent(alone)}.\n",
     ]
     for name in names:
@@ -82,8 +82,8 @@ def classes(mine: Sequence[Row], rows: Sequence[Row], folder: Path) -> str:
         body.append([method, *(_percent([row[name] for row in cells]) for name in columns)])
     return (
         "## Different data at different speeds\n\n"
-        "`benchmarks.server.classes`: one of eight workers is five times slower and the only one that has seen an 8 or "
-        f"a 9. Percent read correctly after 20 seconds, mean of the seeds ({_seeds(mine)}).\n\n"
+        "`benchmarks.server.classes`: one of eight workers is five times slower and the only one that has seen an 8 "
+        f"or a 9. Percent read correctly after 20 seconds, mean of the seeds ({_seeds(mine)}).\n\n"
         + _table(["", "8 and 9", "0 to 7", "pushes of the slow worker"], body)
     )
 
@@ -111,8 +111,8 @@ def saga(mine: Sequence[Row], rows: Sequence[Row], folder: Path) -> str:
     plt.close(figure)
     return (
         "## ADSAGA\n\n"
-        "`benchmarks.server.saga`: least squares, 240 components, 20 dimensions, float64; a component's gradient takes "
-        f"10 ms, asleep. Mean of the seeds ({_seeds(mine)}).\n\n"
+        "`benchmarks.server.saga`: least squares, 240 components, 20 dimensions, float64; a component's gradient "
+        f"takes 10 ms, asleep. Mean of the seeds ({_seeds(mine)}).\n\n"
         + _table(["", "squared distance at the end", "digits a second", "R² of the line"], body)
         + "\n![distance over time and over changes](server_saga.png)\n"
     )
@@ -178,7 +178,7 @@ def _seeds(rows: Iterable[Row]) -> str:
 
 
 def _percent(shares: Sequence[float]) -> str:
-    return f"{100 * statistics.fmean(shares):.1f}" if shares else "–"
+    return f"{100 * statistics.fmean(shares):.1f}" if shares else "-"
 
 
 def _verdict(rows: Sequence[Row]) -> str:
