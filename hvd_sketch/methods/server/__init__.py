@@ -3,11 +3,12 @@
 from hvd_sketch.methods.server.adsaga import ADSAGA
 from hvd_sketch.methods.server.errors import ServerLost, TurnedAway, WorkersLost
 from hvd_sketch.methods.server.fedat import FedAT
-from hvd_sketch.methods.server.log import read_log, replay
+from hvd_sketch.methods.server.log import read_log
 from hvd_sketch.methods.server.optimizer import AsyncSGD
 from hvd_sketch.methods.server.place import Place, place
 from hvd_sketch.methods.server.polyline import Polyline
 from hvd_sketch.methods.server.privacy import LocalNoise
+from hvd_sketch.methods.server.replay import replay
 from hvd_sketch.methods.server.rules import (
     FedAsync,
     Gathered,

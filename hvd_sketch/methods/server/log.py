@@ -1,4 +1,4 @@
-"""A record of what came to a server, and what it makes of it a second time."""
+"""A record of what came to a server."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import struct
 from collections.abc import Iterator
 from enum import IntEnum, auto
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from hvd_sketch.methods.server.store import Store
 
 _FORMAT = struct.Struct("<BBiQdQ")
 
@@ -71,14 +68,3 @@ def read_log(path: Path | str) -> Iterator[Event]:
                 return
             payload = torch.frombuffer(content, dtype=torch.uint8) if content else Event(Happened.START).payload
             yield Event(Happened(what), worker, number, code, at, payload)
-
-
-def replay(path: Path | str, store: Store) -> None:
-    """Let everything that a log tells happen to a server's model again, without any communication.
-
-    ``store`` must be made like the one that was recorded, with a rule and codes of the same settings; a
-    server that had loaded a checkpoint needs the same loaded before. Then its model, version and
-    counters are the recorded one's, to the bit.
-    """
-    for event in read_log(path):
-        store.repeat(event)

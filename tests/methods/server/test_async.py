@@ -28,11 +28,8 @@ from hvd_sketch.methods.server import (
     WorkersLost,
     replay,
 )
-from hvd_sketch.methods.server.codes import Whole
-from hvd_sketch.methods.server.connection import Setting
-from hvd_sketch.methods.server.store import Store
 from tests.launch import ranks
-from tests.methods.server.support import Vector, flat, served
+from tests.methods.server.support import Vector
 
 COUNT = 1000
 RATE = 2.0**-6
@@ -294,17 +291,14 @@ def test_every_push_is_one_change_and_has_one_answer(results: Results, name: str
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_real_run_is_replayed_to_the_bit_without_mpi(results: Results, name: str) -> None:
     arguments, runs = VARIANTS[name], results.of(name)
-    model = Vector(torch.zeros(COUNT))
-    samples = {rank: 1 for rank, run in enumerate(runs) if run.works}
-    setting = Setting("replay", up=arguments.get("up", Compression.none), down=arguments.get("down", Compression.none))
-    parameters = flat(model, setting.layout(model.named_parameters()))
+    model, server = Vector(torch.zeros(COUNT)), runs[server_of(name)]
+    codes = {way: arguments[way] for way in ("up", "down") if way in arguments}
     rule: Rule = FedAsync(alpha=0.5) if name == "FedAsync" else Plain()
-    codes = [setting.code(way, parameters) for way in ("up", "down")]
-    down = None if isinstance(codes[1], Whole) else codes[1]
-    store = Store(torch.zeros(COUNT), rule, served(model, samples), up=codes[0], down=down)
-    replay(results.logs / name, store)
-    assert torch.equal(store.model, runs[server_of(name)].model)
-    assert store.stats.workers == runs[server_of(name)].stats.workers
+    samples = {rank: 1 for rank, run in enumerate(runs) if run.works}
+    store = replay(results.logs / name, model, rule, samples, **codes)
+    assert torch.equal(store.model, server.model)
+    assert torch.equal(model.x.detach(), server.model)
+    assert store.stats.workers == server.stats.workers
 
 
 @pytest.mark.parametrize(("name", "nbytes"), [("dense", 4 * COUNT), ("top-k", 484)])

@@ -35,7 +35,7 @@ from hvd_sketch.methods.server import (
     ZenoPSAsync,
 )
 from hvd_sketch.methods.server.codes import Whole
-from hvd_sketch.methods.server.log import Event, Happened, Log, replay
+from hvd_sketch.methods.server.log import Event, Happened, Log, read_log
 from hvd_sketch.methods.server.message import Note
 from hvd_sketch.methods.server.store import Store
 from tests.methods.server.support import Server, Vector, after_round, round_of, served, vector
@@ -95,7 +95,8 @@ def test_a_replayed_log_gives_the_same_model_to_the_bit(tmp_path: Path, name: st
     train(recorded, 60)
     code, workers = Whole(6, torch.float64), served(Vector(start), dict.fromkeys(WORKERS, 1))
     again = Store(torch.ones_like(start), RULES[name](), workers, up=code, down=None)
-    replay(tmp_path / "log", again)
+    for event in read_log(tmp_path / "log"):
+        again.repeat(event)
     assert recorded.model.any()
     assert torch.equal(again.model, recorded.model)
     assert again.stats == recorded.store.stats

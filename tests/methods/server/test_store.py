@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hvd_sketch import Compression, ConfigurationError
 from hvd_sketch.methods.server.codes import Code
-from hvd_sketch.methods.server.log import Event, Happened, Log, read_log, replay
+from hvd_sketch.methods.server.log import Event, Happened, Log, read_log
 from hvd_sketch.methods.server.message import Header, Kind
 from hvd_sketch.methods.server.polyline import Polyline, PolylineCode
 from hvd_sketch.methods.server.rules import FedAsync, Mean, Plain, Rule
@@ -158,7 +158,8 @@ def test_a_replayed_log_gives_the_same_model_to_the_bit(
     again = Store(
         torch.zeros(COUNT), rule(), served(Vector(torch.zeros(COUNT)), {1: 1, 2: 1, 5: 1}), up=topk(), down=down
     )
-    replay(tmp_path / "log", again)
+    for event in read_log(tmp_path / "log"):
+        again.repeat(event)
     assert torch.equal(again.model, recorded.model)
     assert again.version == recorded.store.version > 10
     assert again.stats == recorded.store.stats
