@@ -7,7 +7,7 @@ PYTEST ?= python -m pytest
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: help env demo test check bench cluster-bench accuracy clean
+.PHONY: help env demo test quick check bench cluster-bench accuracy clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,13 +15,16 @@ help: ## list the targets
 env: ## create the environment in .venv, or bring it up to date
 	@environment/create
 
-demo test check bench cluster-bench accuracy: export PATH := $(CURDIR)/.venv/bin:$(PATH)
+demo test quick check bench cluster-bench accuracy: export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 demo: env ## train a small transformer on 2 processes, dense and sketched, and compare
 	$(DEMO)
 
 test: env ## run all tests, on real ranks
 	$(PYTEST)
+
+quick: env ## run the tests that start no processes: two minutes; for while you work
+	$(PYTEST) --quick
 
 check: env ## lint and type-check
 	ruff check

@@ -34,10 +34,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels_page import write
-from hvd_sketch.chosen import Chosen
 from hvd_sketch.exchange.staging import Staging
 from hvd_sketch.layout import Layout, Slot
 from hvd_sketch.sketch import CountSketch, native
+from hvd_sketch.sparse.chosen import Chosen
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.json"
 SLICES = 100

@@ -25,13 +25,12 @@ from tqdm import tqdm
 from benchmarks.accuracy.simulate import begin, learning_rate
 from benchmarks.accuracy.tasks import TASKS, Task
 from hvd_sketch import Anticipate
-from hvd_sketch.codec import SparseCodec
-from hvd_sketch.exchange.comb import comb
-from hvd_sketch.exchange.plan import sharded_plan, sketch_plan
-from hvd_sketch.exchange.select import heaviest
+from hvd_sketch.compressors import Sharded, Sketch
+from hvd_sketch.error_feedback.anticipate import respond
 from hvd_sketch.layout import Layout, small_or_named
-from hvd_sketch.methods.anticipate import respond
 from hvd_sketch.sketch import CountSketch
+from hvd_sketch.sparse.comb import comb
+from hvd_sketch.sparse.heaviest import heaviest
 
 RESULTS = Path("benchmarks/results/selection.json")
 TASK = TASKS["transformer-adamw"]
@@ -54,7 +53,7 @@ def oracle(layout: Layout, ratio: float, ranks: int) -> Choose:
 
 def sketched(layout: Layout, ratio: float, ranks: int, table_share: float = 0.75, in_turn: float = 0.0) -> Choose:
     """The largest of a Count Sketch of the sum, and a share of the values in turn."""
-    plan = sketch_plan(layout, ratio, rows=3, table_share=table_share, in_turn=in_turn, oversampling=1.0, lane_bytes=2)
+    plan = Sketch(table_share=table_share, in_turn=in_turn).fit(layout, ratio, ranks)
     table = CountSketch(layout.total, plan.rows, plan.cols)
 
     def choose(memory: Tensor, step: int) -> Tensor:
@@ -105,9 +104,9 @@ def guided(layout: Layout, ratio: float, ranks: int) -> Choose:
 
 
 def sharded(layout: Layout, ratio: float, ranks: int) -> Choose:
-    """`hvd_sketch.exchange.ShardedExchange`, with its server's errors."""
-    count = sharded_plan(layout, ratio, ranks, lane_bytes=2)
-    codec = SparseCodec(-(-layout.total // ranks), count)
+    """`hvd_sketch.compressors.sharded.ShardedExchange`, with its server's errors."""
+    [(_, codec)] = Sharded().fit(layout, ratio, ranks)
+    count = codec.count
 
     def choose(memory: Tensor, step: int) -> Tensor:
         update = torch.zeros(layout.total)

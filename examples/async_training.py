@@ -29,7 +29,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import hvd_sketch as hvd
 from hvd_sketch.methods.server import FedAsync, Rule
-from hvd_sketch.quantize import Lattice
+from hvd_sketch.methods.swarm.lattice import Lattice
 
 WORLD = MPI.COMM_WORLD
 SERVER, SLOW = 0, 1

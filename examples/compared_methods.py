@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 import hvd_sketch as hvd
 from hvd_sketch.compressors import Sharded, Sparsifier, Stride
-from hvd_sketch.methods.accordion import Accordion
-from hvd_sketch.methods.cser import CSER
-from hvd_sketch.methods.local_sgd import LocalSGD
-from hvd_sketch.methods.step_ahead import StepAhead
-from hvd_sketch.methods.tensor_topk import TensorTopK
+from hvd_sketch.compressors.tensor_topk import TensorTopK
+from hvd_sketch.error_feedback.step_ahead import StepAhead
+from hvd_sketch.methods.local.cser import CSER
+from hvd_sketch.methods.local.local_sgd import LocalSGD
+from hvd_sketch.schedules.accordion import Accordion
 
 
 class _Everything:

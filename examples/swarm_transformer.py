@@ -28,7 +28,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import hvd_sketch as hvd
 from hvd_sketch.methods.swarm import Meeting, SwarmSGD
-from hvd_sketch.quantize import Lattice
+from hvd_sketch.methods.swarm.lattice import Lattice
 
 WORLD = MPI.COMM_WORLD
 WIDTH, LAYERS = 64, 2

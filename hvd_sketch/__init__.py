@@ -8,66 +8,103 @@ needs (``init``, ``rank``, ``size``, ``broadcast_parameters`` …) work over mpi
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hvd_sketch.comm import Communicator, SingleProcess, has_horovod
-from hvd_sketch.compression import Compression
-from hvd_sketch.distributed import Average, DistributedOptimizer, Sum
+from hvd_sketch.compressors import Compression, TensorTopK
+from hvd_sketch.error_feedback.anticipate import Anticipate
+from hvd_sketch.error_feedback.factored_moments import FactoredMoments
+from hvd_sketch.error_feedback.step_ahead import StepAhead
 from hvd_sketch.errors import ConfigurationError, RankMismatchError
+from hvd_sketch.frontends.optimizer import Average, DistributedOptimizer, Sum
 from hvd_sketch.memory import Momentum
-from hvd_sketch.methods.anticipate import Anticipate
-from hvd_sketch.methods.factored_moments import FactoredMoments
-from hvd_sketch.methods.step_ahead import StepAhead
+from hvd_sketch.methods.gossip.decentlam import DecentLaM, DmSGD
+from hvd_sketch.methods.gossip.lead import LEAD
+from hvd_sketch.methods.local.cser import CSER
+from hvd_sketch.methods.local.local_sgd import LocalSGD
+from hvd_sketch.methods.local.overlap import OverlapLocalSGD
+from hvd_sketch.methods.server import ADSAGA, AsyncSGD, FedAT
+from hvd_sketch.methods.swarm import SwarmSGD
+from hvd_sketch.schedules.accordion import Accordion
+from hvd_sketch.schedules.accordion_batch import AccordionBatch
+from hvd_sketch.schedules.energy_target import EnergyTarget
+from hvd_sketch.schedules.guard import Guard
 from hvd_sketch.sketch import CountSketch
 from hvd_sketch.stats import Stats
 from hvd_sketch.stock import exchange_of
 
+if TYPE_CHECKING:
+    from hvd_sketch.frontends.world import (
+        allreduce,
+        broadcast_object,
+        broadcast_optimizer_state,
+        broadcast_parameters,
+        init,
+        is_initialized,
+        local_rank,
+        local_size,
+        rank,
+        shutdown,
+        size,
+    )
+
 __all__ = [
+    "ADSAGA",
+    "CSER",
+    "LEAD",
+    "Accordion",
+    "AccordionBatch",
     "Anticipate",
+    "AsyncSGD",
     "Average",
     "Communicator",
     "Compression",
     "ConfigurationError",
     "CountSketch",
+    "DecentLaM",
     "DistributedOptimizer",
+    "DmSGD",
+    "EnergyTarget",
     "FactoredMoments",
+    "FedAT",
+    "Guard",
+    "LocalSGD",
     "Momentum",
+    "OverlapLocalSGD",
     "RankMismatchError",
     "SingleProcess",
     "Stats",
     "StepAhead",
     "Sum",
+    "SwarmSGD",
+    "TensorTopK",
+    "allreduce",
+    "broadcast_object",
+    "broadcast_optimizer_state",
+    "broadcast_parameters",
     "exchange_of",
+    "init",
+    "is_initialized",
+    "local_rank",
+    "local_size",
+    "rank",
+    "shutdown",
+    "size",
 ]
 __version__ = "0.1.0"
 
-_METHODS = {
-    "ADSAGA": "server",
-    "Accordion": "accordion",
-    "AccordionBatch": "accordion_batch",
-    "AsyncSGD": "server",
-    "CSER": "cser",
-    "DecentLaM": "decentlam",
-    "DmSGD": "decentlam",
-    "EnergyTarget": "energy_target",
-    "FedAT": "server",
-    "Guard": "guard",
-    "LEAD": "lead",
-    "LocalSGD": "local_sgd",
-    "OverlapLocalSGD": "overlap",
-    "SwarmSGD": "swarm",
-    "TensorTopK": "tensor_topk",
-}
+if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        """Names of ``horovod.torch``, or of its stand-in, which is imported when the first of them is used."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        source = importlib.import_module("horovod.torch" if has_horovod() else "hvd_sketch.frontends.world")
+        try:
+            return getattr(source, name)
+        except AttributeError:
+            raise AttributeError(f"hvd_sketch has no attribute {name!r}, nor has {source.__name__}") from None
 
 
-def __getattr__(name: str) -> Any:
-    """Methods of their own modules, then names of ``horovod.torch``; each is imported when first used."""
-    if name.startswith("__"):
-        raise AttributeError(name)
-    if name in _METHODS:
-        return getattr(importlib.import_module(f"hvd_sketch.methods.{_METHODS[name]}"), name)
-    source = importlib.import_module("horovod.torch" if has_horovod() else "hvd_sketch.world")
-    try:
-        return getattr(source, name)
-    except AttributeError:
-        raise AttributeError(f"hvd_sketch has no attribute {name!r}, nor has {source.__name__}") from None
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from hvd_sketch.launch import main
+from hvd_sketch.frontends.run_script import main
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvd_sketch.chosen import Chosen
+from hvd_sketch import gpu
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.sketch import CountSketch
-
-
-class Places(Protocol):
-    """Coordinates of a vector that know how to write to it."""
-
-    def put(self, vector: Tensor, values: Tensor | float) -> None: ...
-
-
-class Readable(Places, Protocol):
-    """The same, and how to read it."""
-
-    def at(self, vector: Tensor) -> Tensor: ...
+from hvd_sketch.sparse.chosen import Chosen
+from hvd_sketch.sparse.places import Places
 
 
 @dataclass(frozen=True)
@@ -83,21 +74,21 @@ class Memory:
         if self.velocity is not None:
             sketch.add(self.velocity[:dim], scale=self._factor)
 
-    def computed(self, gradient: Tensor, clip: float, where: Tensor | slice | Readable) -> Tensor:
+    def computed(self, gradient: Tensor, clip: float | Tensor, where: slice | Places) -> Tensor:
         """The new v at ``where``, without changing the memory: what could be sent now."""
         result = _at(self.residual, where) + _at(gradient, where) * (self.gain * clip)
         if self.velocity is not None:
             result += _at(self.velocity, where) * self._factor
         return result
 
-    def absorb(self, gradient: Tensor, clip: float) -> None:
+    def absorb(self, gradient: Tensor, clip: float | Tensor) -> None:
         """Take the gradient in: the step's new u and v, nothing sent yet."""
-        self.residual.add_(gradient, alpha=self.gain * clip)
+        _add(self.residual, gradient, self.gain, clip)
         if self.velocity is None:
             return
         self.residual.add_(self.velocity, alpha=self._factor)
         nesterov = self._momentum is not None and self._momentum.nesterov
-        self.velocity.mul_(self._factor).add_(gradient, alpha=clip * (self._factor if nesterov else 1.0))
+        _add(self.velocity.mul_(self._factor), gradient, self._factor if nesterov else 1.0, clip)
 
     def advance(self, gradient: Tensor, clip: float, sketch: CountSketch, chosen: Chosen, left: Tensor) -> None:
         """`absorb`, `keep` what is left of what was chosen to be sent, and `sketch_carried` into the next step.
@@ -112,7 +103,7 @@ class Memory:
         self.keep(chosen, left, mask=True)
         self.sketch_carried(sketch)
 
-    def keep(self, where: Tensor | slice | Places, left: Tensor | float, *, mask: bool) -> None:
+    def keep(self, where: slice | Places, left: Tensor | float, *, mask: bool) -> None:
         """Leave ``left`` behind of what was sent; ``mask`` marks coordinates open to masking."""
         _put(self.residual, where, left)
         if mask and self._momentum is not None and self._momentum.masking and self.velocity is not None:
@@ -148,20 +139,22 @@ class Memory:
             self.velocity.zero_()
 
 
-def _at(values: Tensor, where: Tensor | slice | Readable) -> Tensor:
-    """``values[where]``; a tensor's indices are taken in a quarter of the time of general indexing."""
-    if isinstance(where, slice):
-        return values[where]
-    return values.index_select(0, where) if isinstance(where, Tensor) else where.at(values)
+def _add(values: Tensor, gradient: Tensor, gain: float, clip: float | Tensor) -> None:
+    """``values += gain * clip * gradient``; the product is not rounded before it is added."""
+    if not isinstance(clip, Tensor):
+        values.add_(gradient, alpha=gain * clip)
+    elif gpu.serves(values):
+        importlib.import_module("hvd_sketch.memory_cuda").add(values, gradient, gain, clip)  # with Triton
+    else:
+        values.add_(gradient * (gain * clip))
 
 
-def _put(values: Tensor, where: Tensor | slice | Places, left: Tensor | float) -> None:
-    """``values[where] = left``, likewise."""
+def _at(values: Tensor, where: slice | Places) -> Tensor:
+    return values[where] if isinstance(where, slice) else where.at(values)
+
+
+def _put(values: Tensor, where: slice | Places, left: Tensor | float) -> None:
     if isinstance(where, slice):
         values[where] = left
-    elif not isinstance(where, Tensor):
-        where.put(values, left)
-    elif isinstance(left, Tensor):
-        values.index_copy_(0, where, left)
     else:
-        values.index_fill_(0, where, left)
+        where.put(values, left)

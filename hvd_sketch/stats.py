@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hvd_sketch.comm.base import Communicator
+
 
 @dataclass
 class Stats:
@@ -31,19 +33,47 @@ class Stats:
     skipped: int = 0
     bytes_sent: int = 0
     dense_bytes: int = 0
-    captured_energy: float = float("nan")
-    clip: float = 1.0
     seconds: dict[str, float] = field(default_factory=dict)
+    _captured: tuple[Tensor, Tensor] | float = field(default=float("nan"), repr=False)
+    _clip: Tensor | float = field(default=1.0, repr=False)
 
     @property
     def ratio(self) -> float:
         """Dense bytes over bytes sent, over the whole run; NaN before anything was sent."""
         return self.dense_bytes / self.bytes_sent if self.bytes_sent else float("nan")
 
+    @property
+    def captured_energy(self) -> float:
+        """See above; waits for a device only when somebody asks."""
+        if isinstance(self._captured, tuple):
+            part, whole = torch.stack(self._captured).tolist()
+            self._captured = (part / whole) ** 2 if whole > 0 else 1.0
+        return self._captured
+
+    @captured_energy.setter
+    def captured_energy(self, share: float) -> None:
+        self._captured = share
+
     def note_captured(self, sent: Tensor, memory: Tensor) -> None:
         """Take the captured energy of a step from what was sent of which memory."""
-        part, whole = torch.stack([torch.linalg.vector_norm(sent), torch.linalg.vector_norm(memory)]).tolist()
-        self.captured_energy = (part / whole) ** 2 if whole > 0 else 1.0
+        self._captured = torch.linalg.vector_norm(sent), torch.linalg.vector_norm(memory)
+
+    @property
+    def clip(self) -> float:
+        """See above; waits likewise."""
+        self._clip = float(self._clip)
+        return self._clip
+
+    @clip.setter
+    def clip(self, factor: Tensor | float) -> None:
+        self._clip = factor
+
+    @contextmanager
+    def counting(self, comm: Communicator) -> Iterator[None]:
+        """Add the bytes that this rank sends inside to ``bytes_sent``."""
+        before = comm.bytes_sent
+        yield
+        self.bytes_sent += comm.bytes_sent - before
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

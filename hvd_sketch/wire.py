@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,6 +19,8 @@ _ODD = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 DIGEST_BITS = 32
 _HALF_LIMIT = 32768.0
 _HEADROOM = 8.0
+_LARGEST_EXPONENT = 126
+"""Of a scale: it and its inverse are normal float32 numbers, however small the values are."""
 
 
 class Header(NamedTuple):
@@ -47,7 +50,7 @@ def shared_scale(largest: float, ranks: int, dtype: torch.dtype) -> float:
     """
     if dtype != torch.float16 or not 0.0 < largest < math.inf:
         return 1.0
-    return 2.0 ** math.floor(math.log2(_HALF_LIMIT / (_HEADROOM * ranks * largest)))
+    return 2.0 ** min(_LARGEST_EXPONENT, math.floor(math.log2(_HALF_LIMIT / (_HEADROOM * ranks * largest))))
 
 
 def pack(lanes: Tensor, values: Tensor, scale: float, ranks: int) -> None:
@@ -67,12 +70,21 @@ def unpack(lanes: Tensor, scale: float, values: Tensor) -> Tensor:
     return values if scale == 1.0 else values.mul_(1.0 / scale)
 
 
-def write_header(message: Tensor, finite: bool, problem: bool = False, flush: bool = False) -> None:
-    """Mark this rank present, the sum as not a number if the gradient is not finite, a problem, a wish to flush."""
-    message[0] = 0.0 if finite else math.nan
-    message[1] = 1.0
-    message[2] = float(problem)
-    message[3] = float(flush)
+def write_header(message: Tensor, finite: bool | Tensor, problem: bool = False, flush: bool = False) -> None:
+    """Mark this rank present, the sum as not a number if the gradient is not finite, a problem, a wish to flush.
+
+    Whether it is finite may be told by a number of the message's device: 0 if so, else NaN.
+    """
+    told = isinstance(finite, Tensor)
+    message[:HEADER].copy_(_lanes(message.device, told or bool(finite), problem, flush))
+    if isinstance(finite, Tensor):
+        message[:1].copy_(finite)
+
+
+@functools.cache
+def _lanes(device: torch.device, finite: bool, problem: bool, flush: bool) -> Tensor:
+    """Kept on its device, for numbers that come from the host would wait for it."""
+    return torch.tensor([0.0 if finite else math.nan, 1.0, float(problem), float(flush)], device=device)
 
 
 def read_header(message: Tensor) -> Header:

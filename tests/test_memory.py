@@ -7,7 +7,8 @@ from torch import Tensor
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.memory import Memory, Momentum
 from hvd_sketch.sketch import CountSketch
-from tests.simulation import UNIT_ROUNDOFF, heavy_tailed
+from hvd_sketch.sparse.chosen import Chosen
+from tests.support.simulation import UNIT_ROUNDOFF, heavy_tailed
 
 TOTAL, COMPRESSED, STEPS = 300, 250, 12
 KINDS = [
@@ -49,7 +50,7 @@ def test_recurrences_are_those_of_the_papers(momentum: Momentum | None, clip: fl
         memory.absorb(gradient, clip)
         torch.testing.assert_close(computed, memory.residual, rtol=4 * UNIT_ROUNDOFF, atol=1e-5)
         memory.keep(slice(COMPRESSED, None), 0.0, mask=False)
-        memory.keep(where, 0.0, mask=True)
+        memory.keep(Chosen(where), 0.0, mask=True)
     velocity, residual = reference(gradients, clip, momentum, sent)
     accumulated = gradients.abs().sum(0).max().item() * 10  # 1 / (1 - 0.9)
     tolerance = 6 * STEPS * UNIT_ROUNDOFF * accumulated
@@ -76,7 +77,7 @@ def test_the_sketch_of_carried_and_fresh_parts_is_the_sketch_of_what_is_computed
 def test_masking_clears_only_what_was_sent_and_is_open_to_it() -> None:
     memory = Memory(TOTAL, torch.device("cpu"), Momentum(0.5))
     memory.absorb(torch.ones(TOTAL), 1.0)
-    memory.keep(torch.tensor([3, 5]), 0.0, mask=True)
+    memory.keep(Chosen(torch.tensor([3, 5])), 0.0, mask=True)
     memory.keep(slice(COMPRESSED, None), 0.0, mask=False)
     assert memory.velocity is not None
     assert memory.velocity.eq(0.0).nonzero().flatten().tolist() == [3, 5]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hvd_sketch import _check
-from tests.launch import ROOT
+from hvd_sketch.frontends import report
+from tests.support.ranks import ROOT
 
 WHEEL = (
     sys.executable,
@@ -27,6 +27,9 @@ NO_COMPILER = (
     "hvd_sketch: no C++ compiler: 'g++' is not on the PATH; install one (Debian or Ubuntu: apt-get install g++)"
 )
 BASIC_TOOLS = ("bash", "cat", "dirname", "sed", "sha256sum")
+
+
+pytestmark = pytest.mark.slow  # they build
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -116,7 +119,7 @@ def test_set_up_tells_all_that_is_missing_before_it_downloads(
 
 def test_the_report_names_every_part_with_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    lines = _check.report()
+    lines = report.report()
     assert [line.split(": ")[0] for line in lines] == ["torch", "native kernel", "Horovod", "mpi4py", "mpirun"]
     assert not [line for line in lines if "MISSING" in line]
 
@@ -126,7 +129,7 @@ def test_the_report_says_how_to_get_what_is_missing(tmp_path: Path, monkeypatch:
         (tmp_path / f"{name}.py").write_text("raise ImportError('libmpi.so.40 is not there')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
-    lines = {line.split(": ")[0]: line for line in _check.report()}
+    lines = {line.split(": ")[0]: line for line in report.report()}
     for name, remedy in (("Horovod", "make env"), ("mpi4py", "pip install mpi4py"), ("mpirun", "openmpi-bin")):
         assert f"{name}: MISSING (" in lines[name]
         assert "still" in lines[name]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import hvd_sketch
 from hvd_sketch import Compression, ConfigurationError, RankMismatchError
 from hvd_sketch.compressors import Sparsifier
-from tests.launch import ranks
-from tests.training import COMPRESSED, flat, loss, net, train
+from tests.support.ranks import ranks
+from tests.support.training import COMPRESSED, flat, loss, net, train
 
 SKETCH: dict[str, Any] = {"ratio": 10.0, "warmup_steps": 2}
 EVERYTHING = Compression.sketch(cols=COMPRESSED, k=COMPRESSED, half=False, clip_norm=None)

@@ -6,6 +6,7 @@ import argparse
 import fcntl
 import itertools
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks.accuracy.large.command import main as large
 from benchmarks.accuracy.methods import LOW_RANK, LOW_RANKS, METHODS, make, suits
 from benchmarks.accuracy.report import write_page
 from benchmarks.accuracy.simulate import train
@@ -104,4 +106,7 @@ def _key(row: dict[str, Any]) -> Key:
 
 
 if __name__ == "__main__":
-    main()
+    if "--large" in sys.argv:
+        large([argument for argument in sys.argv[1:] if argument != "--large"])
+    else:
+        main()

@@ -6,11 +6,11 @@ import importlib.util
 import os
 from typing import Any
 
-from hvd_sketch.comm.base import Communicator
+from hvd_sketch.comm.base import Communicator, Pending
 from hvd_sketch.comm.single import SingleProcess
 from hvd_sketch.errors import ConfigurationError
 
-__all__ = ["Communicator", "SingleProcess", "as_communicator", "default_communicator", "has_horovod"]
+__all__ = ["Communicator", "Pending", "SingleProcess", "as_communicator", "default_communicator", "has_horovod"]
 
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE")
 

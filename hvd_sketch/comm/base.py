@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import pickle
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hvd_sketch.comm.pending import Pending
+from hvd_sketch.comm.staged import HostStaging
 
-class Pending:
-    """A collective under way; this one is done already."""
-
-    def __init__(self, result: Tensor) -> None:
-        self._result = result
-
-    def poll(self) -> None:
-        """Let it make progress, where the backend moves only when it is called."""
-        return
-
-    def wait(self) -> Tensor:
-        """The result, when it is there."""
-        return self._result
+__all__ = ["Communicator", "Pending"]
 
 
 class Communicator(ABC):
@@ -65,7 +57,7 @@ class Communicator(ABC):
     def start_allreduce(self, tensor: Tensor, name: str) -> Pending:
         """Begin to `allreduce`."""
         self.bytes_sent += self.allreduce_bytes(tensor.nbytes)
-        return self._start_allreduce(tensor, name)
+        return self._post(self.post_allreduce, tensor, name, tensor)
 
     def allgather(self, tensor: Tensor, name: str) -> Tensor:
         """Stack every rank's ``tensor`` (1-D, same length on all ranks) to shape ``(size, n)``."""
@@ -74,7 +66,7 @@ class Communicator(ABC):
     def start_allgather(self, tensor: Tensor, name: str) -> Pending:
         """Begin to `allgather`."""
         self.bytes_sent += (self.size - 1) * tensor.nbytes
-        return self._start_allgather(tensor, name)
+        return self._post(self.post_allgather, tensor, name)
 
     def alltoall(self, tensor: Tensor, name: str) -> Tensor:
         """Send row j of ``tensor``, shape ``(size, n)``, to rank j; row i of the result is rank i's."""
@@ -83,12 +75,26 @@ class Communicator(ABC):
     def start_alltoall(self, tensor: Tensor, name: str) -> Pending:
         """Begin to `alltoall`."""
         self.bytes_sent += (self.size - 1) * tensor.nbytes // self.size
-        return self._start_alltoall(tensor, name)
+        return self._post(self.post_alltoall, tensor, name)
 
     def broadcast(self, tensor: Tensor, root: int, name: str) -> None:
         """Replace ``tensor`` (contiguous) by the root's."""
         self.bytes_sent += tensor.nbytes if self.rank == root and self.size > 1 else 0
-        self._broadcast(tensor, root, name)
+        if self.reaches(tensor.device):
+            self.run_broadcast(tensor, root, name)
+            return
+        self._staging.post_until(None)
+        on_host = tensor.cpu()
+        self.run_broadcast(on_host, root, name)
+        tensor.copy_(on_host)
+
+    def reaches(self, device: torch.device) -> bool:
+        """Whether ``post_…`` takes tensors that live there; others come by way of the host."""
+        return True
+
+    def starts_in_backward(self, device: torch.device) -> bool:
+        """Whether a collective of tensors that live there may start while backward runs."""
+        return True
 
     def allreduce_bytes(self, nbytes: int) -> int:
         """Bytes one rank sends in a ring allreduce of ``nbytes``."""
@@ -103,14 +109,27 @@ class Communicator(ABC):
         rows = self.allgather(padded, f"{name}.payload").to(torch.uint8)
         return [pickle.loads(row[: int(length)].numpy().tobytes()) for row, length in zip(rows, lengths, strict=True)]
 
-    @abstractmethod
-    def _start_allreduce(self, tensor: Tensor, name: str) -> Pending: ...
+    def _post(
+        self, post: Callable[[Tensor, str], Pending], tensor: Tensor, name: str, into: Tensor | None = None
+    ) -> Pending:
+        if not self.reaches(tensor.device):
+            return self._staging.post(lambda on_host: post(on_host, name), tensor, into)
+        self._staging.post_until(None)
+        return post(tensor, name)
+
+    @cached_property
+    def _staging(self) -> HostStaging:
+        return HostStaging()
 
     @abstractmethod
-    def _start_allgather(self, tensor: Tensor, name: str) -> Pending: ...
+    def post_allreduce(self, tensor: Tensor, name: str) -> Pending:
+        """What a backend does for `start_allreduce`; the same for the others."""
 
     @abstractmethod
-    def _start_alltoall(self, tensor: Tensor, name: str) -> Pending: ...
+    def post_allgather(self, tensor: Tensor, name: str) -> Pending: ...
 
     @abstractmethod
-    def _broadcast(self, tensor: Tensor, root: int, name: str) -> None: ...
+    def post_alltoall(self, tensor: Tensor, name: str) -> Pending: ...
+
+    @abstractmethod
+    def run_broadcast(self, tensor: Tensor, root: int, name: str) -> None: ...

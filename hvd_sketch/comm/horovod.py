@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import horovod.torch as hvd
+import torch
 from torch import Tensor
 
 from hvd_sketch.comm.base import Communicator, Pending
@@ -53,17 +54,21 @@ class HorovodCommunicator(Communicator):
         """Whether this process belongs to the process set."""
         return bool(self.process_set.included())
 
-    def _start_allreduce(self, tensor: Tensor, name: str) -> Pending:
+    def reaches(self, device: torch.device) -> bool:
+        """Host memory; a GPU's when Horovod was built for GPUs, else it would reduce what has not arrived yet."""
+        return device.type == "cpu" or bool(hvd.nccl_built() or hvd.cuda_built())
+
+    def post_allreduce(self, tensor: Tensor, name: str) -> Pending:
         handle = hvd.allreduce_async_(tensor, name=name, op=hvd.Sum, process_set=self.process_set)
         return _Handle(handle, lambda result: tensor)
 
-    def _start_allgather(self, tensor: Tensor, name: str) -> Pending:
+    def post_allgather(self, tensor: Tensor, name: str) -> Pending:
         handle = hvd.allgather_async(tensor, name=name, process_set=self.process_set)
         return _Handle(handle, lambda gathered: gathered.view(self.size, -1))
 
-    def _start_alltoall(self, tensor: Tensor, name: str) -> Pending:
+    def post_alltoall(self, tensor: Tensor, name: str) -> Pending:
         handle = hvd.alltoall_async(tensor.contiguous(), name=name, process_set=self.process_set)
         return _Handle(handle, lambda received: received[0])  # the other one tells how much came from whom
 
-    def _broadcast(self, tensor: Tensor, root: int, name: str) -> None:
+    def run_broadcast(self, tensor: Tensor, root: int, name: str) -> None:
         hvd.broadcast_(tensor, root_rank=root, name=name, process_set=self.process_set)

@@ -43,21 +43,25 @@ class InProcess(Communicator):
     def size(self) -> int:
         return self._size
 
-    def _start_allreduce(self, tensor: Tensor, name: str) -> Pending:
+    def starts_in_backward(self, device: torch.device) -> bool:
+        """Not on a GPU: a process's backward passes share one thread there, and each would wait for the others."""
+        return device.type == "cpu"
+
+    def post_allreduce(self, tensor: Tensor, name: str) -> Pending:
         contributions = self._meeting.gather(self._rank, tensor.clone())
         tensor.copy_(contributions[0])
         for contribution in contributions[1:]:
             tensor.add_(contribution)
         return Pending(tensor)
 
-    def _start_allgather(self, tensor: Tensor, name: str) -> Pending:
+    def post_allgather(self, tensor: Tensor, name: str) -> Pending:
         return Pending(torch.stack(self._meeting.gather(self._rank, tensor.clone())))
 
-    def _start_alltoall(self, tensor: Tensor, name: str) -> Pending:
+    def post_alltoall(self, tensor: Tensor, name: str) -> Pending:
         rows = [sent[self._rank] for sent in self._meeting.gather(self._rank, tensor.clone())]
         return Pending(torch.stack(rows))
 
-    def _broadcast(self, tensor: Tensor, root: int, name: str) -> None:
+    def run_broadcast(self, tensor: Tensor, root: int, name: str) -> None:
         tensor.copy_(self._meeting.gather(self._rank, tensor.clone())[root])
 
 

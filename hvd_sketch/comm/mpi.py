@@ -22,21 +22,18 @@ _HALF = MPI.BYTE.Create_contiguous(2).Commit()
 
 
 class _Request(Pending):
-    """MPI may move a message only while it is called, hence the polling.
+    """MPI may move a message only while it is called, hence the polling. Keeps what is sent alive."""
 
-    Keeps what is sent alive; the result, on the host, is copied to ``into`` if that is elsewhere.
-    """
-
-    def __init__(self, request: MPI.Request, sent: Tensor, result: Tensor, into: Tensor) -> None:
-        super().__init__(into)
-        self._request, self._sent, self._on_host = request, sent, result
+    def __init__(self, request: MPI.Request, sent: Tensor, result: Tensor) -> None:
+        super().__init__(result)
+        self._request, self._sent = request, sent
 
     def poll(self) -> None:
         self._request.Test()
 
     def wait(self) -> Tensor:
         self._request.Wait()
-        return self._result if self._result is self._on_host else self._result.copy_(self._on_host)
+        return self._result
 
 
 def _buffer(host: Tensor) -> Any:
@@ -70,26 +67,23 @@ class MpiCommunicator(Communicator):
     def size(self) -> int:
         return self._size
 
-    def _start_allreduce(self, tensor: Tensor, name: str) -> Pending:
+    def reaches(self, device: torch.device) -> bool:
+        """Host memory alone."""
+        return device.type == "cpu"
+
+    def post_allreduce(self, tensor: Tensor, name: str) -> Pending:
         # never in place: then Open MPI sends whole vectors along a tree, where it would otherwise use a ring
-        on_host = tensor.device.type == "cpu"
-        sent = tensor.clone() if on_host else tensor.cpu()
-        result = tensor if on_host else torch.empty_like(sent)
-        op = _HALF_SUM if tensor.dtype == torch.float16 else MPI.SUM
-        return _Request(self._comm.Iallreduce(_buffer(sent), _buffer(result), op=op), sent, result, tensor)
+        sent, op = tensor.clone(), _HALF_SUM if tensor.dtype == torch.float16 else MPI.SUM
+        return _Request(self._comm.Iallreduce(_buffer(sent), _buffer(tensor), op=op), sent, tensor)
 
-    def _start_allgather(self, tensor: Tensor, name: str) -> Pending:
-        sent, result = tensor.cpu(), torch.empty(self.size, tensor.numel(), dtype=tensor.dtype)
-        request = self._comm.Iallgather(_bytes(sent), _bytes(result))
-        return _Request(request, sent, result, result.to(tensor.device))
+    def post_allgather(self, tensor: Tensor, name: str) -> Pending:
+        result = torch.empty(self.size, tensor.numel(), dtype=tensor.dtype, pin_memory=tensor.is_pinned())
+        return _Request(self._comm.Iallgather(_bytes(tensor), _bytes(result)), tensor, result)
 
-    def _start_alltoall(self, tensor: Tensor, name: str) -> Pending:
-        sent, result = tensor.cpu().contiguous(), torch.empty(tensor.shape, dtype=tensor.dtype)
-        request = self._comm.Ialltoall(_bytes(sent), _bytes(result))
-        return _Request(request, sent, result, result.to(tensor.device))
+    def post_alltoall(self, tensor: Tensor, name: str) -> Pending:
+        sent = tensor.contiguous()
+        result = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_pinned())
+        return _Request(self._comm.Ialltoall(_bytes(sent), _bytes(result)), sent, result)
 
-    def _broadcast(self, tensor: Tensor, root: int, name: str) -> None:
-        host = tensor.cpu()
-        self._comm.Bcast(_bytes(host), root=root)
-        if host is not tensor:
-            tensor.copy_(host)
+    def run_broadcast(self, tensor: Tensor, root: int, name: str) -> None:
+        self._comm.Bcast(_bytes(tensor), root=root)

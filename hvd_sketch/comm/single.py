@@ -13,14 +13,14 @@ class SingleProcess(Communicator):
     rank = 0
     size = 1
 
-    def _start_allreduce(self, tensor: Tensor, name: str) -> Pending:
+    def post_allreduce(self, tensor: Tensor, name: str) -> Pending:
         return Pending(tensor)
 
-    def _start_allgather(self, tensor: Tensor, name: str) -> Pending:
+    def post_allgather(self, tensor: Tensor, name: str) -> Pending:
         return Pending(tensor.clone().unsqueeze(0))
 
-    def _start_alltoall(self, tensor: Tensor, name: str) -> Pending:
+    def post_alltoall(self, tensor: Tensor, name: str) -> Pending:
         return Pending(tensor.clone())
 
-    def _broadcast(self, tensor: Tensor, root: int, name: str) -> None:
+    def run_broadcast(self, tensor: Tensor, root: int, name: str) -> None:
         return

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
-from hvd_sketch.codec import SparseCodec
 from hvd_sketch.comm.base import Communicator
 from hvd_sketch.compressors.base import Bucketed
 from hvd_sketch.compressors.sharded import Sharded
 from hvd_sketch.compressors.sketch import Sketch
-from hvd_sketch.exchange import Exchange
+from hvd_sketch.exchange import Exchange, Setting
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
+from hvd_sketch.sparse.codec import SparseCodec
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -29,10 +30,28 @@ class Auto(Bucketed):
 
     dense_below: int = 0
 
-    def _exchange(
-        self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device, momentum: Momentum | None
+    def exchange(
+        self,
+        layout: Layout,
+        comm: Communicator,
+        *,
+        average: bool,
+        device: torch.device,
+        momentum: Momentum | None = None,
     ) -> Exchange:
+        """The exchange of the member that suits the model and the number of ranks."""
+        member = self._member(layout, comm.size)
+        return member.exchange(layout, comm, average=average, device=device, momentum=momentum)
+
+    def fit(self, layout: Layout, ratio: float, ranks: int) -> Any:
+        """What the member makes of it."""
+        return self._member(layout, ranks).fit(layout, ratio, ranks)
+
+    def build(self, setting: Setting) -> Exchange:
+        """The exchange of the member."""
+        return self._member(setting.layout, setting.comm.size).build(setting)
+
+    def _member(self, layout: Layout, ranks: int) -> Sharded | Sketch:
         settings = {field.name: getattr(self, field.name) for field in fields(self)}
-        code = 4 * layout.total / self.ratio / comm.size
-        member = Sharded(**settings) if code >= 2 * SparseCodec.LEVEL_BYTES else Sketch(**settings)
-        return member._exchange(layout, comm, average=average, device=device, momentum=momentum)
+        code = 4 * layout.total / self.ratio / ranks
+        return Sharded(**settings) if code >= 2 * SparseCodec.LEVEL_BYTES else Sketch(**settings)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +14,10 @@ from torch import Tensor
 from hvd_sketch import stock
 from hvd_sketch.comm.base import Communicator
 from hvd_sketch.errors import ConfigurationError
-from hvd_sketch.exchange import Exchange
+from hvd_sketch.exchange import Exchange, Setting
 from hvd_sketch.layout import Layout, small_or_named
 from hvd_sketch.memory import Momentum
-from hvd_sketch.schedule import AdaptiveSchedule, Schedule, warmup
+from hvd_sketch.schedules.base import AdaptiveSchedule, Schedule, warmup
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -55,7 +57,7 @@ class Compressor(ABC):
         Raises:
             ConfigurationError: when the parameters are unfit, or none is left to compress.
         """
-        layout = Layout.of(named_parameters, self.is_dense, self._buckets())
+        layout = Layout.of(named_parameters, self.is_dense, self.parts())
         if layout.compressed == 0:
             raise ConfigurationError(
                 f"nothing to compress: all {layout.total} parameters are 1-D, smaller than "
@@ -73,16 +75,33 @@ class Compressor(ABC):
         momentum: Momentum | None = None,
     ) -> Exchange:
         """The exchange of one optimizer; ``momentum`` takes the place of the compressor's own."""
-        return self._exchange(layout, comm, average=average, device=device, momentum=momentum or self.momentum)
-
-    def _buckets(self) -> int:
-        """Into how many parts the layout is cut."""
-        return 1
+        return self.build(
+            Setting(
+                layout=layout,
+                comm=comm,
+                device=device,
+                plan=partial(self.plan, layout),
+                name=repr(self),
+                average=average,
+                clip_norm=self.clip_norm,
+                momentum=momentum or self.momentum,
+            )
+        )
 
     @abstractmethod
-    def _exchange(
-        self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device, momentum: Momentum | None
-    ) -> Exchange: ...
+    def plan(self, layout: Layout, step: int, ranks: int) -> Any:
+        """The sizes of a step's messages, which `Exchange.send` is given; None to send everything.
+
+        Must be the same on all ranks.
+        """
+
+    @abstractmethod
+    def build(self, setting: Setting) -> Exchange:
+        """The exchange in a setting."""
+
+    def parts(self) -> int:
+        """Into how many parts the layout is cut; see `Layout.of`."""
+        return 1
 
     def compress(self, tensor: Tensor) -> tuple[Tensor, stock.Ticket]:
         """Stock Horovod's first call: note the gradient, hand out a one-element token to reduce."""
@@ -128,12 +147,30 @@ class Sparsifier(Compressor):
     ) -> Exchange:
         """As for every `Compressor`.
 
-        A schedule that learns from the steps, see `hvd_sketch.schedule.AdaptiveSchedule`, is told of each of them.
+        A schedule that learns from the steps, see `AdaptiveSchedule`, is told of each of them.
+
+        Raises:
+            ConfigurationError: when the ratio cannot be reached; now, not at the end of the warm-up.
         """
+        if self.schedule is None:
+            self.plan(layout, self.warmup_steps, comm.size)
         exchange = super().exchange(layout, comm, average=average, device=device, momentum=momentum)
         if isinstance(self.schedule, AdaptiveSchedule):
             self.schedule.attach(exchange)
         return exchange
+
+    def plan(self, layout: Layout, step: int, ranks: int) -> Any:
+        """The sizes that the ratio of the step allows; None at ratio 1."""
+        ratio = self.ratio_at(step)
+        return None if ratio <= 1.0 else self.fit(layout, ratio, ranks)
+
+    @abstractmethod
+    def fit(self, layout: Layout, ratio: float, ranks: int) -> Any:
+        """The largest messages that keep the bytes of a step ``ratio`` times below a dense exchange's.
+
+        Raises:
+            ConfigurationError: when there are none.
+        """
 
     def ratio_at(self, step: int) -> float:
         """The compression ratio of a step; 1 means that everything is sent."""

@@ -1,19 +1,26 @@
-"""Settings of low-rank averaging."""
+"""PowerSGD: every matrix of the gradient as a product of two thin ones, by one step of power iteration."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvd_sketch.comm.base import Communicator
+from hvd_sketch import wire
 from hvd_sketch.compressors.base import Compressor
-from hvd_sketch.errors import ConfigurationError
-from hvd_sketch.exchange import Exchange, PowerSGDExchange
-from hvd_sketch.exchange.powersgd import matrix_shape
+from hvd_sketch.errors import ConfigurationError, RankMismatchError
+from hvd_sketch.exchange import Exchange, Setting
+from hvd_sketch.exchange.base import Factor, Finite
 from hvd_sketch.layout import Layout
-from hvd_sketch.memory import Momentum
+from hvd_sketch.precision import full_precision
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A parameter as a matrix: the first dimension by all others, as in the paper."""
+    return shape[0], math.prod(shape[1:])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -46,18 +53,130 @@ class PowerSGD(Compressor):
         n, m = matrix_shape(tuple(parameter.shape))
         return self.rank * (n + m) >= n * m
 
-    def _exchange(
-        self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device, momentum: Momentum | None
-    ) -> Exchange:
-        return PowerSGDExchange(
-            layout,
-            comm,
-            repr(self),
-            rank=self.rank,
-            start_step=self.start_step,
-            seed=self.seed,
-            average=average,
-            clip_norm=self.clip_norm,
-            momentum=momentum,
-            device=device,
-        )
+    def plan(self, layout: Layout, step: int, ranks: int) -> int | None:
+        """The rank, from ``start_step`` on."""
+        return None if step < self.start_step else self.rank
+
+    def build(self, setting: Setting) -> Exchange:
+        """A `PowerSGDExchange`."""
+        return PowerSGDExchange(setting, self.rank, self.seed)
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """Places of one matrix in the vector, in the flat left factors and in the flat right ones."""
+
+    shape: tuple[int, int]
+    coordinates: slice
+    left: slice
+    right: slice
+
+
+class PowerSGDExchange(Exchange):
+    """Low-rank averaging with error feedback and warm start (arXiv 1905.13727, Algorithm 1).
+
+    For each compressed matrix M_i (n by m, rank i's computed memory), with Q (m by r) kept from the
+    step before, at first drawn from the seed::
+
+        round 1   P = orthonormal basis of sum_i M_i Q        allreduce of all n r floats + dense part
+        round 2   Q = sum_i M_i^T P                           allreduce of all m r floats
+        update = P Q^T / W;   M_i loses P (M_i^T P)^T
+
+    Each rank loses its own projection, so sent + residual = computed on every rank; hence the products are of full
+    float32 precision, whatever ``torch.set_float32_matmul_precision`` allows. The ratio follows from the shapes:
+    ``4 total / (4 (sum r (n + m) + dense))``.
+    """
+
+    def __init__(self, setting: Setting, rank: int, seed: int) -> None:
+        super().__init__(setting)
+        layout, device = setting.layout, setting.device
+        self._rank, self._seed = rank, seed
+        self._matrices = _places(layout, rank)
+        lefts, rights = (self._matrices[-1].left.stop, self._matrices[-1].right.stop) if self._matrices else (0, 0)
+        self._first = torch.zeros(wire.HEADER + lefts + layout.dense, dtype=torch.float32, device=device)
+        self._second = torch.zeros(wire.HEADER + wire.DIGEST_BITS + rights, dtype=torch.float32, device=device)
+        self._right = torch.zeros(rights, dtype=torch.float32, device=device)
+        self._draw_right()
+
+    def _draw_right(self) -> None:
+        generator = torch.Generator().manual_seed(self._seed)
+        self._right.copy_(torch.randn(self._right.numel(), generator=generator, dtype=torch.float32))
+
+    def send(self, plan: int, clip: Factor, finite: Finite) -> bool:
+        """Round 1, whose message has the dense part too, and round 2."""
+        dense = slice(self.layout.compressed, self.layout.total)
+        with self.stats.phase("factor"), full_precision():
+            computed = self.memory.computed(self.gradient, clip, slice(0, self.layout.compressed))
+            lefts = self._first[wire.HEADER : self._first.numel() - self.layout.dense]
+            for matrix in self._matrices:
+                n, m = matrix.shape
+                right = self._right[matrix.right].view(m, self._rank)
+                torch.mm(computed[matrix.coordinates].view(n, m), right, out=lefts[matrix.left].view(n, self._rank))
+            self._first[self._first.numel() - self.layout.dense :] = self.memory.computed(self.gradient, clip, dense)
+        if not self.rounds.sum(self._first, finite, "left"):
+            return False
+        self._project(computed, lefts)
+        self.memory.absorb(self.gradient, clip)
+        self.memory.keep(dense, 0.0, mask=False)
+        self.memory.keep(slice(0, self.layout.compressed), computed, mask=True)
+        self.update[dense] = self._first[self._first.numel() - self.layout.dense :]
+        self.update.mul_(1.0 / self.divisor)
+        return True
+
+    def _project(self, computed: Tensor, lefts: Tensor) -> None:
+        """Round 2: sum the right factors; ``computed`` becomes what this rank keeps."""
+        rights = self._second[wire.HEADER + wire.DIGEST_BITS :]
+        with self.stats.phase("factor"), full_precision():
+            for matrix in self._matrices:
+                n, m = matrix.shape
+                left = lefts[matrix.left].view(n, self._rank)
+                left.copy_(torch.linalg.qr(left).Q)
+                local, own = computed[matrix.coordinates].view(n, m), rights[matrix.right].view(m, self._rank)
+                torch.mm(local.t(), left, out=own)
+                local.addmm_(left, own.t(), alpha=-1.0)
+            wire.write_header(self._second, True)
+            digest = self._second[wire.HEADER : wire.HEADER + wire.DIGEST_BITS]
+            wire.write_digest(digest, lefts)
+        with self.stats.phase("exchange"):
+            self.comm.allreduce(self._second, self.rounds.name_of("right"))
+        if not wire.digests_agree(digest, self._second[1]):
+            raise RankMismatchError(
+                f"hvd_sketch: in step {self.step} the ranks made different bases from the same sum, seen on rank "
+                f"{self.comm.rank} and all others; use one build of PyTorch and its linear algebra on all ranks"
+            )
+        with self.stats.phase("factor"), full_precision():
+            self._right.copy_(rights)
+            for matrix in self._matrices:
+                n, m = matrix.shape
+                left, right = lefts[matrix.left].view(n, self._rank), rights[matrix.right].view(m, self._rank)
+                torch.mm(left, right.t(), out=self.update[matrix.coordinates].view(n, m))
+
+    def reset(self) -> None:
+        """Also draw the right factors anew."""
+        super().reset()
+        self._draw_right()
+
+    def own_state(self) -> dict[str, Any]:
+        """The right factors."""
+        return {"right": self._right.clone()}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Restore them."""
+        self._right.copy_(state["right"])
+
+
+def _places(layout: Layout, rank: int) -> list[_Factors]:
+    places, left, right = [], 0, 0
+    for slot in layout.slots:
+        if slot.offset < layout.compressed:
+            n, m = matrix_shape(slot.shape)
+            places.append(
+                _Factors(
+                    (n, m),
+                    slice(slot.offset, slot.stop),
+                    slice(left, left + n * rank),
+                    slice(right, right + m * rank),
+                )
+            )
+            left, right = left + n * rank, right + m * rank
+    return places

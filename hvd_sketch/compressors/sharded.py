@@ -1,17 +1,30 @@
-"""Settings of the two-way top-k over owners."""
+"""Two-way top-k over owners: compressed on the way up and on the way down, bytes constant in the ranks."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
+from torch import Tensor
 
-from hvd_sketch.comm.base import Communicator
+from hvd_sketch import wire
+from hvd_sketch.comm.base import Pending
 from hvd_sketch.compressors.base import Bucketed
-from hvd_sketch.exchange import Exchange, ShardedExchange
-from hvd_sketch.exchange.plan import sharded_plan
+from hvd_sketch.exchange import Exchange, Part, Setting
+from hvd_sketch.exchange.budget import unreachable
+from hvd_sketch.exchange.sparse import SparseExchange
 from hvd_sketch.layout import Layout
-from hvd_sketch.memory import Momentum
+from hvd_sketch.sparse.codec import SparseCodec
+from hvd_sketch.sparse.heaviest import heaviest_of_shards
+from hvd_sketch.sparse.rows import Rows, add
+
+_LEAST_PAIRS = 8 * SparseCodec.LEVEL_BYTES
+"""Of a part of a shard: a tenth of the code's bytes are levels then."""
+
+Codes = list[tuple[slice, SparseCodec]]
+"""Parts of the compressed coordinates, each with the code for every shard of it."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -30,26 +43,119 @@ class Sharded(Bucketed):
     dense_below: int = 0
     half: bool = True
 
-    def _exchange(
-        self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device, momentum: Momentum | None
-    ) -> Exchange:
-        if self.schedule is None:  # fail now, not at the end of the warm-up
-            self._plan(layout, self.warmup_steps, comm.size)
-        return ShardedExchange(
-            layout,
-            comm,
-            repr(self),
-            self._plan,
-            average=average,
-            clip_norm=self.clip_norm,
-            momentum=momentum,
-            dtype=torch.float16 if self.half else torch.float32,
-            device=device,
-            buckets=self.buckets,
-        )
+    def fit(self, layout: Layout, ratio: float, ranks: int) -> Codes:
+        """The codes that a rank sends to each owner, and an owner to everybody.
 
-    def _plan(self, layout: Layout, step: int, ranks: int) -> int | None:
-        ratio, lane_bytes = self.ratio_at(step), 2 if self.half else 4
-        if ratio <= 1.0:
-            return None
-        return sharded_plan(layout, ratio, ranks, lane_bytes=lane_bytes, buckets=self.buckets)
+        Up and down together send ``2 (W-1) codes' bytes`` where a dense allreduce sends ``2 (W-1)/W 4 total``,
+        so the codes of all buckets may have ``(4 total / ratio - dense bytes) / W`` bytes.
+
+        Raises:
+            ConfigurationError: when not one pair fits.
+        """
+        dense_bytes = (2 if self.half else 4) * (wire.HEADER + layout.dense)
+        budget = int((4 * layout.total / ratio - dense_bytes) / ranks)
+        fitting = range(1, layout.compressed // ranks + 1)  # the least shard
+
+        def nbytes(pairs: int) -> int:
+            return sum(codec.nbytes for _, codec in shard_codes(layout.compressed, ranks, pairs, self.buckets))
+
+        count = bisect_right(fitting, budget, key=nbytes)
+        if count < 1:
+            raise unreachable(layout, ratio, (dense_bytes + ranks * nbytes(1)) // 4, 4)
+        return shard_codes(layout.compressed, ranks, count, self.buckets)
+
+    def build(self, setting: Setting) -> Exchange:
+        """A `ShardedExchange`."""
+        return ShardedExchange(setting, torch.float16 if self.half else torch.float32)
+
+
+def shard_codes(compressed: int, ranks: int, count: int, buckets: int) -> Codes:
+    """Cut the vector, and so every shard, into at most so many parts; each has a code for its share of the pairs.
+
+    A part is a range of coordinates that begins with one of the first rank's and has as many of every rank,
+    the last part perhaps one less of some. Parts are no smaller than what makes a code's levels worth their bytes.
+    """
+    rows = -(-compressed // ranks)
+    buckets = max(1, min(buckets, count // _LEAST_PAIRS))
+    stops = [rows * number // buckets for number in range(buckets + 1)]
+    parts = []
+    for start, stop in pairwise(stops):
+        where = slice(start * ranks, min(stop * ranks, compressed))
+        share = count * stop // rows - count * start // rows
+        parts.append((where, SparseCodec(stop - start, min(share, (where.stop - where.start) // ranks))))
+    return parts
+
+
+class ShardedExchange(SparseExchange):
+    """Each coordinate has an owner, who receives, sums, selects again and tells everybody.
+
+    Coordinate i belongs to rank ``i mod W``, so every owner gets a fair sample of all layers. With
+    computed memory v_i on rank i, and ``Q`` the top-k with four-bit values::
+
+        up     c_ij = Q(v_i on shard j)              alltoall;   v_i loses c_ij, for every j != i
+        owner  s_j = v_j on shard j + sum_i c_ij     its own part needs no compression
+        down   q_j = Q(s_j)                          allgather;  v_j on shard j becomes s_j - q_j
+        update = (q_0 … q_{W-1}) / W
+
+    What the way down leaves out is kept in the owner's own memory: that is the server's error of
+    double compression (DoubleSqueeze, Tang et al. 2019) without a state of its own, so it
+    survives `flush`, a checkpoint, and a change of the number of ranks. All ranks decode the same
+    bytes, so the update is bit-identical by construction. Bytes do not grow with W:
+    ``2 (W-1)/W k`` pairs of about 1.25 bytes, and an allreduce of the dense part. Cannot be
+    combined with ``hvd.join``.
+
+    With several buckets every shard is cut into so many parts, each with its share of k, and a part is
+    chosen, summed or applied while others are on the wire: up of every part, then down of every part.
+    """
+
+    @property
+    def owned(self) -> slice:
+        """This rank's shard."""
+        return slice(self.comm.rank, self.layout.compressed, self.comm.size)
+
+    def send_chosen(self, plan: Codes) -> list[Part]:
+        """Up of every part, then down of every part."""
+        ups, norms = zip(*(self._start_up(number, *part) for number, part in enumerate(plan)), strict=True)
+        self.stats.note_captured(*torch.stack(norms).unbind(1))
+        downs = [self._start_down(number, up, *part) for number, (up, part) in enumerate(zip(ups, plan, strict=True))]
+        return [self._read(down, *part) for down, part in zip(downs, plan, strict=True)]
+
+    def _start_up(self, number: int, where: slice, codec: SparseCodec) -> tuple[Pending, Tensor]:
+        """Choose of every shard's part, send the owners theirs, and keep the rest; norms of choice and part."""
+        size, rank, memory = self.comm.size, self.comm.rank, self.memory.part(where)
+        with self.stats.phase("select"):
+            rows, values = heaviest_of_shards(memory.residual, size, codec.count)
+            code, decoded = codec.encode(rows, values)
+        with self.stats.phase("exchange"):
+            pending = self.comm.start_alltoall(code, self.rounds.name_of(f"up{number}"))
+        with self.stats.phase("memory"):
+            norms = torch.stack([torch.linalg.vector_norm(values), torch.linalg.vector_norm(memory.residual)])
+            left = values.sub_(decoded)
+            for first, others in ((0, slice(rank)), (rank + 1, slice(rank + 1, None))):
+                memory.keep(Rows(size, first, rows[others]), left[others], mask=True)
+        return pending, norms
+
+    def _start_down(self, number: int, up: Pending, where: slice, codec: SparseCodec) -> Pending:
+        """Sum what came for a part of this rank's shard, choose again, tell everybody, and keep the rest."""
+        size, rank, memory = self.comm.size, self.comm.rank, self.memory.part(where)
+        with self.stats.phase("exchange"):
+            received = up.wait()
+        with self.stats.phase("select"):
+            rows, values = codec.decode(received)
+            for others in (slice(rank), slice(rank + 1, None)):
+                add(memory.residual, size, rank, rows[others], values[others])
+            rows, values = heaviest_of_shards(memory.residual[rank::size], 1, codec.count)
+            code, decoded = codec.encode(rows, values)
+        with self.stats.phase("exchange"):
+            pending = self.comm.start_allgather(code[0], self.rounds.name_of(f"down{number}"))
+        with self.stats.phase("memory"):
+            memory.keep(Rows(size, rank, rows), values.sub_(decoded), mask=True)
+        return pending
+
+    def _read(self, down: Pending, where: slice, codec: SparseCodec) -> Part:
+        """The update of a part."""
+        with self.stats.phase("exchange"):
+            gathered = down.wait()
+        with self.stats.phase("memory"):
+            rows, values = codec.decode(gathered)
+            return Part(where, values.mul_(1.0 / self.divisor), Rows(self.comm.size, 0, rows))

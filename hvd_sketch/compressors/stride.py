@@ -1,4 +1,4 @@
-"""Settings of the random comb."""
+"""A random comb of coordinates, the same on all ranks: no indices, no selection, one allreduce."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from hvd_sketch.comm.base import Communicator
+from hvd_sketch import wire
 from hvd_sketch.compressors.base import Sparsifier
-from hvd_sketch.exchange import Exchange, StrideExchange
-from hvd_sketch.exchange.plan import stride_plan
+from hvd_sketch.exchange import Exchange, Setting
+from hvd_sketch.exchange.base import Factor, Finite
+from hvd_sketch.exchange.budget import unreachable
 from hvd_sketch.layout import Layout
-from hvd_sketch.memory import Momentum
+from hvd_sketch.sparse.comb import comb
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -24,23 +25,52 @@ class Stride(Sparsifier):
 
     seed: int = 0
 
-    def _exchange(
-        self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device, momentum: Momentum | None
-    ) -> Exchange:
-        if self.schedule is None:  # fail now, not at the end of the warm-up
-            self._plan(layout, self.warmup_steps)
-        return StrideExchange(
-            layout,
-            comm,
-            repr(self),
-            self._plan,
-            average=average,
-            seed=self.seed,
-            clip_norm=self.clip_norm,
-            momentum=momentum,
-            device=device,
-        )
+    def fit(self, layout: Layout, ratio: float, ranks: int) -> int:
+        """Every which coordinate to send, so that ``4 * total / ratio`` bytes hold the dense part as well.
 
-    def _plan(self, layout: Layout, step: int) -> int | None:
-        ratio = self.ratio_at(step)
-        return None if ratio <= 1.0 else stride_plan(layout, ratio)
+        Raises:
+            ConfigurationError: when not one coordinate fits.
+        """
+        overhead = wire.HEADER + layout.dense
+        lanes = int(layout.total / ratio) - overhead
+        if lanes < 1:
+            raise unreachable(layout, ratio, overhead + 1, 4)
+        return -(-layout.compressed // lanes)
+
+    def build(self, setting: Setting) -> Exchange:
+        """A `StrideExchange`."""
+        return StrideExchange(setting, self.seed)
+
+
+class StrideExchange(Exchange):
+    """Every R-th coordinate, from an offset drawn by (seed, step), which all ranks share.
+
+    No coordinate waits longer than 2 R steps, see `comb`. Sends ``dense + compressed / R`` float32
+    values in one allreduce. It ignores how heavy a coordinate is; its use is where a linear, shared
+    pattern is asked for, as in CSER, whose globally randomised blocks it stands in for with blocks of
+    one coordinate.
+    """
+
+    def __init__(self, setting: Setting, seed: int) -> None:
+        super().__init__(setting)
+        self._seed = seed
+
+    def send(self, plan: int, clip: Factor, finite: Finite) -> bool:
+        """Sum the dense part and every ``plan``-th coordinate."""
+        chosen = comb(self.layout.compressed, plan, self.step, self._seed)
+        dense = slice(self.layout.compressed, self.layout.total)
+        values = self.memory.computed(self.gradient, clip, chosen)
+        header = self.gradient.new_empty(wire.HEADER)
+        message = torch.cat([header, self.memory.computed(self.gradient, clip, dense), values])
+        if not self.rounds.sum(message, finite, "comb"):
+            return False
+        with self.stats.phase("memory"):
+            self.memory.absorb(self.gradient, clip)
+            self.stats.note_captured(values, self.memory.residual[: self.layout.compressed])
+            self.memory.keep(dense, 0.0, mask=False)
+            self.memory.keep(chosen, 0.0, mask=True)
+            self.update.zero_()
+            self.update[dense] = message[wire.HEADER : wire.HEADER + self.layout.dense]
+            self.update[chosen] = message[wire.HEADER + self.layout.dense :]
+            self.update.mul_(1.0 / self.divisor)
+        return True

@@ -1,17 +1,25 @@
-"""Settings of local top-k with allgather."""
+"""Local top-k with allgather: the baseline that most sparsification papers use."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from hvd_sketch.comm.base import Communicator
+from hvd_sketch import wire
 from hvd_sketch.compressors.base import Sparsifier
-from hvd_sketch.exchange import Exchange, TopKExchange
-from hvd_sketch.exchange.plan import topk_plan
+from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.exchange import Exchange, Part, Setting
+from hvd_sketch.exchange.budget import unreachable
+from hvd_sketch.exchange.sparse import SparseExchange
 from hvd_sketch.layout import Layout
-from hvd_sketch.memory import Momentum
+from hvd_sketch.sparse.chosen import Chosen
+from hvd_sketch.sparse.heaviest import heaviest
+from hvd_sketch.sparse.rows import add
+
+_PAIR_BYTES = 8
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -26,25 +34,65 @@ class TopK(Sparsifier):
 
     half: bool = True
 
-    def _exchange(
-        self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device, momentum: Momentum | None
-    ) -> Exchange:
-        if self.schedule is None:  # fail now, not at the end of the warm-up
-            self._plan(layout, self.warmup_steps, comm.size)
-        return TopKExchange(
-            layout,
-            comm,
-            repr(self),
-            self._plan,
-            average=average,
-            clip_norm=self.clip_norm,
-            momentum=momentum,
-            dtype=torch.float16 if self.half else torch.float32,
-            device=device,
-        )
+    def fit(self, layout: Layout, ratio: float, ranks: int) -> int:
+        """How many (index, value) pairs each rank may send.
 
-    def _plan(self, layout: Layout, step: int, ranks: int) -> int | None:
-        ratio = self.ratio_at(step)
-        return (
-            None if ratio <= 1.0 else topk_plan(layout, ratio, ranks, pair_bytes=8, lane_bytes=2 if self.half else 4)
-        )
+        An allgather sends ``(W-1)`` times a rank's pairs where an allreduce sends ``2 (W-1)/W`` times
+        its message, so at equal bytes k falls with the number of ranks W::
+
+            k = 2 (4 total / ratio - dense bytes) / (W * pair bytes)
+
+        Raises:
+            ConfigurationError: when not one pair fits.
+        """
+        overhead, lane_bytes = wire.HEADER + layout.dense, 2 if self.half else 4
+        k = int(2 * (4 * layout.total / ratio - lane_bytes * overhead) / (ranks * _PAIR_BYTES))
+        if k < 1:
+            raise unreachable(layout, ratio, overhead + ranks * _PAIR_BYTES, lane_bytes)
+        return min(k, layout.compressed)
+
+    def build(self, setting: Setting) -> Exchange:
+        """A `TopKExchange`."""
+        return TopKExchange(setting, torch.float16 if self.half else torch.float32)
+
+
+class TopKExchange(SparseExchange):
+    """Each rank sends the k largest coordinates of its own memory, index and exact value.
+
+    Sends the dense part in an allreduce, and k pairs of (int32, float32) in an allgather, whose
+    bytes grow with the number of ranks. Needs fewer than 2^31 compressed coordinates. Source: Aji
+    and Heafield, "Sparse Communication for Distributed Gradient Descent" (EMNLP 2017).
+    """
+
+    def __init__(self, setting: Setting, dtype: torch.dtype = torch.float32) -> None:
+        if setting.layout.compressed >= 2**31:
+            raise ConfigurationError(
+                f"topk: indices are 32-bit, the model has {setting.layout.compressed} compressed coordinates; "
+                "use sketch"
+            )
+        super().__init__(setting, dtype)
+
+    def choose(self, plan: Any) -> Tensor:
+        """Which coordinates of the memory's compressed part to send (int64), as many on every rank."""
+        return heaviest(self.memory.residual[: self.layout.compressed], plan)
+
+    def send_chosen(self, plan: Any) -> list[Part]:
+        """Allgather every rank's pairs, and sum them."""
+        with self.stats.phase("select"):
+            chosen = self.choose(plan)
+            residual = self.memory.residual[: self.layout.compressed]
+            values = residual.index_select(0, chosen)
+            pairs = torch.cat([chosen.to(torch.int32), values.view(torch.int32)])
+        with self.stats.phase("exchange"):
+            pending = self.comm.start_allgather(pairs, self.rounds.name_of("pairs"))
+        with self.stats.phase("memory"):
+            self.stats.note_captured(values, residual)
+            self.memory.keep(Chosen(chosen), 0.0, mask=True)
+        with self.stats.phase("exchange"):
+            gathered = pending.wait()
+        with self.stats.phase("memory"):
+            indices, values = gathered.view(self.comm.size, 2, -1).unbind(1)
+            where = slice(0, self.layout.compressed)
+            update = self.update[where].zero_()
+            add(update, 1, 0, indices.to(torch.int64), values.contiguous().view(torch.float32))
+            return [Part(where, update.mul_(1.0 / self.divisor))]

@@ -1,19 +1,9 @@
-"""Exchanges: how one step's gradients become one update on all ranks."""
+"""What every exchange shares: how one step's gradients become one update on all ranks."""
 
 from hvd_sketch.exchange.base import Exchange
+from hvd_sketch.exchange.budget import unreachable
 from hvd_sketch.exchange.dense import DenseExchange
-from hvd_sketch.exchange.powersgd import PowerSGDExchange
-from hvd_sketch.exchange.sharded import ShardedExchange
-from hvd_sketch.exchange.sketched import SketchExchange
-from hvd_sketch.exchange.stride import StrideExchange
-from hvd_sketch.exchange.topk import TopKExchange
+from hvd_sketch.exchange.setting import Setting
+from hvd_sketch.exchange.update import Part
 
-__all__ = [
-    "DenseExchange",
-    "Exchange",
-    "PowerSGDExchange",
-    "ShardedExchange",
-    "SketchExchange",
-    "StrideExchange",
-    "TopKExchange",
-]
+__all__ = ["DenseExchange", "Exchange", "Part", "Setting", "unreachable"]

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from hvd_sketch import wire
-from hvd_sketch.comm.base import Communicator, Pending
+from hvd_sketch import gpu, wire
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.agreement import agree
+from hvd_sketch.exchange.rounds import Rounds
+from hvd_sketch.exchange.setting import Setting
 from hvd_sketch.exchange.staging import Staging
-from hvd_sketch.exchange.update import Update
-from hvd_sketch.layout import Layout
-from hvd_sketch.memory import Memory, Momentum
-from hvd_sketch.scope import next_scope
+from hvd_sketch.exchange.update import Part, Update
+from hvd_sketch.memory import Memory
 from hvd_sketch.stats import Stats
+
+Factor = float | Tensor
+Finite = bool | Tensor
 
 
 class Observer(Protocol):
@@ -43,46 +44,38 @@ class Exchange(ABC):
     When any rank's gradient holds a NaN or an infinity, the update is NaN everywhere on all
     ranks, and every memory is as it was before the step: a gradient scaler then skips the step.
 
-    Args:
-        layout: which coordinates belong to which parameter.
-        comm: the ranks to exchange with; its size may change between steps.
-        settings: text that must be equal on all ranks, checked in the first step.
-        average: mean over ranks, or sum.
-        clip_norm: multiply a gradient of larger local norm down to it, before the memory.
-        momentum: momentum correction, or none.
-        device: where gradients, memory and update live.
+    An algorithm is a subclass with one method, `send`, which is given the step's plan. A step
+    without a plan, and a flush, send everything in one dense message.
 
     Attributes:
+        layout, comm, average: as in the `Setting`.
+        stats: what it cost.
+        step: number of the coming step; those that not all ranks took part in do not count.
+        observers: who learns from every step.
         describe_values: a digest of the parameters' values for ranks to compare in the first step;
             set by who knows them.
+        gradient: the step's gradients, float32, of the layout's size.
+        memory: what was not sent.
+        rounds: the collectives.
+        staging: which gradients have arrived, and their norms.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        comm: Communicator,
-        settings: str,
-        *,
-        average: bool,
-        clip_norm: float | None,
-        momentum: Momentum | None,
-        device: torch.device,
-    ) -> None:
-        self.layout, self.comm, self.average = layout, comm, average
+    _dense_dtype = torch.float32
+
+    def __init__(self, setting: Setting) -> None:
+        self.layout, self.comm, self.average = setting.layout, setting.comm, setting.average
         self.stats = Stats()
         self.step = 0
         self.observers: list[Observer] = []
         self.describe_values: Callable[[], str] = str
-        self._staging = Staging(layout, device)
-        self.gradient = self._staging.vector
-        self._update = Update(layout, device)
-        self.memory = Memory(layout.total, device, momentum)
-        self._settings, self._clip_norm, self._momentum = settings, clip_norm, momentum
-        self._scope: str | None = None
+        self.staging = Staging(setting.layout, setting.device)
+        self.gradient = self.staging.vector
+        self.memory = Memory(setting.layout.total, setting.device, setting.momentum)
+        self.rounds = Rounds(setting.comm, self.stats)
+        self._setting, self._agreed = setting, setting.name
         self._agreed_size = 0
-        self._flush_next = self._flush_now = False
-        self._all_present = True
-        self._problem: str | None = None
+        self._update = Update(setting.layout, setting.device)
+        self._plans: list[Any] = []
         self._everything: Tensor | None = None
 
     def submit(
@@ -94,11 +87,20 @@ class Exchange(ABC):
         weight_decay: float = 0.0,
     ) -> None:
         """Hand in ``factor * gradient + weight_decay * parameter`` (dense) of slot ``position``."""
-        self._staging.put(position, gradient, factor, parameter, weight_decay)
+        self.staging.put(position, gradient, factor, parameter, weight_decay)
+
+    def submit_many(self, gradients: Mapping[int, Tensor], factor: float = 1.0) -> None:
+        """Hand in ``factor`` times the gradients of some slots, by their positions, at the cost of one on a GPU."""
+        self.staging.put_many(gradients, factor)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether gradients are better handed in together than each as it becomes ready."""
+        return gpu.serves(self.gradient)
 
     def submit_all(self, vector: Tensor) -> None:
         """Hand in the whole vector, in the layout's order, in place of one `submit` a slot."""
-        self._staging.put_all(vector)
+        self.staging.put_all(vector)
 
     def run(self) -> None:
         """Exchange the step's gradients; afterwards `update` is the same on all ranks.
@@ -110,38 +112,89 @@ class Exchange(ABC):
             ConfigurationError: alike on all ranks, when any of them called `fail_together`.
         """
         self._update.hold()
-        with self._counted():
-            self._staging.close()
-            if self._agreed_size != self.comm.size:
+        with self.stats.counting(self.comm):
+            self.staging.close()
+            if not self.agreed:
                 self._agree()
-            norm = self._gradient_norm()
-            self.stats.clip = self._clip_factor(norm)
-            if not self._send(self.stats.clip, math.isfinite(norm)):
+            clip, finite = self.measure()
+            self.stats.clip = clip
+            if not self._send(clip, finite):
                 self.update.fill_(math.nan)
                 self.stats.skipped += 1
-        self.step += self._all_present
+        self._plans.clear()
+        self.step += self.rounds.all_present
         self.stats.steps += 1
         self.stats.dense_bytes += self.comm.allreduce_bytes(4 * self.layout.total)
         for observer in self.observers:
             observer.observe(self)
 
+    @property
+    def plan(self) -> Any:
+        """The sizes of the coming step's messages, None when it sends everything; solved once a step."""
+        if not self._plans:
+            self._plans.append(self._setting.plan(self.step, self.comm.size))
+        return self._plans[0]
+
+    @abstractmethod
+    def send(self, plan: Any, clip: Factor, finite: Finite) -> bool:
+        """Send what the plan asks for: make the update, and advance the memory.
+
+        Its first message goes through `Rounds.sum`. Where that says False, nothing may have changed.
+
+        Args:
+            plan: what the compressor's ``plan`` gave for this step.
+            clip: factor of the gradient: a number, or a tensor of one on the gradient's device, which
+                the `Memory` takes as well.
+            finite: whether this rank's gradient is: a bool, or a tensor of 0 or NaN, for `Rounds.sum`.
+
+        Returns:
+            what `Rounds.sum` said.
+        """
+
+    def hold(self, *parts: Part) -> None:
+        """Take these as the step's update, in place of writing it to `update`; together they are all of it."""
+        self._update.hold(*parts)
+
+    @property
+    def divisor(self) -> float:
+        """What a sum over the ranks is divided by to be the update."""
+        return float(self.comm.size) if self.average else 1.0
+
+    def measure(self) -> tuple[Factor, Finite]:
+        """The factor of this rank's gradient, and whether it is finite; what a GPU knows stays there."""
+        if self.staging.gathered:
+            return self.staging.measure(self._setting.clip_norm)
+        norm = self.gradient_norm()
+        return self.clip_factor(norm), math.isfinite(norm)
+
+    def gradient_norm(self) -> float:
+        """The norm of this rank's gradient; not finite if the gradient is not."""
+        return self.staging.norm()
+
+    def clip_factor(self, norm: float) -> float:
+        """The factor that brings a gradient of this norm down to ``clip_norm``."""
+        limit = self._setting.clip_norm
+        if limit is None or not math.isfinite(norm) or norm == 0.0:
+            return 1.0
+        return min(1.0, limit / norm)
+
+    @property
+    def agreed(self) -> bool:
+        """Whether the ranks, as many as there are now, have compared what they train."""
+        return self._agreed_size == self.comm.size
+
     def agree_on(self, settings: str) -> None:
         """Add to what must be equal on all ranks, before the first step."""
-        self._settings += f" {settings}"
+        self._agreed += f" {settings}"
 
     def average_memory(self) -> None:
         """Replace every rank's residual by the mean over the ranks: what is kept in total stays the same."""
-        self.sum_over_ranks(self.memory.residual, "memory")
+        self.rounds.sum_values(self.memory.residual, "memory")
         self.memory.residual.div_(self.comm.size)
-
-    def sum_over_ranks(self, values: Tensor, what: str) -> None:
-        """Collective: replace ``values`` by their sum over the ranks, between two steps."""
-        with self._counted(), self.stats.phase("exchange"):
-            self.comm.allreduce(values, self._name(what))
 
     def fail_together(self, problem: str) -> None:
         """Make the coming `run` raise `ConfigurationError` on all ranks, with every rank's problem."""
-        self._problem = self._problem or problem
+        self.rounds.fail_together(problem)
 
     @property
     def update(self) -> Tensor:
@@ -166,7 +219,7 @@ class Exchange(ABC):
 
         All ranks flush when any of them asks for it.
         """
-        self._flush_next = True
+        self.rounds.ask_to_flush()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's memory and counters: tensors, numbers and strings only."""
@@ -177,7 +230,7 @@ class Exchange(ABC):
             "layout": self.layout.fingerprint(),
             "memory": self.memory.state_dict(),
             "observers": [observer.state_dict() for observer in self.observers],
-            **self._extra_state(),
+            **self.own_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -204,102 +257,59 @@ class Exchange(ABC):
             observer.load_state_dict(saved)
         self.step = state["step"]
         self._agreed_size = 0
+        self._plans.clear()
+        self.load_own_state(state)
+
+    def own_state(self) -> dict[str, Any]:
+        """What an algorithm keeps beside the memory: tensors, numbers and strings only."""
+        return {}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Restore what `own_state` returned."""
+        return
 
     def reset(self) -> None:
         """Forget the memory, and the gradients handed in since the last `run`."""
         self.memory.reset()
-        self._staging.forget()
-        self._problem = None
+        self.staging.forget()
+        self.rounds.fail_together(None)
 
-    @abstractmethod
-    def _send_selected(self, clip: float, finite: bool) -> bool:
-        """Make the update and advance the memory; False, and nothing changed, when `_sum` says so."""
-
-    def _is_dense_step(self) -> bool:
-        return False
-
-    def _extra_state(self) -> dict[str, Any]:
-        return {}
-
-    def _send(self, clip: float, finite: bool) -> bool:
+    def _send(self, clip: Factor, finite: Finite) -> bool:
         """What the step asks for; False if some rank is not finite."""
-        if not self._is_dense_step():
+        if self.plan is not None:
             self._everything = None
-            if self._send_selected(clip, finite):
+            if self.send(self.plan, clip, finite):
                 return True
-            if not self._flush_now:
+            if not self.rounds.flushes:
                 return False
         return self._send_everything(clip, finite)
 
-    def _send_everything(self, clip: float, finite: bool, dtype: torch.dtype = torch.float32) -> bool:
+    def _send_everything(self, clip: Factor, finite: Finite) -> bool:
         """The whole computed vector in one allreduce of ``total + 4`` values."""
         if self._everything is None:
-            self._everything = torch.empty(wire.HEADER + self.layout.total, dtype=dtype, device=self.gradient.device)
+            size = wire.HEADER + self.layout.total
+            self._everything = torch.empty(size, dtype=self._dense_dtype, device=self.gradient.device)
         message = self._everything
         message[wire.HEADER :].copy_(self.memory.computed(self.gradient, clip, slice(None)))
-        if not self._sum(message, finite, "everything") and not self._flush_now:
+        if not self.rounds.sum(message, finite, "everything") and not self.rounds.flushes:
             return False
-        self._flush_next = False
+        self.rounds.ask_to_flush(False)
         self.memory.absorb(self.gradient, clip)
         self.memory.keep(slice(0, self.layout.compressed), 0.0, mask=True)
         self.memory.keep(slice(self.layout.compressed, None), 0.0, mask=False)
-        self.update.copy_(message[wire.HEADER :]).mul_(1.0 / self._mean_divisor())
+        self.update.copy_(message[wire.HEADER :]).mul_(1.0 / self.divisor)
         self.stats.captured_energy = 1.0
         return True
 
-    def _sum(self, message: Tensor, finite: bool, name: str) -> bool:
-        """Allreduce the first message of a step; False if some rank is not finite or wants to flush."""
-        with self.stats.phase("exchange"):
-            self._start_sum(message, finite, name).wait()
-        return self._heed(wire.read_header(message))
-
-    def _start_sum(self, message: Tensor, finite: bool, name: str) -> Pending:
-        """Begin to sum a message of the step over the ranks, under its header."""
-        wire.write_header(message, finite, self._problem is not None, self._flush_next)
-        return self.comm.start_allreduce(message, self._name(name))
-
-    def _heed(self, header: wire.Header) -> bool:
-        """Whether the step that a header speaks for is to be taken; raise when some rank has a problem."""
-        if header.problem:
-            problems = self.comm.allgather_object(self._problem, self._name("problems"))
-            self._problem = None
-            lines = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
-            raise ConfigurationError("hvd_sketch: the step was not taken. " + "\n".join(lines))
-        self._all_present = header.present == self.comm.size
-        self._flush_now = header.finite and header.flush
-        return header.finite and not header.flush
-
-    def _gradient_norm(self) -> float:
-        return self._staging.norm()
-
-    def _clip_factor(self, norm: float) -> float:
-        if self._clip_norm is None or not math.isfinite(norm) or norm == 0.0:
-            return 1.0
-        return min(1.0, self._clip_norm / norm)
-
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Count the bytes sent inside as this exchange's."""
-        before = self.comm.bytes_sent
-        yield
-        self.stats.bytes_sent += self.comm.bytes_sent - before
-
-    def _name(self, what: str) -> str:
-        """The name of one of this exchange's collectives, from the first run on."""
-        if self._scope is None:
-            self._scope = next_scope(self.comm.group)
-        return f"{self._scope}.{what}"
-
-    def _mean_divisor(self) -> float:
-        return float(self.comm.size) if self.average else 1.0
-
     def _agree(self) -> None:
         """Compare settings, parameters and their values; on a difference, tell every rank what differs."""
+        setting = self._setting
         mine = {
-            "settings": f"{self._settings} average={self.average} momentum_correction={self._momentum}",
+            "settings": f"{self._agreed} average={setting.average} momentum_correction={setting.momentum}",
             "step": str(self.step),
             "parameters": self.layout.describe(),
             "compressed": str(self.layout.compressed),
             "values": self.describe_values(),
         }
-        self._agreed_size = self.comm.size if agree(self.comm, mine, self._name) == self.comm.size else 0
+        self._agreed_size = self.comm.size if agree(self.comm, mine, self.rounds.name_of) == self.comm.size else 0
+        self._plans.clear()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import math
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvd_sketch import native
+from hvd_sketch import gpu, native
 from hvd_sketch.layout import Layout
 
 
@@ -26,6 +30,8 @@ class Staging:
         self._arrived = [False] * len(self._slots)
         self._squares: list[float | None] = [0.0] * len(self._slots)
         """Of each slot: the sum of its squares, if the copy came with it."""
+        self._gathered: set[int] = set()
+        """Slots of which `Gathering` has the sum."""
 
     def put(
         self, position: int, gradient: Tensor, factor: float, parameter: Tensor | None, weight_decay: float
@@ -33,6 +39,7 @@ class Staging:
         """Set slot ``position`` to ``factor * gradient + weight_decay * parameter``."""
         part = self._parts[position]
         self._squares[position] = None
+        self._gathered.discard(position)
         self._arrived[position] = True
         if parameter is None and native.serves_floats(gradient) and native.serves(part):
             self._squares[position] = native.library().stage_gradient(
@@ -51,10 +58,25 @@ class Staging:
         if parameter is not None:
             shaped.add_(parameter.detach(), alpha=weight_decay)
 
+    def put_many(self, gradients: Mapping[int, Tensor], factor: float) -> None:
+        """Set the slots of these gradients to ``factor`` times them; on a GPU by one kernel."""
+        together = {}
+        if gpu.serves(self.vector):
+            together = {at: grad for at, grad in gradients.items() if self._gathering.serves(grad, self.vector)}
+        if together:
+            self._gathering(together, factor)
+        for position, gradient in gradients.items():
+            if position in together:
+                self._squares[position], self._arrived[position] = None, True
+                self._gathered.add(position)
+            else:
+                self.put(position, gradient, factor, None, 0.0)
+
     def put_all(self, vector: Tensor) -> None:
         """Set all slots, in the layout's order."""
         self.vector.copy_(vector)
         self._squares = [None] * len(self._slots)
+        self._gathered.clear()
         self._arrived = [True] * len(self._slots)
 
     def complete(self, positions: slice) -> bool:
@@ -67,11 +89,27 @@ class Staging:
             if not arrived:
                 self._parts[position].zero_()
                 self._squares[position] = 0.0
+                if position in self._gathered:
+                    self._gathering.clear(position)
         self.forget()
 
     def forget(self) -> None:
         """Count nothing as arrived."""
         self._arrived = [False] * len(self._slots)
+
+    @property
+    def gathered(self) -> bool:
+        """Whether all of the gradient was measured by the kernel that gathered it."""
+        return len(self._gathered) == len(self._slots)
+
+    def measure(self, limit: float | None) -> tuple[Tensor, Tensor]:
+        """Of a gradient that was `gathered`, on its device, as tensors of one number.
+
+        Returns:
+            the factor that brings its norm down to ``limit``, if it is larger, and 0 if it is finite, else NaN.
+        """
+        factor, finite = self._gathering.measure(limit)
+        return factor, finite
 
     def norm(self, positions: slice = slice(None)) -> float:
         """The 2-norm of these slots: summed in float64, then rounded to float32. It may be infinite, or NaN."""
@@ -79,5 +117,12 @@ class Staging:
         known = [square for square in squares if square is not None]
         if len(known) == len(squares):
             return ctypes.c_float(math.sqrt(sum(known))).value
+        if self._gathered.issuperset(range(*positions.indices(len(self._slots)))):
+            return ctypes.c_float(math.sqrt(float(self._gathering.squares(positions)))).value
         part = self.vector[slots[0].offset : slots[-1].stop]
         return ctypes.c_float(float(torch.linalg.vector_norm(part, dtype=torch.float64))).value
+
+    @cached_property
+    def _gathering(self) -> Any:
+        kernels = importlib.import_module("hvd_sketch.exchange.staging_cuda")  # with Triton
+        return kernels.Gathering([(slot.offset, slot.stop) for slot in self._slots], self.vector)

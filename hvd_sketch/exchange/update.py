@@ -5,20 +5,13 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from hvd_sketch import native
 from hvd_sketch.layout import Layout
-from hvd_sketch.memory import Places
-
-
-class Divisible(Places, Protocol):
-    """Coordinates of a vector that also know how to write to pieces of it."""
-
-    def put_in_pieces(self, pieces: Mapping[int, Tensor], values: Tensor, *, clear: bool) -> None: ...
+from hvd_sketch.sparse.places import Places
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +20,7 @@ class Part:
 
     where: slice
     values: Tensor
-    places: Divisible | None = None
+    places: Places | None = None
 
     def write(self, vector: Tensor) -> None:
         """Write it to a vector of its size."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.comm import Communicator
-from hvd_sketch.errors import RankMismatchError
-from hvd_sketch.methods.flat import FlatModel, LayoutRule, whole
+from hvd_sketch.exchange.agreement import agree
+from hvd_sketch.methods.flat import HOST, FlatModel, LayoutRule, whole
 from hvd_sketch.methods.wrapper import WrappedOptimizer
 from hvd_sketch.stats import Stats
 
@@ -30,6 +30,7 @@ class Decentralized(WrappedOptimizer):
         settings: what must be equal on all ranks, by name.
         same_start: begin with rank 0's parameters and buffers on every rank.
         layout: how the parameters become one vector.
+        device: where that vector is kept.
 
     Raises:
         ConfigurationError: for an optimizer of other parameters, or one that needs a closure.
@@ -45,18 +46,19 @@ class Decentralized(WrappedOptimizer):
         *,
         same_start: bool,
         layout: LayoutRule = whole,
+        device: torch.device = HOST,
     ) -> None:
         super().__init__(optimizer)
         self.model = model
         self.stats = Stats()
         self._collectives = comm
-        self._flat = FlatModel(optimizer, model, layout)
+        self._flat = FlatModel(optimizer, model, layout, device)
         self._live = self._flat.new()
         self._averaged = False
         self._buffers = [buffer for _, buffer in sorted(model.named_buffers()) if buffer.is_floating_point()]
         tensors = sorted([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[0])
         shapes = " ".join(f"{name}{list(tensor.shape)}" for name, tensor in tensors)
-        _agree(comm, {"method": type(self).__name__, "parameters": shapes, **settings})
+        agree(comm, {"method": type(self).__name__, "parameters": shapes, **settings}, "hvd_sketch.{}".format)
         for _, tensor in tensors if same_start else ():
             value = tensor.detach().contiguous()
             comm.broadcast(value, 0, "hvd_sketch.start")
@@ -109,8 +111,9 @@ class Decentralized(WrappedOptimizer):
         return self._live.vector
 
     def _mean(self, *tensors: Tensor) -> list[Tensor]:
-        """Collective: the mean over the ranks of each tensor, in host memory."""
-        message = torch.cat([tensor.detach().reshape(-1).to("cpu", self._flat.dtype) for tensor in tensors])
+        """Collective: the mean over the ranks of each tensor, where the model's vector is kept."""
+        device, dtype = self._flat.device, self._flat.dtype
+        message = torch.cat([tensor.detach().reshape(-1).to(device, dtype) for tensor in tensors])
         self._average(message)
         parts = torch.split_with_sizes(message, [tensor.numel() for tensor in tensors])
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
@@ -119,14 +122,3 @@ class Decentralized(WrappedOptimizer):
         """Collective: replace ``vector`` by its mean over the ranks."""
         self._collectives.allreduce(vector, "hvd_sketch.mean")
         vector.div_(self._collectives.size)
-
-
-def _agree(comm: Communicator, mine: dict[str, str]) -> None:
-    answers = comm.allgather_object(mine, "hvd_sketch.agree")
-    for rank, answer in enumerate(answers):
-        for key, value in answers[0].items():
-            if answer.get(key) != value:
-                raise RankMismatchError(
-                    f"{key}: rank 0 has {value[:200]!r}, rank {rank} has {str(answer.get(key))[:200]!r}; "
-                    "build the same model with the same settings on every rank"
-                )

@@ -9,11 +9,11 @@ import torch
 
 from hvd_sketch.comm import Communicator
 from hvd_sketch.compressors import Compressor
+from hvd_sketch.compressors.uncompressed import NoCompression
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import DenseExchange, Exchange
 from hvd_sketch.layout import Layout
 from hvd_sketch.methods.flat import LayoutRule, whole
-from hvd_sketch.uncompressed import NoCompression
 
 
 def layout_rule(compression: Any) -> LayoutRule:

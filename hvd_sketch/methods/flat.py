@@ -11,6 +11,8 @@ from torch import Tensor
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.layout import Layout
 
+HOST = torch.device("cpu")
+
 
 class Flat(NamedTuple):
     """One vector, and the same memory as a list of views in the parameters' shapes."""
@@ -32,7 +34,7 @@ class FlatParameters:
     """Parameters of a layout, and vectors of that order; float64 if any parameter is, else float32."""
 
     def __init__(self, named: Mapping[str, Tensor], layout: Layout, device: torch.device) -> None:
-        self.layout, self._device = layout, device
+        self.layout, self.device = layout, device
         self.parameters = [named[slot.name] for slot in layout.slots]
         double = any(parameter.dtype == torch.float64 for parameter in self.parameters)
         self.dtype = torch.float64 if double else torch.float32
@@ -40,7 +42,7 @@ class FlatParameters:
 
     def new(self) -> Flat:
         """A vector of zeros."""
-        vector = torch.zeros(self.layout.total, dtype=self.dtype, device=self._device)
+        vector = torch.zeros(self.layout.total, dtype=self.dtype, device=self.device)
         return Flat(vector, [vector[slot.offset : slot.stop].view(slot.shape) for slot in self.layout.slots])
 
     def read(self, into: Flat) -> None:
@@ -68,13 +70,19 @@ class FlatParameters:
 
 
 class FlatModel(FlatParameters):
-    """What ``optimizer`` trains of ``model``, as vectors in host memory.
+    """What ``optimizer`` trains of ``model``, as vectors on a device, host memory unless another is given.
 
     Raises:
         ConfigurationError: when the optimizer trains parameters that are not the model's.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, model: torch.nn.Module, layout: LayoutRule = whole) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: torch.nn.Module,
+        layout: LayoutRule = whole,
+        device: torch.device = HOST,
+    ) -> None:
         group_of = {p: number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
         for parameter in group_of.keys() - set(model.parameters()):
             raise ConfigurationError(
@@ -82,7 +90,7 @@ class FlatModel(FlatParameters):
                 "they would never be averaged: pass the model that the optimizer trains"
             )
         named = {name: p for name, p in model.named_parameters() if p in group_of and p.requires_grad}
-        super().__init__(named, layout(named.items()), torch.device("cpu"))
+        super().__init__(named, layout(named.items()), device)
         self.groups: list[list[int]] = [[] for _ in optimizer.param_groups]
         for position, parameter in enumerate(self.parameters):
             self.groups[group_of[parameter]].append(position)

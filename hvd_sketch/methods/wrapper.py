@@ -49,7 +49,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         with torch.no_grad():
             self._unscale()
-            self._advance()
+            self.advance()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -67,7 +67,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the wrapped optimizer's state, and begin anew at the model's present parameters."""
         self.optimizer.load_state_dict(state_dict)
-        self._restart()
+        self.restart()
 
     def _unscale(self) -> None:
         """Divide the gradients by the scale that a scaler left for this step."""
@@ -77,10 +77,10 @@ class WrappedOptimizer(torch.optim.Optimizer):
             torch._foreach_mul_(gradients, float(scale.double().reciprocal()))
 
     @abstractmethod
-    def _advance(self) -> None:
+    def advance(self) -> None:
         """One step of the method, without gradient tracking."""
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
         """Forget the method's own state."""
         return
 

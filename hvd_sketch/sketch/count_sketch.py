@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-import importlib.util
-import logging
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
@@ -13,31 +10,15 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from hvd_sketch.chosen import Chosen
+from hvd_sketch import gpu
 from hvd_sketch.native import serves
 from hvd_sketch.sketch import native, reference
 from hvd_sketch.sketch.geometry import Geometry
+from hvd_sketch.sparse.chosen import Chosen
 
 _INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MOST_ROWS_ON_GPU = 9
 """The median of more would not fit a GPU's registers; the reference takes it."""
-
-
-@functools.cache
-def _on_gpu() -> ModuleType:
-    """What serves tables on a GPU: Triton is imported when the first of them asks, and never for others."""
-    if importlib.util.find_spec("triton") is not None and _version(importlib.import_module("triton")) >= (3, 3):
-        return importlib.import_module("hvd_sketch.sketch.cuda")
-    logging.getLogger(__name__).warning(
-        "hvd_sketch: Triton 3.3 or newer is not installed; the reference serves sketches on the GPU, many times "
-        "slower and with memory for several vectors. PyTorch 2.7 for CUDA and newer ones bring it; or run "
-        "`pip install 'triton>=3.3,<4'`"
-    )
-    return reference
-
-
-def _version(module: ModuleType) -> tuple[int, ...]:
-    return tuple(map(int, module.__version__.split(".")[:2]))
 
 
 class CountSketch:
@@ -92,8 +73,8 @@ class CountSketch:
     def _kernel(self) -> ModuleType:
         if serves(self.table):
             return native
-        if self.table.device.type == "cuda" and self.geometry.rows <= _MOST_ROWS_ON_GPU:
-            return _on_gpu()
+        if self.geometry.rows <= _MOST_ROWS_ON_GPU and gpu.serves(self.table):
+            return importlib.import_module("hvd_sketch.sketch.cuda")  # with Triton, which no other device needs
         return reference
 
     def reset(self, seed: int) -> None:

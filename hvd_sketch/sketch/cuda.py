@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvd_sketch.gpu import find_digit
 from hvd_sketch.sketch import cuda_kernels as kernels
 from hvd_sketch.sketch.geometry import Geometry
 
@@ -82,15 +83,14 @@ def estimate_all(geometry: Geometry, seed: int, table: Tensor) -> Tensor:
 
 def top_k(geometry: Geometry, seed: int, table: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """As `reference.top_k`, without waiting for the GPU."""
-    indices = torch.empty(k, dtype=torch.int64, device=table.device)
-    estimates = torch.empty(k, dtype=torch.float32, device=table.device)
+    indices, estimates = _room_for(k, table.device)
     with torch.cuda.device_of(table):
         passes = _Passes(geometry, seed, table)
-        wanted = torch.full((1,), k, dtype=torch.int64, device=table.device)
-        floor, _ = _find(passes.digits(torch.zeros_like(wanted), stride=_SAMPLE), wanted)
-        upper, within = _find(passes.digits(floor), wanted)
-        lower, ties = _find(passes.digits(upper, lower=True), within)
-        limit = (upper << _LOW_BITS) + lower
+        wanted = torch.full((1, 1), k, dtype=torch.int64, device=table.device)
+        floor, _ = find_digit(passes.digits(torch.zeros_like(wanted), stride=_SAMPLE), wanted)
+        upper, within = find_digit(passes.digits(floor), wanted)
+        lower, ties = find_digit(passes.digits(upper, lower=True), within)
+        limit = ((upper << _LOW_BITS) + lower).to(torch.int32)
         before_above, before_equal = passes.before(limit)
         passes.launch(
             kernels.write,
@@ -101,9 +101,15 @@ def top_k(geometry: Geometry, seed: int, table: Tensor, k: int) -> tuple[Tensor,
             before_equal,
             indices,
             estimates,
+            k=k,
             run=passes.run,
         )
     return indices, estimates
+
+
+def _room_for(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For what is chosen: indices and estimates."""
+    return torch.empty(k, dtype=torch.int64, device=device), torch.empty(k, dtype=torch.float32, device=device)
 
 
 class _Passes:
@@ -135,7 +141,7 @@ class _Passes:
 
     def digits(self, limit: Tensor, *, lower: bool = False, stride: int = 1) -> Tensor:
         """How many magnitudes have each value of a digit, from 0 on, as far as the limit lets them count."""
-        counts = torch.zeros(1 << (_LOW_BITS if lower else 31 - _LOW_BITS), dtype=torch.int64, device=limit.device)
+        counts = torch.zeros(1, 1 << (_LOW_BITS if lower else 31 - _LOW_BITS), dtype=torch.int64, device=limit.device)
         self.launch(kernels.count_digits, self.runs, counts, limit, stride=stride, lower=lower, low_bits=_LOW_BITS)
         return counts
 
@@ -145,17 +151,6 @@ class _Passes:
         self.launch(kernels.weigh, self.runs, limit, counts[0], counts[1], run=self.run)
         above, equal = counts.cumsum(1) - counts
         return above, equal
-
-
-def _find(counts: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
-    """The value that the rank-th largest has, by how often each value occurs, and its rank among equal ones.
-
-    ``rank`` and the results are int64 of shape (1,), ranks from 1. If there are fewer, the value is 0.
-    """
-    from_top = counts.flip(0).cumsum(0)
-    place = torch.searchsorted(from_top, rank).clamp_(max=counts.numel() - 1)
-    value = counts.numel() - 1 - place
-    return value, rank - (from_top.gather(0, place) - counts.gather(0, value))
 
 
 def _columns(geometry: Geometry) -> int:

@@ -200,20 +200,20 @@ def count_digits(
     """Count magnitudes by one digit, the lower low_bits or those above, in the chunks ``0, stride, 2 stride, …``.
 
     By the upper digit: those in which it is at least ``limit[0]``. By the lower one: those in which the upper is that.
+    Zeros are not counted: there may be many, all at one address; of too few others the k-th largest is zero anyway.
     """
     begin = tl.program_id(0).to(tl.int64) * stride
-    wanted = tl.load(limit)
+    wanted = tl.load(limit).to(tl.int32)
     for chunk in range(begin, chunks, tl.num_programs(0) * stride):
         for start in range(0, width, lanes):
             _, estimate, inside = _estimates(table, draws, dim, cols, width, chunks, chunk, start, row_count, lanes)
             bits = _magnitude(estimate)
             upper = bits >> low_bits
             if lower:
-                tl.atomic_add(
-                    counts + (bits & ((1 << low_bits) - 1)), 1, mask=inside & (upper == wanted), sem="relaxed"
-                )
+                counted, digit = upper == wanted, bits & ((1 << low_bits) - 1)
             else:
-                tl.atomic_add(counts + upper, 1, mask=inside & (upper >= wanted), sem="relaxed")
+                counted, digit = upper >= wanted, upper
+            tl.atomic_add(counts + digit, 1, mask=inside & counted & (bits > 0), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["dim", "cols", "width", "chunks", "run"])
@@ -247,7 +247,7 @@ def weigh(
     tl.store(equal + program, same)
 
 
-@triton.jit(do_not_specialize=["dim", "cols", "width", "chunks", "run"])
+@triton.jit(do_not_specialize=["dim", "cols", "width", "chunks", "k", "run"])
 def write(
     table: tl.tensor,
     draws: tl.tensor,
@@ -261,13 +261,15 @@ def write(
     cols: tl.int64,
     width: tl.int64,
     chunks: tl.int64,
+    k: tl.int64,
     run: tl.int64,
     row_count: tl.constexpr,
     lanes: tl.constexpr,
 ):
     """Write what lies above the limit and the first ``ties[0]`` that are equal to it, in ascending order.
 
-    ``above`` and ``equal`` tell how many of either kind lie before each run of chunks.
+    ``above`` and ``equal`` tell how many of either kind lie before each run of chunks. Nothing is written beyond k,
+    whatever the table holds: with NaN in it the passes need not agree.
     """
     program = tl.program_id(0).to(tl.int64)
     begin = program * run
@@ -283,8 +285,8 @@ def write(
                 kind = _kind(bits, least, inside)
                 before = tl.cumsum(kind) - kind
                 same_before = same + (before >> 16)
-                taken = (kind == 1) | ((kind > 1) & (same_before < room))
                 at = more + (before & 0xFFFF) + tl.minimum(same_before, room)
+                taken = ((kind == 1) | ((kind > 1) & (same_before < room))) & (at < k)
                 tl.store(indices + at, index, mask=taken)
                 tl.store(estimates + at, estimate, mask=taken)
                 total = tl.sum(kind)

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hvd_sketch.chosen import Chosen
 from hvd_sketch.native import available, library
 from hvd_sketch.sketch.geometry import Geometry
+from hvd_sketch.sparse.chosen import Chosen
 
 __all__ = ["add", "add_advanced", "add_many", "available", "estimate_all", "limit_lanes", "top_k"]
 
@@ -72,8 +72,8 @@ def add_advanced(
         scale,
         kept.indices.data_ptr(),
         kept.indices.numel(),
-        kept.teeth.start or 0,
-        kept.teeth.step or 0,
+        kept.comb.start or 0,
+        kept.comb.step or 0,
         values.data_ptr(),
         torch.get_num_threads(),
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.methods.flat import FlatParameters, whole
 from hvd_sketch.methods.server.codes import Whole
-from hvd_sketch.methods.server.connection import Setting, connect
+from hvd_sketch.methods.server.connection import ServerSetting, connect
 from hvd_sketch.methods.server.member import Member
 from hvd_sketch.methods.server.message import Note
 from hvd_sketch.methods.server.rules.saga import OnLost, Saga
@@ -99,7 +99,7 @@ class ADSAGA(Member):
         self.model = model
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         parameters = FlatParameters(named, whole(named.items()), torch.device("cpu"))
-        setting = Setting("ADSAGA", server, server_works, patience=patience, restarts=restarts)
+        setting = ServerSetting("ADSAGA", server, server_works, patience=patience, restarts=restarts)
         rule = Saga(step, on_lost)
         connection = connect(setting, parameters, model, comm, rule, samples=components, log=log, on_change=on_change)
         self._take_part(connection, parameters)

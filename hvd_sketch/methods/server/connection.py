@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.comm import Communicator, as_communicator
-from hvd_sketch.compression import Compression
-from hvd_sketch.compressors import Sparsifier
+from hvd_sketch.compressors import Compression, Sparsifier
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.agreement import agree
 from hvd_sketch.layout import Layout
@@ -32,7 +31,7 @@ from hvd_sketch.methods.server.validation import Served
 
 
 @dataclass(frozen=True)
-class Setting:
+class ServerSetting:
     """What server and workers agree on, but for ``patience`` and ``restarts``, which are each rank's own."""
 
     method: str
@@ -107,7 +106,7 @@ class Connection(NamedTuple):
 
 
 def connect(
-    setting: Setting,
+    setting: ServerSetting,
     parameters: FlatParameters,
     model: torch.nn.Module,
     comm: Any,
@@ -167,7 +166,7 @@ def connect(
 
 
 def _agree(
-    setting: Setting, parameters: FlatParameters, model: torch.nn.Module, here: Place, samples: int
+    setting: ServerSetting, parameters: FlatParameters, model: torch.nn.Module, here: Place, samples: int
 ) -> dict[int, int]:
     """Collective: the workers' samples, by rank."""
     collectives = as_communicator(here.comm)

@@ -10,10 +10,10 @@ from typing import Any, TypeVar, get_args
 
 import torch
 
-from hvd_sketch.compression import Compression
+from hvd_sketch.compressors import Compression
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.methods.flat import FlatModel
-from hvd_sketch.methods.server.connection import Setting, connect
+from hvd_sketch.methods.server.connection import ServerSetting, connect
 from hvd_sketch.methods.server.member import Member
 from hvd_sketch.methods.server.rules.base import Rule
 from hvd_sketch.methods.server.rules.plain import Plain
@@ -110,7 +110,7 @@ class AsyncSGD(Member, WrappedOptimizer):
             raise ConfigurationError(f"{name}: proximal must be at least 0, got {proximal}")
         if memory not in get_args(MemoryUse):
             raise ConfigurationError(f"{name}: memory must be one of {get_args(MemoryUse)}, got {memory!r}")
-        setting = Setting(name, server, server_works, up, down, patience, restarts)
+        setting = ServerSetting(name, server, server_works, up, down, patience, restarts)
         self.model = model
         self._period, self._proximal = period, proximal
         self._clip_norm: float | None = getattr(up, "clip_norm", None)
@@ -159,7 +159,8 @@ class AsyncSGD(Member, WrappedOptimizer):
         self.optimizer.load_state_dict(state["optimizer"])
         self._work.load_state_dict(state)
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
+        """One local step, and after every ``period`` of them a push."""
         limit = math.inf if self._clip_norm is None else self._clip_norm
         if math.isfinite(float(torch.nn.utils.clip_grad_norm_(self._flat.parameters, limit))):
             self._pull_back()

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from hvd_sketch.compression import Compression
+from hvd_sketch.compressors import Compression
 from hvd_sketch.methods.flat import FlatParameters
 from hvd_sketch.methods.server.codes import Whole
-from hvd_sketch.methods.server.connection import Setting
+from hvd_sketch.methods.server.connection import ServerSetting
 from hvd_sketch.methods.server.log import read_log
 from hvd_sketch.methods.server.rules.base import Rule
 from hvd_sketch.methods.server.store import Store
@@ -44,7 +44,7 @@ def replay(
     Returns:
         the server's store: ``model`` (a vector), ``version`` and ``stats``.
     """
-    setting = Setting("replay", up=up, down=down)
+    setting = ServerSetting("replay", up=up, down=down)
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     parameters = FlatParameters(named, setting.layout(named.items()), torch.device("cpu"))
     sent = setting.code("down", parameters)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvd_sketch.codec import SparseCodec
 from hvd_sketch.compressors import Auto, Sharded, Sparsifier, Stride, TopK
 from hvd_sketch.errors import ConfigurationError
-from hvd_sketch.exchange.comb import comb
-from hvd_sketch.exchange.plan import sharded_plan, stride_plan, topk_plan
-from hvd_sketch.exchange.select import heaviest
 from hvd_sketch.layout import Layout
 from hvd_sketch.methods.server.codes import Code
-from hvd_sketch.schedule import AdaptiveSchedule
+from hvd_sketch.schedules.base import AdaptiveSchedule
+from hvd_sketch.sparse.codec import SparseCodec
+from hvd_sketch.sparse.comb import comb
+from hvd_sketch.sparse.heaviest import heaviest
 
 _PAIR = 8  # bytes of an index (int32) and a value (float32)
 
@@ -112,7 +112,7 @@ class FourBits(SparseCode):
 
 
 class Comb(SparseCode):
-    """Coordinates at equal distances, in turn, see `hvd_sketch.exchange.comb`: offset, distance, exact values."""
+    """Coordinates at equal distances, in turn, see `hvd_sketch.sparse.comb`: offset, distance, exact values."""
 
     number = 3
 
@@ -160,24 +160,28 @@ def sparse_code(compression: Sparsifier, layout: Layout) -> Code:
             f"schedule: {type(compression.schedule).__name__} learns from what all ranks exchange in a step, and "
             "a server has no such steps; give a ratio or a function of the message's number"
         )
-    plan, make = _plan_of(compression, layout)
+    make, fit = _recipe(compression, layout)
 
     def count_at(step: int) -> int | None:
         ratio = compression.ratio_at(step)
-        return None if ratio <= 1.0 else plan(layout, ratio)
+        return None if ratio <= 1.0 else fit(ratio)
 
     if compression.schedule is None:
         count_at(compression.warmup_steps)  # fail now, not at the end of the warm-up
     return make(layout, count_at)
 
 
-def _plan_of(compression: Sparsifier, layout: Layout) -> tuple[Callable[[Layout, float], int], Callable[..., Code]]:
+def _recipe(compression: Sparsifier, layout: Layout) -> tuple[Callable[..., Code], Callable[[float], int]]:
+    """What makes the code, and how many coordinates fit at a ratio."""
     if isinstance(compression, TopK):  # two ranks exchange as many bytes by allgather as by allreduce
-        return partial(topk_plan, ranks=2, pair_bytes=_PAIR, lane_bytes=4), Pairs
+        whole = replace(compression, half=False)
+        return Pairs, lambda ratio: whole.fit(layout, ratio, 2)
     if isinstance(compression, Sharded | Auto):
-        return partial(sharded_plan, ranks=1, lane_bytes=4), FourBits
+        settings = {field.name: getattr(compression, field.name) for field in fields(Auto)}
+        alone = Sharded(**{**settings, "half": False, "buckets": 1})
+        return FourBits, lambda ratio: sum(codec.count for _, codec in alone.fit(layout, ratio, 1))
     if isinstance(compression, Stride):
-        return stride_plan, partial(Comb, seed=compression.seed)
+        return partial(Comb, seed=compression.seed), lambda ratio: compression.fit(layout, ratio, 1)
     raise ConfigurationError(
         f"{type(compression).__name__} cannot choose from one vector alone; use Compression.topk, sharded or stride"
     )

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from hvd_sketch.comm.buffers import Buffers
 from hvd_sketch.methods.swarm.message import Header, Kind
 from hvd_sketch.methods.swarm.node import Node, Offer
 from hvd_sketch.methods.swarm.peers import Peers, Post
@@ -73,14 +72,13 @@ class Meetings:
         node: Node,
         post: Post,
         peers: Peers,
-        buffers: Buffers,
         condition: threading.Condition,
         stats: SwarmStats,
         *,
         patient: bool,
         on_meeting: Callable[[Meeting], None] | None,
     ) -> None:
-        self._node, self._post, self._peers, self._buffers = node, post, peers, buffers
+        self._node, self._post, self._peers, self._buffers = node, post, peers, node.buffers
         self._condition, self._stats, self._on_meeting = condition, stats, on_meeting
         self._patient = patient
         self._at_rest = not patient

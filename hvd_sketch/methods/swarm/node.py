@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.comm.buffers import Buffers
+from hvd_sketch.methods.swarm.lattice import FullPrecision, Lattice, LatticeCode, OutsideRadius
 from hvd_sketch.methods.swarm.message import HEADER, Header, Kind
-from hvd_sketch.quantize import FullPrecision, Lattice, LatticeCode, OutsideRadius
 
 
 @dataclass(eq=False)
@@ -45,7 +45,7 @@ class Node:
     """
 
     def __init__(self, model: Tensor, lattice: Lattice | None, buffers: Buffers) -> None:
-        self.model, self._lattice, self._buffers = model, lattice, buffers
+        self.model, self._lattice, self.buffers = model, lattice, buffers
         count, dtype = model.numel(), model.dtype
         self._full = FullPrecision(count, dtype)
         self._coarse = LatticeCode(lattice.bits, count, dtype) if lattice else self._full
@@ -73,10 +73,10 @@ class Node:
         try:
             taken = self._take_in(header, message, self._mine)
         except OutsideRadius:
-            self._buffers.give(reply)
+            self.buffers.give(reply)
             return self._short(Kind.TOO_FAR, header.number)
         if not taken:
-            self._buffers.give(reply)
+            self.buffers.give(reply)
             return self._short(Kind.VOID, header.number)
         return reply
 
@@ -100,9 +100,9 @@ class Node:
 
     def _encode(self, kind: Kind, number: int, exponent: int | None, snapshot: Tensor) -> Tensor:
         code = self._full if exponent is None else self._coarse
-        message = self._buffers.take(HEADER + code.payload_bytes)
+        message = self.buffers.take(HEADER + code.payload_bytes)
         checksum = code.encode(self.model, exponent or 0, message[HEADER:], snapshot)
         return Header(kind, number, code.bits, exponent or 0, checksum).write(message)
 
     def _short(self, kind: Kind, number: int) -> Tensor:
-        return Header(kind, number).write(self._buffers.take(HEADER))
+        return Header(kind, number).write(self.buffers.take(HEADER))

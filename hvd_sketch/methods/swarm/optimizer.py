@@ -8,7 +8,7 @@ import random
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor
@@ -16,15 +16,14 @@ from torch import Tensor
 from hvd_sketch.comm import as_communicator
 from hvd_sketch.comm.buffers import Buffers
 from hvd_sketch.errors import ConfigurationError
-from hvd_sketch.graphs import graph_of
 from hvd_sketch.methods.decentralized import Decentralized
+from hvd_sketch.methods.graphs import graph_of
 from hvd_sketch.methods.swarm.assembly import Assembly
 from hvd_sketch.methods.swarm.meetings import Meeting, Meetings, SwarmStats
 from hvd_sketch.methods.swarm.message import HEADER, Header, Kind
 from hvd_sketch.methods.swarm.node import Node
-from hvd_sketch.methods.swarm.peers import OnLost, Peers
-from hvd_sketch.methods.swarm.settings import Geometric, Settings
-from hvd_sketch.quantize import Lattice
+from hvd_sketch.methods.swarm.peers import Peers
+from hvd_sketch.methods.swarm.settings import Settings, SwarmOptions
 
 _LAST_WORDS = 2.0  # seconds for messages to leave when a node ends
 
@@ -69,17 +68,17 @@ class SwarmSGD(Decentralized):
         optimizer: takes the local steps; its state is never averaged.
         model: what it trains.
         comm: an mpi4py intracommunicator, ``MPI.COMM_WORLD`` by default.
-        local_steps: H, or `Geometric` with H on average.
         graph: complete, ring, torus, hypercube, or a networkx graph over the ranks.
-        quantization: a `Lattice`, or None for full precision.
-        blocking: the variant, see above.
         same_start: begin with rank 0's parameters and buffers on every rank.
+        on_meeting: called with every finished `Meeting`, in either thread; for timelines.
+        local_steps: H, or `Geometric` with H on average; 1 when not given.
+        quantization: a `Lattice`; full precision when not given.
+        blocking: the variant, see above; non-blocking when not given.
         seed: of the choice of partners and of geometric steps.
         patience: seconds without any sign of life after which a node that is waited for counts
-            as lost; more than one model takes to transfer.
-        on_lost: ``raise`` a `PeerLost`, or ``continue`` without it. MPI itself must be told to let
-            others live: ``mpirun --enable-recovery`` with Open MPI 4.
-        on_meeting: called with every finished `Meeting`, in either thread; for timelines.
+            as lost, 60 when not given; more than one model takes to transfer.
+        on_lost: ``raise`` a `PeerLost`, as when not given, or ``continue`` without it. MPI itself must
+            be told to let others live: ``mpirun --enable-recovery`` with Open MPI 4.
 
     Raises:
         ConfigurationError: for arguments that cannot work, or MPI without MPI_THREAD_MULTIPLE.
@@ -94,15 +93,10 @@ class SwarmSGD(Decentralized):
         *,
         model: torch.nn.Module,
         comm: Any = None,
-        local_steps: int | Geometric = 1,
         graph: Any = "complete",
-        quantization: Lattice | None = None,
-        blocking: bool = False,
         same_start: bool = True,
-        seed: int = 0,
-        patience: float = 60.0,
-        on_lost: OnLost = "raise",
         on_meeting: Callable[[Meeting], None] | None = None,
+        **options: Unpack[SwarmOptions],
     ) -> None:
         from mpi4py import MPI
 
@@ -111,7 +105,7 @@ class SwarmSGD(Decentralized):
         comm = MPI.COMM_WORLD if comm is None else comm
         if not isinstance(comm, MPI.Intracomm):
             raise ConfigurationError(f"comm must be an mpi4py intracommunicator, got {comm!r}")
-        self.settings = Settings(local_steps, quantization, blocking, seed, patience, on_lost)
+        self.settings = settings = Settings(**options)
         self.graph = graph_of(graph, comm.size)
         agreed = {"graph": str(self.graph.neighbours), **self.settings.agreed()}
         super().__init__(optimizer, model, as_communicator(comm), agreed, same_start=same_start)
@@ -123,18 +117,20 @@ class SwarmSGD(Decentralized):
                 f"model has {nbytes} bytes, but one MPI message carries {LARGEST_MESSAGE} at most, and a meeting in "
                 "full precision is one message: freeze parameters, or use a method with an allreduce"
             )
-        self._random = random.Random(f"{seed} {comm.rank}")
+        self._random = random.Random(f"{settings.seed} {comm.rank}")
         self._spare, self._condition = Buffers(), threading.Condition()
         self._courier = Courier(comm, self._receive, self._spare)
         shared = (self._spare, self._condition)
-        self._peers = Peers(self._courier, *shared, comm.rank, comm.size, patience, on_lost)
+        self._peers = Peers(self._courier, *shared, comm.rank, comm.size, settings.patience, settings.on_lost)
         self._assembly = Assembly(self._courier, self._peers, *shared)
-        node = Node(self._published.vector, quantization, self._spare)
+        node = Node(self._published.vector, settings.quantization, self._spare)
         self._meetings = Meetings(
-            *(node, self._courier, self._peers, *shared, self.stats), patient=blocking, on_meeting=on_meeting
+            *(node, self._courier, self._peers, self._condition, self.stats),
+            patient=settings.blocking,
+            on_meeting=on_meeting,
         )
         self._finished, self._steps_left = False, 0
-        self._restart()
+        self.restart()
         self._courier.start()
         atexit.register(self._leave)
 
@@ -167,7 +163,7 @@ class SwarmSGD(Decentralized):
         else:
             self._leave()
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
         self._check()
         self.optimizer.step()
         self._steps_left -= 1
@@ -213,7 +209,7 @@ class SwarmSGD(Decentralized):
         self._flat.write(self._published)
         self._flat.read(self._base)
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
         self._steps_left = self.settings.steps(self._random)
         with self._condition:
             self._flat.read(self._published)

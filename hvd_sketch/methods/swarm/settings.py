@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from typing import TypedDict
 
 from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.methods.swarm.lattice import Lattice
 from hvd_sketch.methods.swarm.peers import OnLost
-from hvd_sketch.quantize import Lattice
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,8 @@ class Geometric:
         return 1 + int(math.log(1.0 - generator.random()) / math.log1p(-1.0 / self.mean))
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The keyword arguments of `SwarmSGD`; all but ``patience`` and ``on_lost`` equal on all ranks."""
+class SwarmOptions(TypedDict, total=False):
+    """The keywords of `SwarmSGD` that make `Settings`."""
 
     local_steps: int | Geometric
     quantization: Lattice | None
@@ -41,6 +41,18 @@ class Settings:
     seed: int
     patience: float
     on_lost: OnLost
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a swarm meets; all but ``patience`` and ``on_lost`` equal on all ranks."""
+
+    local_steps: int | Geometric = 1
+    quantization: Lattice | None = None
+    blocking: bool = False
+    seed: int = 0
+    patience: float = 60.0
+    on_lost: OnLost = "raise"
 
     def __post_init__(self) -> None:
         if not isinstance(self.local_steps, Geometric) and self.local_steps < 1:

@@ -88,24 +88,67 @@ private:
         }
     }
 
-    // What each nibble stands for: the mean magnitude of its level, summed in the order of the values.
-    void weigh(const float* values, const uint8_t* nibbles, float* meaning) const {
-        Flags only[kLevels][2];
-        for (int level = 0; level < kLevels; level++)
-            for (int half = 0; half < 2; half++) only[level][half] = Flags{0, 1, 2, 3} + 4 * half == level;
-        Sums low = {}, high = {};
-        Flags low_count = {}, high_count = {};
-        for (int64_t i = 0; i < count; i++) {
-            const Flags* its = only[nibbles[i] & (kNegative - 1)];
-            const Flags all = Flags{} + int32_t(magnitude(values[i]));
-            low += bit_cast<Sums>(all & its[0]);
-            high += bit_cast<Sums>(all & its[1]);
-            low_count -= its[0];
-            high_count -= its[1];
+    // A number for each level, the first four apart from the others.
+    struct Levels {
+        Sums sum[2];
+        INLINE Levels operator+(const Levels& other) const {
+            return {{sum[0] + other.sum[0], sum[1] + other.sum[1]}};
         }
-        for (int level = 0; level < 4; level++) {
-            meaning[level] = low[level] / std::max(1.0f, float(low_count[level]));
-            meaning[level + 4] = high[level] / std::max(1.0f, float(high_count[level]));
+    };
+
+    // Sums the magnitudes of each level in pairs of neighbours, these in pairs, and so on; beyond the last there are zeros.
+    struct InPairs {
+        const float* values;
+        const uint8_t* nibbles;
+        int64_t count;
+        Flags only[kLevels][2], number[2] = {};
+
+        static constexpr int64_t kRun = 16;  // a power of two
+
+        InPairs(const float* values, const uint8_t* nibbles, int64_t count)
+            : values(values), nibbles(nibbles), count(count) {
+            for (int level = 0; level < kLevels; level++)
+                for (int half = 0; half < 2; half++) only[level][half] = Flags{0, 1, 2, 3} + 4 * half == level;
+        }
+
+        template <int64_t N>
+        INLINE Levels run(const float* its_values, const uint8_t* its_nibbles) {
+            if constexpr (N > 1) {
+                const Levels first = run<N / 2>(its_values, its_nibbles);
+                return first + run<N / 2>(its_values + N / 2, its_nibbles + N / 2);
+            } else {
+                const Flags* its = only[*its_nibbles & (kNegative - 1)];
+                const Flags all = Flags{} + int32_t(magnitude(*its_values));
+                for (int half = 0; half < 2; half++) number[half] -= its[half];
+                return {{bit_cast<Sums>(all & its[0]), bit_cast<Sums>(all & its[1])}};
+            }
+        }
+
+        // Of `size` values, kRun times a power of two.
+        Levels operator()(int64_t first, int64_t size) {
+            if (first >= count) return {};
+            if (size > kRun) {
+                const Levels half = (*this)(first, size / 2);
+                return half + (*this)(first + size / 2, size / 2);
+            }
+            if (first + kRun <= count) return run<kRun>(values + first, nibbles + first);
+            float last_values[kRun] = {};
+            uint8_t last_nibbles[kRun] = {};  // of level 0, whose mean is zero however many there are
+            std::copy(values + first, values + count, last_values);
+            std::copy(nibbles + first, nibbles + count, last_nibbles);
+            return run<kRun>(last_values, last_nibbles);
+        }
+    };
+
+    // What each nibble stands for: the mean magnitude of its level.
+    void weigh(const float* values, const uint8_t* nibbles, float* meaning) const {
+        InPairs in_pairs(values, nibbles, count);
+        int64_t size = InPairs::kRun;
+        while (size < count) size *= 2;
+        const Levels total = in_pairs(0, size);
+        for (int level = 0; level < kLevels; level++) {
+            const int32_t number = in_pairs.number[level / 4][level % 4];
+            meaning[level] = total.sum[level / 4][level % 4] / std::max(1.0f, float(number));
         }
         negate(meaning);
     }

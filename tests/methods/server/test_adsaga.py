@@ -12,8 +12,8 @@ from torch import Tensor
 from hvd_sketch import ConfigurationError
 from hvd_sketch.methods.server import ADSAGA, AsyncSGD, TurnedAway
 from hvd_sketch.methods.server.rules.saga import OnLost, Saga
-from tests.launch import ranks
 from tests.methods.server.support import Server, Vector, vector
+from tests.support.ranks import ranks
 
 FACTORS, TARGETS = (1.0, 2.0, 1.0, 3.0), (1.0, 0.0, 2.0, 3.0)
 PUSHES = [  # worker, component, h, x, average

@@ -28,8 +28,8 @@ from hvd_sketch.methods.server import (
     WorkersLost,
     replay,
 )
-from tests.launch import ranks
 from tests.methods.server.support import Vector
+from tests.support.ranks import ranks
 
 COUNT = 1000
 RATE = 2.0**-6

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from hvd_sketch import Compression, ConfigurationError
 from hvd_sketch.compressors import Sparsifier
+from hvd_sketch.compressors.tensor_topk import TensorTopK
 from hvd_sketch.layout import Layout
-from hvd_sketch.methods.accordion import Accordion
 from hvd_sketch.methods.server.codes import Code, Whole
 from hvd_sketch.methods.server.polyline import Polyline, PolylineCode
 from hvd_sketch.methods.server.sparse_codes import sparse_code
-from hvd_sketch.methods.tensor_topk import TensorTopK
-from tests.simulation import heavy_tailed
+from hvd_sketch.schedules.accordion import Accordion
+from tests.support.simulation import heavy_tailed
 
 SHAPES = {"bias": (40,), "weight": (50, 60)}
 TOTAL = 3040

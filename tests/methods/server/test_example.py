@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.launch import ROOT, run
+from tests.support.ranks import ROOT, run
 
 
 def test_the_example_trains_tells_and_draws(tmp_path: Path) -> None:

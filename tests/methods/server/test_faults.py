@@ -16,9 +16,9 @@ import torch
 
 from hvd_sketch.methods.server import Place, ServerLost, place, read_log
 from hvd_sketch.methods.server.log import Happened
-from tests.launch import launch
 from tests.methods.server.support import Vector
 from tests.methods.server.test_async import async_sgd
+from tests.support.ranks import launch
 
 KILLED, STOPPED, FAILED = 2, 3, 4
 UNHURT = (0, 1, 5)

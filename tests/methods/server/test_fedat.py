@@ -12,8 +12,8 @@ from torch import Tensor
 from hvd_sketch import ConfigurationError
 from hvd_sketch.methods.server import FedAT, Polyline
 from hvd_sketch.methods.server.rules.tiers import Tiers
-from tests.launch import ranks
 from tests.methods.server.support import Server, Vector, vector
+from tests.support.ranks import ranks
 
 TIERS = [[1, 2], [3, 4], [5, 6]]
 CENTRES = {1: 0.0, 2: 1.0, 3: 4.0, 4: 6.0, 5: 10.0, 6: 20.0}

@@ -1,0 +1,107 @@
+"""``python -m benchmarks.accuracy --large``: see `benchmarks.accuracy.large`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.accuracy.large.model import LARGE, SMALL, Language
+from benchmarks.accuracy.large.text import Text
+from benchmarks.accuracy.large.train import Method, Plan, train
+from benchmarks.gpu.record import Record, Row
+from hvd_sketch import Anticipate, Compression, ConfigurationError
+
+RESULTS = Path("benchmarks/results/accuracy-large.json")
+PERIOD = 8
+METHODS: dict[str, Any] = {
+    "dense": lambda setting: Method(),
+    "sharded, anticipate": lambda ratio: Method(Compression.sharded(ratio=ratio, warmup_steps=0), Anticipate()),
+    "auto": lambda ratio: Method(Compression.auto(ratio=ratio)),
+    "sharded": lambda ratio: Method(Compression.sharded(ratio=ratio, warmup_steps=0)),
+    "sketch, anticipate": lambda ratio: Method(
+        Compression.sketch(ratio=ratio, warmup_steps=0, in_turn=0.75, dense_below=0), Anticipate()
+    ),
+    "powersgd": lambda rank: Method(Compression.powersgd(rank=int(rank), start_step=0)),
+    "sketch": lambda ratio: Method(Compression.sketch(ratio=ratio, warmup_steps=0)),
+    "local SGD": lambda ratio: Method(
+        Compression.sharded(ratio=ratio / PERIOD, warmup_steps=0, clip_norm=None), period=PERIOD
+    ),
+}
+"""By name, of the ratio or of PowerSGD's rank."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train what is missing, and keep each row as it is done."""
+    options = _parse(arguments)
+    until, record = time.monotonic() + 60 * options.minutes, Record(options.out)
+    rows = record.rows() if options.out.exists() else []
+    size, device = SMALL if options.small else LARGE, torch.device(options.device)
+    text = Text.read(device, size.text_bytes)
+    for method, setting, seed in _runs(options):
+        key = {"method": method, "setting": setting, "ranks": options.ranks, "seed": seed, "steps": options.steps}
+        if any(row["finished"] and _matches(row, key) for row in rows) or time.monotonic() > until:
+            continue
+        plan = Plan(size, text, options.ranks, options.steps, seed, until)
+        row = _row(key, plan, METHODS[method](setting))
+        rows = [other for other in rows if not _matches(other, key)] + [row]
+        record.replace(rows)
+        print(f"{method:22} {setting:5g} {_told(row)}", flush=True)
+
+
+def _runs(options: argparse.Namespace) -> Iterator[tuple[str, float, int]]:
+    """(method, ratio or rank, seed), what matters most before the rest."""
+    for seed in range(options.seeds):
+        for setting, rank in zip((40.0, 100.0, 400.0), (8.0, 4.0, 1.0), strict=True):
+            for method in METHODS:
+                if method != "dense" or setting == 40.0:
+                    yield method, {"dense": 1.0, "powersgd": rank}.get(method, setting), seed
+
+
+def _row(key: Row, plan: Plan, method: Method) -> Row:
+    name = torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else "cpu"
+    parameters = sum(parameter.numel() for parameter in Language(plan.size).parameters())
+    tokens = plan.ranks * plan.size.batch * plan.size.context
+    row = {**key, "parameters": parameters, "tokens_per_step": tokens, "device": name, "finished": True}
+    try:
+        outcome = train(method, plan)
+    except ConfigurationError as error:
+        return {**row, "refused": str(error)}
+    steps, sent, loss = outcome.losses[-1]
+    dense_bytes = steps * 2 * (plan.ranks - 1) * 4 * parameters // plan.ranks
+    return {
+        **row,
+        "finished": steps == plan.steps,
+        "ratio": round(dense_bytes / max(1, sent), 2),
+        "final_loss": loss,
+        "bytes_per_rank": sent,
+        "losses": outcome.losses,
+        "seconds": round(outcome.seconds, 2),
+    }
+
+
+def _matches(row: Row, key: Row) -> bool:
+    return all(row[name] == value for name, value in key.items())
+
+
+def _told(row: Row) -> str:
+    if "refused" in row:
+        return f"refused: {row['refused']}"
+    steps, _, loss = row["losses"][-1]
+    return f"loss {loss:.4f} after {steps} steps in {row['seconds']} s, ratio {row['ratio']}"
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy --large", description=str(__doc__))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true", help="a model that a processor trains in seconds")
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="train no longer")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser.parse_args(arguments)

@@ -1,0 +1,1 @@
+"""Error feedback that looks ahead: gradients are taken where what is unsent has been applied."""

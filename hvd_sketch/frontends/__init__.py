@@ -1,0 +1,1 @@
+"""The ways in: the optimizer, the runner of unmodified scripts, and the world without Horovod."""

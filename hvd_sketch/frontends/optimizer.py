@@ -1,0 +1,270 @@
+"""The public `DistributedOptimizer`: checks its arguments and picks the road."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypedDict, Unpack, overload
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.comm import has_horovod
+from hvd_sketch.compatibility import check_groups, check_momentum, correction_of
+from hvd_sketch.compressors import Compression, Compressor, HalfPrecision, NoCompression
+from hvd_sketch.error_feedback.ahead import AheadOptimizer
+from hvd_sketch.error_feedback.base import ErrorFeedback, Follower, Wrapping, check_error_feedback
+from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.exchange import DenseExchange, Exchange
+from hvd_sketch.frontends.hooks import ExchangingOptimizer, HorovodOptimizer, Wiring, distribute
+from hvd_sketch.frontends.link import Link
+from hvd_sketch.layout import Layout
+from hvd_sketch.memory import Momentum
+
+Average, Sum = 0, 1  # Horovod's own numbers
+
+Uncompressed = type[NoCompression] | type[HalfPrecision]
+
+
+class Options(TypedDict, total=False):
+    """The arguments of `DistributedOptimizer` that do not change what it returns."""
+
+    gradient_predivide_factor: float
+    num_groups: int
+    groups: int | list[list[Tensor]] | None
+    sparse_as_dense: bool
+    process_set: Any
+    comm: Any
+    grad_scaler: torch.amp.GradScaler | None
+    momentum_correction: bool
+    momentum_masking: bool
+
+
+@overload
+def DistributedOptimizer(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+    compression: Uncompressed = Compression.none,
+    backward_passes_per_step: int = 1,
+    op: int = Average,
+    *,
+    error_feedback: None = None,
+    **options: Unpack[Options],
+) -> HorovodOptimizer: ...
+
+
+@overload
+def DistributedOptimizer(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+    compression: Compressor = ...,
+    backward_passes_per_step: int = 1,
+    op: int = Average,
+    *,
+    error_feedback: None = None,
+    **options: Unpack[Options],
+) -> ExchangingOptimizer: ...
+
+
+@overload
+def DistributedOptimizer(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+    compression: Compressor = ...,
+    backward_passes_per_step: int = 1,
+    op: int = Average,
+    *,
+    error_feedback: ErrorFeedback,
+    **options: Unpack[Options],
+) -> AheadOptimizer: ...
+
+
+def DistributedOptimizer(  # noqa: N802 - Horovod's name
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+    compression: Any = Compression.none,
+    backward_passes_per_step: int = 1,
+    op: int = Average,
+    gradient_predivide_factor: float = 1.0,
+    num_groups: int = 0,
+    groups: int | list[list[Tensor]] | None = None,
+    sparse_as_dense: bool = False,
+    process_set: Any = None,
+    *,
+    comm: Any = None,
+    grad_scaler: torch.amp.GradScaler | None = None,
+    momentum_correction: bool = False,
+    momentum_masking: bool = True,
+    error_feedback: ErrorFeedback | None = None,
+) -> HorovodOptimizer | AheadOptimizer:
+    """Wrap an optimizer so that its steps use the gradients of all ranks.
+
+    Signature and behaviour are those of ``horovod.torch.DistributedOptimizer``; the result is
+    an instance of a subclass of the optimizer's own class. With one process, and no ``comm``
+    given, it trains as if it were not there.
+
+    With ``Compression.none`` and ``fp16`` under Horovod this *is* Horovod's own optimizer. With
+    a compressor of ours gradients are gathered while backward runs, and `synchronize` does the
+    whole exchange in one fixed order, whatever the order of hooks.
+
+    Args:
+        optimizer: the optimizer to wrap, before or after loading its state.
+        named_parameters: ``model.named_parameters()``; names fix the order and must be unique.
+        compression: a member of `Compression`.
+        backward_passes_per_step: local passes whose gradients are added up before an exchange.
+        op: ``Average`` or ``Sum``.
+        gradient_predivide_factor: accepted for ``Average``; it has no effect on a sparse exchange.
+        num_groups: deprecated name of ``groups``.
+        groups: Horovod's fusion groups; a sparse exchange is one fused message anyway.
+        sparse_as_dense: turn sparse gradients into dense ones instead of refusing them.
+        process_set: a Horovod process set; ranks outside it take local steps.
+        comm: an mpi4py communicator or a `hvd_sketch.comm.Communicator` to use in place of Horovod.
+        grad_scaler: the scaler in use, so that the memory holds unscaled gradients; with
+            ``error_feedback`` there is no need to tell.
+        momentum_correction: accumulate the momentum of a wrapped SGD, with its weight decay, on
+            each rank before the selection instead of after it (see `Momentum`); without a
+            sparsifying compressor both are the same, and this changes nothing.
+        momentum_masking: with the above, clear the momentum of what was sent.
+        error_feedback: `StepAhead` or `Anticipate` takes gradients where what is unsent is already
+            applied; the result is then an `AheadOptimizer`, to be used as it says.
+
+    Raises:
+        ConfigurationError: when a setting cannot work, before any communication.
+    """
+    _check_arguments(optimizer, backward_passes_per_step, op, gradient_predivide_factor, process_set, comm)
+    if num_groups != 0:
+        warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=2)
+    if error_feedback is not None:
+        check_error_feedback(
+            error_feedback, optimizer, compression, averages=op == Average, corrects=momentum_correction
+        )
+    if comm is None and has_horovod() and not isinstance(compression, Compressor):
+        return _stock_optimizer(
+            optimizer,
+            named_parameters=named_parameters,
+            compression=compression,
+            backward_passes_per_step=backward_passes_per_step,
+            op=op,
+            gradient_predivide_factor=gradient_predivide_factor,
+            groups=groups if groups is not None else num_groups or None,
+            sparse_as_dense=sparse_as_dense,
+            process_set=process_set,
+        )
+    _check_compression(compression, op, optimizer)
+    check_groups(groups)
+    corrects = momentum_correction and isinstance(compression, Compressor)
+    correction = correction_of(optimizer, masking=momentum_masking) if corrects else None
+    named, link = _named(optimizer, named_parameters), Link(comm, process_set)
+    _layout(compression, [item for item in named if item[1].requires_grad])  # fails now, not in the first step
+    wiring = Wiring(
+        make_exchange=partial(_exchange, compression, link, op == Average),
+        is_active=link.is_active,
+        backward_passes_per_step=backward_passes_per_step,
+        sparse_as_dense=sparse_as_dense,
+        grad_scaler=grad_scaler,
+        correction=correction,
+        attributes={"op": op, "process_set": process_set, "_groups": groups, "sparse_as_dense": sparse_as_dense},
+    )
+    if error_feedback is None:
+        return distribute(optimizer, named, wiring)
+    return error_feedback.wrap(
+        Wrapping(
+            optimizer=optimizer,
+            named=named,
+            compression=compression,
+            communicator=link.communicator,
+            is_active=link.is_active,
+            distribute=partial(_distribute, optimizer, named, wiring),
+        )
+    )
+
+
+def _distribute(
+    optimizer: torch.optim.Optimizer,
+    named: list[tuple[str, Tensor]],
+    wiring: Wiring,
+    followers: Sequence[Follower],
+    before_step: Callable[[torch.optim.Optimizer], None] | None,
+) -> ExchangingOptimizer:
+    return distribute(optimizer, named, replace(wiring, followers=followers, before_step=before_step))
+
+
+def _check_arguments(
+    optimizer: torch.optim.Optimizer, passes: int, op: int, predivide_factor: float, process_set: Any, comm: Any
+) -> None:
+    """What is wrong with any compression."""
+    if type(optimizer).__module__ == "horovod.torch.optimizer":
+        raise ConfigurationError("the optimizer is already a DistributedOptimizer; wrap the plain one")
+    if process_set is not None and comm is not None:
+        raise ConfigurationError("give process_set (of Horovod) or comm (in place of Horovod), not both")
+    if passes <= 0:
+        raise ConfigurationError(f"backward_passes_per_step must be at least 1, got {passes}")
+    if predivide_factor != 1.0 and op != Average:
+        raise ConfigurationError("gradient_predivide_factor is supported with op=Average only")
+
+
+def _check_compression(compression: Any, op: int, optimizer: torch.optim.Optimizer) -> None:
+    """What is wrong with an exchange of ours."""
+    if compression not in (NoCompression, HalfPrecision) and not isinstance(compression, Compressor):
+        raise ConfigurationError(
+            f"compression={compression!r} is no member of hvd_sketch.Compression: use none, fp16, auto() or another"
+        )
+    if op not in (Average, Sum):
+        raise ConfigurationError(f"op={op} cannot be combined with compression: only Average and Sum are linear")
+    if isinstance(compression, Compressor):
+        check_momentum(compression.momentum, optimizer)
+
+
+def _exchange(
+    compression: Any, link: Link, average: bool, parameters: dict[str, Tensor], momentum: Momentum | None
+) -> Exchange:
+    comm = link.communicator()
+    device = next(iter(parameters.values())).device
+    layout = _layout(compression, parameters.items())
+    if isinstance(compression, Compressor):
+        return compression.exchange(layout, comm, average=average, device=device, momentum=momentum)
+    dtype = torch.float16 if compression is HalfPrecision else torch.float32
+    return DenseExchange(layout, comm, average=average, device=device, dtype=dtype)
+
+
+def _layout(compression: Any, named_parameters: Iterable[tuple[str, Tensor]]) -> Layout:
+    if isinstance(compression, Compressor):
+        return compression.layout(named_parameters)
+    return Layout.of(named_parameters, lambda name, parameter: False)
+
+
+def _named(
+    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, Tensor]] | None
+) -> list[tuple[str, Tensor]]:
+    groups = optimizer.param_groups
+    if named_parameters is None:
+        return [
+            (f"allreduce.noname.{i}.{j}", p) for i, group in enumerate(groups) for j, p in enumerate(group["params"])
+        ]
+    named = list(named_parameters)
+    if any(not isinstance(item, tuple) for item in named):
+        raise ConfigurationError(
+            "named_parameters should be a sequence of tuples (name, parameter), usually produced by "
+            "model.named_parameters()"
+        )
+    held = {id(p): (i, j) for i, group in enumerate(groups) for j, p in enumerate(group["params"])}
+    known = {id(parameter) for _, parameter in named}
+    unnamed = [place for identity, place in held.items() if identity not in known]
+    if unnamed:
+        raise ConfigurationError(
+            f"named_parameters lacks {len(unnamed)} parameters of the optimizer, the first one at (group, index) "
+            f"{unnamed[0]}; pass the named_parameters() of every model whose parameters it holds"
+        )
+    return [(name, parameter) for name, parameter in named if id(parameter) in held]
+
+
+def _stock_optimizer(optimizer: torch.optim.Optimizer, *, process_set: Any, **arguments: Any) -> HorovodOptimizer:
+    import horovod.torch as hvd
+
+    process_set = hvd.global_process_set if process_set is None else process_set
+    # the runner of unmodified scripts may have put this function in place of Horovod's
+    stock = getattr(hvd.DistributedOptimizer, "stock", hvd.DistributedOptimizer)
+    distributed: HorovodOptimizer = stock(optimizer, process_set=process_set, **arguments)
+    return distributed

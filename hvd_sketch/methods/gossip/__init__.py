@@ -1,0 +1,1 @@
+"""Ranks that average with their neighbours on a graph in every step."""

@@ -1,0 +1,48 @@
+"""One message to every neighbour and one from each: the exchange of synchronous gossip."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.comm.base import Communicator
+from hvd_sketch.methods.graphs import Graph
+
+
+class Neighbourhood:
+    """Blocking exchange along the edges of a graph, on any `Communicator`.
+
+    Over MPI it is a neighbourhood collective, so a rank talks to its neighbours only. The other
+    backends have none; there, in simulations, everything is gathered and the rows are picked.
+
+    Args:
+        comm: the ranks.
+        mpi_comm: the mpi4py communicator behind them, if that is what they are; setting up the
+            graph is collective.
+        graph: who the neighbours are.
+    """
+
+    def __init__(self, comm: Communicator, mpi_comm: Any, graph: Graph) -> None:
+        self._comm = comm
+        self._rows = graph.neighbours[comm.rank]
+        self._graph_comm = mpi_comm and mpi_comm.Create_dist_graph_adjacent(list(self._rows), list(self._rows))
+        self._received = torch.empty(0)
+        self.bytes_sent = 0
+
+    def exchange(self, message: Tensor, name: str) -> Tensor:
+        """Send ``message`` (1-D, same length everywhere) to every neighbour.
+
+        Returns:
+            the neighbours' messages, a row each in the graph's order, valid until the next call.
+        """
+        self.bytes_sent += len(self._rows) * message.nbytes
+        if self._graph_comm is None:
+            return self._comm.allgather(message, name)[list(self._rows)]
+        if self._received.shape != (len(self._rows), message.numel()) or self._received.dtype != message.dtype:
+            self._received = torch.empty(len(self._rows), message.numel(), dtype=message.dtype)
+        self._graph_comm.Neighbor_allgather(
+            message.view(torch.uint8).numpy(), self._received.view(-1).view(torch.uint8).numpy()
+        )
+        return self._received

@@ -1,0 +1,163 @@
+"""Local SGD whose meetings are compressed, with error feedback, on one way or on both."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict, Unpack
+
+import torch
+
+from hvd_sketch.compressors.compression import Compression
+from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.methods.displacement import displacement_exchange, layout_rule
+from hvd_sketch.methods.local.base import LocalSteps, Rhythm
+
+MomentumSync = Literal["keep", "reset", "average"]
+
+
+class OuterOptions(TypedDict, total=False):
+    """The keywords of `LocalSGD` that make an `Outer`."""
+
+    momentum_sync: MomentumSync
+    outer_rate: float
+    outer_momentum: float
+    nesterov: bool
+
+
+@dataclass(frozen=True)
+class Outer:
+    """What ranks do when they meet: the step that they take together, and what becomes of their own momenta."""
+
+    momentum_sync: MomentumSync = "keep"
+    outer_rate: float = 1.0
+    outer_momentum: float = 0.0
+    nesterov: bool = True
+
+    def __post_init__(self) -> None:
+        if self.momentum_sync not in ("keep", "reset", "average"):
+            raise ConfigurationError(f"momentum_sync must be keep, reset or average, got {self.momentum_sync!r}")
+        if not self.outer_rate > 0.0 or not 0.0 <= self.outer_momentum < 1.0:
+            raise ConfigurationError(
+                "outer_rate must be above 0 and outer_momentum in [0, 1), "
+                f"got {self.outer_rate} and {self.outer_momentum}"
+            )
+
+
+class LocalSGD(LocalSteps):
+    """H local steps, then an exchange of how far each rank went.
+
+    With the model x of the last meeting, this rank's z_i after H more steps of any optimizer, and
+    errors e_i in units of the update::
+
+        d_i = x - z_i + e_i          c_i = C(d_i)           e_i <- d_i - c_i
+        q = mean_i c_i
+        x <- x - r q                                        plain
+        a <- b a + q,   x <- x - r a                        outer momentum b (SlowMo)
+        a <- b a + q,   x <- x - r (q + b a)                with Nesterov (DiLoCo)
+        z_i <- x
+
+    Without outer momentum and with r = 1, ``x - mean_i e_i`` moves by exactly ``-mean_i (x - z_i)``.
+    ``Compression.sharded`` compresses the way down as well: double compression, with the server's
+    error kept by each shard's owner. ``Compression.none`` is plain local SGD; FedAvg.
+
+    Sent: what the compressor sends, once every H steps; with ``momentum_sync="average"`` the
+    optimizer's state besides, in float32. State: two vectors of the model's size and the
+    exchange's three, where the parameters are, and one with outer momentum.
+    Sources: Gao, Xu, Huang, "On the convergence of communication-efficient local SGD for federated
+    learning" (AAAI 2021); SlowMo, arXiv 1910.00643; DiLoCo, arXiv 2311.08105.
+
+    Args:
+        optimizer: takes the local steps; any.
+        model: what it trains.
+        comm: an mpi4py communicator or one of ours; Horovod where it is installed if None.
+        compression: a member of `Compression`; its ``clip_norm`` clips every local gradient.
+        period: H, in steps.
+        same_start: begin with rank 0's parameters and buffers on every rank.
+        momentum_sync: what happens to the optimizer's own state when ranks meet: ``keep`` it on each
+            rank, as happens when not given, ``reset`` it, or ``average`` it over the ranks.
+        outer_rate: r, 1 when not given.
+        outer_momentum: b; 0 for none, as when not given.
+        nesterov: which of the two outer momenta; DiLoCo's when not given.
+
+    Raises:
+        ConfigurationError: for settings out of range.
+        RankMismatchError: alike on all ranks, when models or settings differ.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: torch.nn.Module,
+        comm: Any = None,
+        *,
+        compression: Any = Compression.none,
+        period: int = 8,
+        same_start: bool = True,
+        **outer: Unpack[OuterOptions],
+    ) -> None:
+        self._outer = Outer(**outer)
+        clip_norm, layout = getattr(compression, "clip_norm", None), layout_rule(compression)
+        rhythm = Rhythm(period=period, clip_norm=clip_norm, same_start=same_start, layout=layout)
+        settings = {"compression": repr(compression), "outer": str(self._outer)}
+        super().__init__(optimizer, model, comm, rhythm, settings)
+        self.exchange = displacement_exchange(compression, self._flat.layout, self._collectives, self._flat.device)
+        self._velocity = torch.zeros_like(self._live.vector) if self._outer.outer_momentum else None
+        self._anchor = self._present()
+
+    def _meet(self) -> None:
+        anchor, moved = self._anchor.vector, self._live.vector
+        self._flat.read(self._live)
+        self.exchange.submit_all(torch.sub(anchor, moved, out=moved))
+        self.exchange.run()
+        if math.isnan(float(self.exchange.update[0])):
+            self.stats.skipped += 1
+        else:
+            self._outer_step(moved.copy_(self.exchange.update))
+        self._flat.write(self._anchor)
+        if self._outer.momentum_sync == "reset":
+            self.optimizer.state.clear()
+        elif self._outer.momentum_sync == "average":
+            self._average_optimizer()
+
+    def _outer_step(self, update: torch.Tensor) -> None:
+        anchor, rate, factor = self._anchor.vector, self._outer.outer_rate, self._outer.outer_momentum
+        if self._velocity is None:
+            anchor.sub_(update, alpha=rate)
+            return
+        self._velocity.mul_(factor).add_(update)
+        if self._outer.nesterov:
+            anchor.sub_(update, alpha=rate).sub_(self._velocity, alpha=rate * factor)
+        else:
+            anchor.sub_(self._velocity, alpha=rate)
+
+    def _average_optimizer(self) -> None:
+        states = [self.optimizer.state[parameter] for parameter in self._flat.parameters]
+        tensors = [
+            value
+            for state in states
+            for _, value in sorted(state.items())
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+        ]
+        if tensors:
+            torch._foreach_copy_(tensors, self._mean(*tensors))
+
+    def _unsent(self, vector: torch.Tensor) -> None:
+        vector.sub_(self.exchange.memory.residual)
+
+    def restart(self) -> None:
+        super().restart()
+        self.exchange.reset()
+        if self._velocity is not None:
+            self._velocity.zero_()
+        self._flat.read(self._anchor)
+
+    def _own_state(self) -> dict[str, Any]:
+        state = {"exchange": self.exchange.state_dict(), "anchor": self._anchor.vector.clone()}
+        return state if self._velocity is None else {**state, "velocity": self._velocity.clone()}
+
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        self.exchange.load_state_dict(state["exchange"])
+        self._anchor.vector.copy_(state["anchor"])
+        if self._velocity is not None:
+            self._velocity.copy_(state["velocity"])

@@ -1,0 +1,63 @@
+"""Sketches of 32 cells, of all parameters of a vector at once: enough to tell the norm of a sum."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from hvd_sketch import gpu
+from hvd_sketch.sketch.count_sketch import CountSketch
+
+CELLS = 32
+SLICE = 1 << 15
+"""Coordinates that are added up one after the other; slices are added after that, in their order."""
+
+
+class NarrowSketches:
+    """One row of 32 cells for each of several stretches of a vector, all drawn alike.
+
+    Each is a `CountSketch` of one row, but for the order in which a cell's values are added: within slices of
+    2^15 coordinates, then slice by slice. So many processors can work on one stretch, and the bits are the same on
+    all devices.
+
+    Args:
+        stretches: of the vector, each as ``(start, stop)``.
+        device: where the vector lives.
+    """
+
+    def __init__(self, stretches: Sequence[tuple[int, int]], device: torch.device) -> None:
+        self._stretches = list(stretches)
+        self._slices = [max(1, -(-(stop - start) // SLICE)) for start, stop in stretches]
+        self._first = [0, *accumulate(self._slices)]
+        places = [
+            (start + SLICE * number, stop, number)
+            for (start, stop), slices in zip(stretches, self._slices, strict=True)
+            for number in range(slices)
+        ]
+        self._places = torch.tensor(places, dtype=torch.int64, device=device).view(-1, 3)
+        self._edges = torch.tensor(self._first, dtype=torch.int64, device=device)
+
+    def __call__(self, vector: Tensor, seed: int, scale: float = 1.0) -> Tensor:
+        """The tables of ``scale * vector`` (float32), of shape ``(stretches, 32)``."""
+        if gpu.serves(vector):
+            kernels = importlib.import_module("hvd_sketch.sketch.narrow_cuda")  # with Triton
+            tables: Tensor = kernels.sketch(vector, seed, scale, self._places, self._edges)
+            return tables
+        parts = vector.new_zeros(self._first[-1], 1, CELLS)
+        for (start, stop), first, slices in zip(self._stretches, self._first, self._slices, strict=False):
+            for number in range(slices if stop > start else 0):
+                offset = SLICE * number
+                sketch = CountSketch(stop - start, 1, CELLS, seed, table=parts[first + number])
+                sketch.add(vector[start + offset : min(stop, start + offset + SLICE)], offset, scale)
+        return torch.stack([_in_order(part) for part in parts.squeeze(1).split(self._slices)])
+
+
+def _in_order(parts: Tensor) -> Tensor:
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total

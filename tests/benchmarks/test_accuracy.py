@@ -1,0 +1,57 @@
+"""The accuracy benchmark: real ranks give the numbers of the simulated ones, and rows are kept."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.accuracy import __main__ as command
+from benchmarks.accuracy.methods import METHODS, make, suits
+from benchmarks.accuracy.report import write_page
+from benchmarks.accuracy.simulate import train
+from benchmarks.accuracy.tasks import TASKS
+from tests.support.ranks import launch
+
+TASK, STEPS = "cnn-batchnorm", 12
+
+
+@pytest.mark.parametrize("method", ["sharded, anticipate", "sketch", "local SGD"])
+def test_real_ranks_give_the_numbers_of_the_simulation(method: str) -> None:
+    simulated = train(TASKS[TASK], make(method, 20.0), ranks=2, seed=0, steps=STEPS)
+    arguments = ["-m", "benchmarks.accuracy.ranks", TASK, method, "20", "--steps", str(STEPS)]
+    completed = launch(2, [sys.executable, *arguments])
+    assert completed.returncode == 0, completed.output
+    lines = [line.split(">:")[-1].split() for line in completed.output.splitlines() if " steps " in line]
+    assert len(lines) == len(simulated.losses) == 12
+    for line, (step, sent, loss) in zip(lines, simulated.losses, strict=True):
+        assert int(line[0]) == step
+        assert float(line[2]) == pytest.approx(sent / 1e6, abs=6e-4)
+        assert float(line[-1]) == pytest.approx(loss, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_every_method_trains_on_every_task_that_it_suits() -> None:
+    for task in TASKS.values():
+        for method in (each for each in ("dense", *METHODS) if suits(each, task.name)):
+            outcome = train(task, make(method, 20.0), ranks=2, seed=0, steps=2)
+            assert [step for step, _, _ in outcome.losses] == [1, 2]
+            assert not outcome.diverged, (task.name, method)
+
+
+def test_rows_are_kept_and_a_page_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "accuracy.json")
+    rows: list[dict[str, Any]] = []
+    for method, setting in (("dense", 1.0), ("sharded", 20.0), ("sketch", 400.0)):
+        rows.append(command._row(TASK, method, setting, 2, 0, 3, rows))
+        command._append(rows[-1])
+    assert json.loads((tmp_path / "accuracy.json").read_text()) == json.loads(json.dumps(rows))
+    assert rows[1]["ratio"] == pytest.approx(20.0, rel=0.05)
+    assert "refused" in rows[2]
+    write_page(rows, tmp_path)
+    page = (tmp_path / "accuracy.md").read_text()
+    assert "| sharded | 20 | " in page
+    assert (tmp_path / f"accuracy-{TASK}-3.png").exists()

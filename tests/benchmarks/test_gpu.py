@@ -1,0 +1,81 @@
+"""The benchmark of a GPU runs through on a processor, and goes on after what fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu.measure import Bench
+from benchmarks.gpu.record import Record
+
+GROUPS = ["facts", "steps", "parts", "optimizers", "peers"]
+
+
+def test_everything_but_the_checks_runs_on_a_processor(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    arguments = ["--device", "cpu", "--small", "--minutes", "3", "--out", str(out), "--only", *GROUPS]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", *arguments], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(out.read_text())
+    steps = {row["impl"] for row in rows if row["op"] == "step"}
+    assert steps == {"sketch", "sketch, in turn", "sharded", "topk", "powersgd", "stride", "dense"}
+    assert all(row["seconds"] > 0 and row["passes"] > 0 for row in rows if row["op"] != "facts")
+    assert not out.with_suffix(".at").exists()
+
+
+def test_after_a_process_that_ended_another_goes_on(tmp_path: Path) -> None:
+    """Its own processes are started from the command line, so each of them plays what is planted here."""
+    planted = tmp_path / "planted.py"
+    planted.write_text(
+        "import os, sys\n"
+        "from benchmarks.gpu import __main__ as command\n"
+        "def die(bench, d): os._exit(9)\n"
+        "def fail(bench, d): raise ValueError('planted')\n"
+        "def pass_(bench, d): bench.record.append({'op': 'passed', 'd': d})\n"
+        "todo = [command.Item('facts', each, 5) for each in (die, pass_, fail, pass_)]\n"
+        "command.items = lambda small, groups: todo\n"
+        "command.COMMAND = (sys.executable, __file__)\n"
+        "sys.exit(command.main(sys.argv[1:]))\n"
+    )
+    out = tmp_path / "gpu.json"
+    done = subprocess.run(
+        [sys.executable, str(planted), "--device", "cpu", "--minutes", "1", "--out", str(out)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    rows = json.loads(out.read_text())
+    assert [row["op"] for row in rows] == ["die", "passed", "fail", "passed"]
+    assert "status 9" in rows[0]["failed"]
+    assert "planted" in rows[2]["failed"]
+
+
+def test_a_measurement_that_fails_leaves_a_row(tmp_path: Path) -> None:
+    record = Record(tmp_path / "rows.json")
+    record.start()
+    bench = Bench(torch.device("cpu"), record, seconds=0.001)
+
+    def fail() -> None:
+        raise RuntimeError("planted")
+
+    bench.time("step", "broken", 10, fail)
+    bench.time("step", "whole", 10, lambda: None)
+    first, second = record.rows()
+    assert first["failed"] == "RuntimeError: planted"
+    assert second["seconds"] > 0
+
+
+def test_every_group_has_something_to_do() -> None:
+    assert {item.group for item in command.items(False, command.GROUPS)} == set(command.GROUPS)
+    assert {item.d for item in command.items(False, ["steps"])} == {10**7, 10**8, 10**9}

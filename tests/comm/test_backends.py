@@ -1,0 +1,120 @@
+"""Every backend gives the same collectives: sums of the same bits on all ranks, rows in their order, counted bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hvd_sketch as hvd
+from hvd_sketch.comm import Communicator, SingleProcess, as_communicator, default_communicator
+from hvd_sketch.comm.in_process import run_in_process
+from hvd_sketch.errors import ConfigurationError
+from tests.support.ranks import Launcher, ranks
+
+DTYPES = (torch.float32, torch.float16, torch.float64, torch.int32, torch.int64, torch.uint8)
+LENGTH = 37
+
+
+def contribution(rank: int, dtype: torch.dtype) -> Tensor:
+    """Small whole numbers, so that no sum is rounded."""
+    return torch.arange(LENGTH).remainder(5).add(rank).to(dtype)
+
+
+def check_collectives(comm: Communicator) -> None:
+    """Each of them against its definition, for every dtype."""
+    size, rank = comm.size, comm.rank
+    for dtype in DTYPES:
+        whole = [contribution(other, dtype) for other in range(size)]
+        if dtype != torch.uint8:
+            total = contribution(rank, dtype)
+            comm.allreduce(total, f"sum.{dtype}")
+            assert torch.equal(total, torch.stack(whole).sum(0).to(dtype))
+        assert torch.equal(comm.allgather(whole[rank], f"gather.{dtype}"), torch.stack(whole))
+        sent = torch.stack([whole[rank] + other for other in range(size)])
+        assert torch.equal(comm.alltoall(sent, f"all.{dtype}"), torch.stack([row + rank for row in whole]))
+        value = whole[rank].clone()
+        comm.broadcast(value, size - 1, f"from.{dtype}")
+        assert torch.equal(value, whole[-1])
+
+
+def check_rounding(comm: Communicator) -> None:
+    """Sums that are rounded have the same bits on all ranks."""
+    values = torch.randn(1001, generator=torch.Generator().manual_seed(comm.rank))
+    for dtype in (torch.float32, torch.float16):
+        total = values.to(dtype)
+        comm.allreduce(total, f"rounded.{dtype}")
+        rows = comm.allgather(total.view(torch.uint8), f"compared.{dtype}")
+        assert all(torch.equal(row, rows[0]) for row in rows)
+
+
+def check_pending(comm: Communicator) -> None:
+    """Several under way at once, waited for in another order, with what `poll` does in between."""
+    tensors = [torch.full((LENGTH,), float(number)) for number in range(4)]
+    pending = [comm.start_allreduce(tensor, f"pending.{number}") for number, tensor in enumerate(tensors)]
+    for collective in pending:
+        collective.poll()
+    for number in reversed(range(4)):
+        assert torch.equal(pending[number].wait(), torch.full((LENGTH,), float(number * comm.size)))
+
+
+def check_bytes(comm: Communicator) -> None:
+    """Those of the bandwidth-optimal ring."""
+    size = comm.size
+    tensor = torch.zeros(size, 30)
+    expected: list[tuple[Callable[[], Any], int]] = [
+        (lambda: comm.allreduce(tensor, "a"), 2 * (size - 1) * tensor.nbytes // size),
+        (lambda: comm.allgather(tensor.view(-1), "b"), (size - 1) * tensor.nbytes),
+        (lambda: comm.alltoall(tensor, "c"), (size - 1) * tensor.nbytes // size),
+        (lambda: comm.broadcast(tensor, 0, "d"), tensor.nbytes if comm.rank == 0 and size > 1 else 0),
+    ]
+    for collective, nbytes in expected:
+        before = comm.bytes_sent
+        collective()
+        assert comm.bytes_sent - before == nbytes
+
+
+def check_objects(comm: Communicator) -> None:
+    """Of different lengths."""
+    told = comm.allgather_object({"rank": comm.rank, "text": "é" * 50 * comm.rank}, "objects")
+    assert [(item["rank"], len(item["text"])) for item in told] == [(rank, 50 * rank) for rank in range(comm.size)]
+
+
+def check(comm: Communicator) -> bool:
+    for law in (check_collectives, check_rounding, check_pending, check_bytes, check_objects):
+        law(comm)
+    return True
+
+
+def on_a_rank(use_mpi4py: bool) -> bool:
+    if not use_mpi4py:
+        hvd.init()
+        return check(default_communicator())
+    from mpi4py import MPI
+
+    return check(as_communicator(MPI.COMM_WORLD))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_ranks_in_one_process(size: int) -> None:
+    assert all(run_in_process(size, check))
+
+
+def test_a_single_process() -> None:
+    assert check(SingleProcess())
+
+
+@pytest.mark.parametrize(
+    ("size", "launcher", "use_mpi4py"),
+    [(3, "mpirun", True), (3, "mpirun", False), (2, "horovodrun-gloo", False)],
+)
+def test_real_ranks(size: int, launcher: Launcher, use_mpi4py: bool) -> None:
+    assert all(ranks(size, on_a_rank, use_mpi4py, launcher=launcher))
+
+
+def test_anything_else_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="comm must be an mpi4py communicator"):
+        as_communicator("world")

@@ -1,0 +1,37 @@
+"""The powers of two by which halves travel: ranks that hold different ones are told, even when they choose alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hvd_sketch import RankMismatchError
+from hvd_sketch.comm import Communicator
+from hvd_sketch.comm.in_process import run_in_process
+from tests.support.compressors import HALF, TOTAL
+from tests.support.simulation import heavy_tailed, make, step
+
+
+@pytest.mark.parametrize("which", ["cell", "dense"])
+def test_a_rank_with_another_scale_is_told_on_all(which: str) -> None:
+    """Of the cells both scales would shift all estimates alike where one rank has all the gradients."""
+    gradients = heavy_tailed(2, 6, TOTAL)
+    gradients[1] = 0.0
+
+    def body(comm: Communicator) -> str:
+        exchange = make(HALF, comm)
+        for gradient in gradients[comm.rank, :5]:
+            step(exchange, gradient)
+        state = exchange.state_dict()
+        ((cell, dense),) = state["scales"]
+        if comm.rank == 1:
+            state["scales"] = [(2.0 * cell, dense) if which == "cell" else (cell, 2.0 * dense)]
+        exchange.load_state_dict(state)
+        before = exchange.memory.residual.clone()
+        with pytest.raises(RankMismatchError, match="selected different coordinates") as error:
+            step(exchange, gradients[comm.rank, 5])
+        assert torch.allclose(exchange.memory.residual, before + gradients[comm.rank, 5])
+        return str(error.value)
+
+    told = run_in_process(2, body)
+    assert all("all others" in text for text in told)

@@ -1,0 +1,118 @@
+"""The code for sparse vectors: what comes out is what went in, in as many bytes as promised."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hvd_sketch.sparse.codec import SparseCodec
+from tests.support.without_kernel import without_kernel
+
+
+def draw(codec: SparseCodec, vectors: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randperm(codec.universe, generator=generator)[: codec.count] for _ in range(vectors)]
+    return torch.stack(rows).sort(dim=1).values, torch.randn(vectors, codec.count, generator=generator) ** 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3000), st.data(), st.integers(1, 3), st.integers(0, 2**31))
+def test_the_receiver_sees_what_was_promised(universe: int, data: st.DataObject, vectors: int, seed: int) -> None:
+    codec = SparseCodec(universe, data.draw(st.integers(1, universe)))
+    indices, values = draw(codec, vectors, seed)
+    code, promised = codec.encode(indices, values)
+    assert code.dtype == torch.uint8
+    assert code.shape == (vectors, codec.nbytes)
+    found, decoded = codec.decode(code)
+    assert torch.equal(found, indices)
+    assert torch.equal(decoded, promised)
+
+
+def test_the_error_of_values_is_that_of_the_docstring() -> None:
+    codec = SparseCodec(100_000, 50_000)
+    indices, values = draw(codec, 1, 0)
+    _, decoded = codec.encode(indices, values)
+    assert ((decoded - values).abs() <= torch.maximum(values.abs(), values.abs().max() / 2**6) * (1 + 1e-6)).all()
+    assert (decoded * values >= 0).all()
+    torch.testing.assert_close(decoded.double().abs().sum(), values.double().abs().sum(), rtol=1e-4, atol=0.0)
+
+
+def test_the_heaviest_value_keeps_its_size() -> None:
+    codec = SparseCodec(100, 50)
+    indices, values = draw(codec, 1, 1)
+    values[0, 7] = -100.0
+    _, decoded = codec.encode(indices, values)
+    assert decoded[0, 7] == -100.0
+
+
+def test_zeros_stay_zeros() -> None:
+    codec = SparseCodec(10, 3)
+    indices = torch.tensor([[0, 4, 9], [1, 2, 3]])
+    values = torch.tensor([[0.0, -2.0, 0.0], [0.0, 0.0, 0.0]])
+    _, decoded = codec.encode(indices, values)
+    assert torch.equal(decoded, values)
+
+
+@pytest.mark.parametrize("density", [0.5, 0.05, 0.005, 0.0005])
+def test_an_index_costs_about_two_bits_more_than_the_logarithm_of_the_gap(density: float) -> None:
+    universe = 2_000_000
+    codec = SparseCodec(universe, int(universe * density))
+    bits = 8 * (codec.nbytes - 32 - codec.count / 2) / codec.count
+    assert bits <= 3 + torch.tensor(1 / density).log2().item()
+
+
+def test_large_universes_do_not_overflow() -> None:
+    codec = SparseCodec(2**40, 3)
+    indices = torch.tensor([[5, 2**33 + 1, 2**40 - 1]])
+    found, _ = codec.decode(codec.encode(indices, torch.ones(1, 3))[0])
+    assert torch.equal(found, indices)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 20_000), st.data(), st.integers(1, 3), st.integers(0, 2**31))
+def test_the_kernel_writes_the_bytes_of_the_reference(
+    universe: int, data: st.DataObject, vectors: int, seed: int
+) -> None:
+    codec = SparseCodec(universe, data.draw(st.integers(1, universe)))
+    indices, values = draw(codec, vectors, seed)
+    values *= data.draw(st.sampled_from([1.0, 2.0**-126, 2.0**-140, 1e30]))
+    values[:, :: data.draw(st.integers(2, 9))] = data.draw(st.sampled_from([0.0, -0.0, 4.0, -1e-30]))
+    ours = codec.encode(indices, values)
+    with without_kernel():
+        reference = codec.encode(indices, values)
+        decoded = codec.decode(reference[0])
+    for one, other in zip((*ours, *codec.decode(ours[0])), (*reference, *decoded), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_levels_begin_at_octaves_of_the_least() -> None:
+    least = torch.tensor(1.1)
+    octaves = least * 2.0 ** torch.arange(6)
+    values = torch.cat([octaves, octaves.nextafter(torch.tensor(0.0))[1:]]).unsqueeze(0)
+    _, decoded = SparseCodec(11, 11).encode(torch.arange(11).unsqueeze(0), values)
+    below = values[:, 6:]
+    torch.testing.assert_close(decoded[:, :5], (values[:, :5] + below) / 2, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(decoded[:, 6:], (values[:, :5] + below) / 2, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("by", ["kernel", "reference"])
+def test_what_is_no_code_is_refused(by: str) -> None:
+    codec = SparseCodec(1000, 37)
+    code, _ = codec.encode(*draw(codec, 2, 0))
+    damages = (code.clone(), code.clone(), code.clone())
+    damages[0][1, -10:] = 255  # too many indices
+    damages[1][0, -10:] = 0  # too few
+    wrong = SparseCodec(1500, 37)  # of as many bytes or more, and larger indices
+    indices = torch.arange(1463, 1500).unsqueeze(0)
+    larger, _ = wrong.encode(indices, torch.ones(1, 37))
+    assert larger.shape[1] >= codec.nbytes
+    damages[2][:] = larger[:, : codec.nbytes]
+    for damaged in damages:
+        with (
+            without_kernel() if by == "reference" else nullcontext(),
+            pytest.raises(ValueError, match="no code of 37"),
+        ):
+            codec.decode(damaged)

@@ -1,0 +1,95 @@
+"""The GPU's code has the bytes of the reference's: on Triton's interpreter, and as compiled code.
+
+On a GPU itself it is compared in ``tests/exchange/test_device.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hvd_sketch.sparse.codec import SparseCodec
+from tests.support.triton import compile_all, compiles, interpret, on_interpreter, starts_interpreter
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.slow
+@starts_interpreter
+def test_on_the_interpreter(tmp_path: Path) -> None:
+    interpret(tmp_path, __file__)
+
+
+def lists(codec: SparseCodec, vectors: int, kind: str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(codec.count)
+    chosen = [torch.randperm(codec.universe, generator=generator)[: codec.count].sort().values for _ in range(vectors)]
+    values = torch.randn(vectors, codec.count, generator=generator) ** 3
+    if kind == "zeros":
+        values[:, ::3] = torch.tensor([0.0, -0.0]).repeat(codec.count)[: values[0, ::3].numel()]
+    scale = {"subnormal": 2.0**-132, "huge": 1e30, "nothing": 0.0}
+    return torch.stack(chosen), values * scale.get(kind, 1.0)
+
+
+@on_interpreter
+@pytest.mark.parametrize("kind", ["any", "zeros", "subnormal", "huge", "nothing"])
+@pytest.mark.parametrize(("universe", "count"), [(1, 1), (9, 9), (50, 7), (1000, 3), (3000, 65), (5000, 130)])
+def test_the_bytes_of_the_reference(universe: int, count: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hvd_sketch.sparse import codec_cuda
+
+    monkeypatch.setattr(codec_cuda, "_BLOCK", 16)
+    monkeypatch.setattr(codec_cuda, "_LOG", 4)
+    codec = SparseCodec(universe, count)
+    indices, values = lists(codec, 2, kind)
+    code, decoded = codec_cuda.encode(codec, indices, values)
+    expected = codec.encode(indices, values)
+    assert torch.equal(code, expected[0])
+    assert torch.equal(decoded.view(torch.int32), expected[1].view(torch.int32))
+    back = codec_cuda.decode(codec, code)
+    assert torch.equal(back[0], indices)
+    assert torch.equal(back[1].view(torch.int32), expected[1].view(torch.int32))
+
+
+@on_interpreter
+def test_what_is_no_code_is_not_a_number_at_indices_that_there_are() -> None:
+    from hvd_sketch.sparse import codec_cuda
+
+    codec = SparseCodec(1000, 37)
+    code, _ = codec.encode(*lists(codec, 2, "any"))
+    damages = [code.clone() for _ in range(3)]
+    damages[0][1, -10:] = 255  # too many indices
+    damages[1][1, -10:] = 0  # too few
+    larger, _ = SparseCodec(1500, 37).encode(torch.arange(1463, 1500).unsqueeze(0), torch.ones(1, 37))
+    damages[2][1] = larger[0, : codec.nbytes]
+    for damaged in damages:
+        indices, values = codec_cuda.decode(codec, damaged)
+        assert bool(((indices >= 0) & (indices < 1000)).all())
+        assert bool(values[1].isnan().any())
+        assert bool(values[0].isfinite().all())
+
+
+def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+    """All of them, with the types of their arguments other than int64 and their constants."""
+    from hvd_sketch.sparse import codec_cuda
+
+    pointers = {"code": "*u8", "ends": "*i32", "numbers": "*i32", "fewer": "*i32", "words": "*i32"}
+    pointers |= dict.fromkeys(("values", "decoded", "sums", "less", "means"), "*fp32")
+    pointers |= dict.fromkeys(("indices", "ones", "until"), "*i64")
+    yield codec_cuda.find_ends, pointers, {"lanes": 1024}
+    yield codec_cuda.weigh, pointers, {"log": 10}
+    yield codec_cuda.add_up, pointers, {"log": 10}
+    yield codec_cuda.average, pointers, {"log": 10}
+    yield codec_cuda.count_ones, pointers, {"lanes": 1024}
+    for low_bits in (0, 4, 7):
+        yield codec_cuda.pack, pointers, {"low_bits": low_bits, "groups": 128}
+        yield codec_cuda.unpack, pointers, {"low_bits": low_bits, "lanes": 1024}
+
+
+@compiles
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_all_kernels_compile_and_nothing_is_fused_or_flushed(tmp_path: Path, capability: int) -> None:
+    compile_all(tmp_path, __name__, capability)

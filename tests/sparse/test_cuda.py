@@ -1,0 +1,115 @@
+"""The GPU's choice from a vector is the reference's: on Triton's interpreter, and as compiled code.
+
+On a GPU itself it is compared in ``tests/exchange/test_device.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hvd_sketch.sparse.heaviest import heaviest_of_shards
+from tests.support.triton import compile_all, compiles, interpret, on_interpreter, starts_interpreter
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.slow
+@starts_interpreter
+def test_on_the_interpreter(tmp_path: Path) -> None:
+    interpret(tmp_path, __file__)
+
+
+def check(vector: Tensor, shards: int, count: int) -> None:
+    from hvd_sketch.sparse import cuda
+
+    ours, expected = cuda.heaviest(vector, shards, count), heaviest_of_shards(vector, shards, count)
+    assert torch.equal(ours[0], expected[0])
+    assert torch.equal(ours[1].view(torch.int32), expected[1].view(torch.int32))
+
+
+@on_interpreter
+@pytest.mark.parametrize(("shards", "runs"), [(1, 64), (2, 1), (3, 2), (7, 64), (8, 4)])
+def test_the_heaviest_of_shards(shards: int, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hvd_sketch.sparse import cuda
+
+    for name, value in {"_RUNS": runs, "_TOGETHER": 128, "_SAMPLE": 64, "_PROGRAMS": 2 * shards}.items():
+        monkeypatch.setattr(cuda, name, value)
+    size = 701
+    normal = torch.randn(3 * size, generator=torch.Generator().manual_seed(shards))[1::3]  # not contiguous
+    for vector in (normal**5, normal.round(), normal * (normal > 1.5), normal * 2.0**-130, torch.zeros(size)):
+        for count in (size // shards // 30 + 1, size // shards):
+            check(vector, shards, count)
+
+
+@on_interpreter
+@pytest.mark.parametrize(("margin", "room"), [(-6.0, 4096), (0.0, 4096), (6.0, 0)])
+def test_a_sample_that_misleads_changes_nothing(margin: float, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too narrow a bracket, or too little room for what lies inside: then everything is looked at."""
+    from hvd_sketch.sparse import cuda
+
+    for name, value in {"_TOGETHER": 128, "_SAMPLE": 64, "_PROGRAMS": 4, "_MARGIN": margin}.items():
+        monkeypatch.setattr(cuda, name, value)
+    if room == 0:
+        made = cuda._Choice.__init__
+
+        def without_room(self: Any, vector: Tensor, shards: int, count: int) -> None:
+            made(self, vector, shards, count)
+            self._room = 1
+
+        monkeypatch.setattr(cuda._Choice, "__init__", without_room)
+    generator = torch.Generator().manual_seed(1)
+    for vector in (torch.randn(1201, generator=generator) ** 3, torch.randn(1201, generator=generator).round()):
+        vector[::7] = torch.tensor([float("inf"), -float("inf")]).repeat(86)[: len(vector[::7])]
+        for shards, count in ((1, 50), (2, 3), (3, 171), (4, 300)):
+            check(vector, shards, count)
+
+
+@on_interpreter
+def test_rows_are_set_and_added_to_as_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hvd_sketch.sparse import rows, rows_cuda
+
+    monkeypatch.setattr(rows_cuda, "_LANES", 16)
+    generator = torch.Generator().manual_seed(0)
+    for shards, first, lists in ((1, 0, 1), (5, 1, 3), (4, 3, 1), (3, 0, 0)):
+        vector = torch.randn(307, generator=generator) * 2.0**-130
+        chosen = torch.stack([torch.randperm(307 // shards, generator=generator)[:20].sort().values] * max(1, lists))
+        chosen, values = chosen[:lists], torch.randn(lists, 20, generator=generator) * 2.0**-130
+        ours, expected = vector.clone(), vector.clone()
+        rows_cuda.put(ours, shards, first, chosen, values)
+        rows.Rows(shards, first, chosen).put(expected, values)
+        rows_cuda.add(ours, shards, first, chosen, values)
+        rows.add(expected, shards, first, chosen, values)
+        assert torch.equal(ours.view(torch.int32), expected.view(torch.int32))
+
+
+def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+    """All of them, with the types of their arguments other than int64 and their constants."""
+    from hvd_sketch.sparse import cuda_kernels, rows_cuda
+
+    pointers = {"vector": "*fp32", "values": "*fp32", "kept": "*i32", "kept_run": "*i32", "counts": "*i32"}
+    pointers |= dict.fromkeys(("state", "above", "equal", "chosen"), "*i64")
+    for adds in (False, True):
+        yield rows_cuda.scatter, {**pointers, "rows": "*i64"}, {"adds": adds, "lanes": 1024}
+    digit, runs = {"digit_bits": 11, "copies": 8}, {"most_runs": 2048}
+    yield cuda_kernels.find_digit, pointers, digit
+    yield cuda_kernels.add_up, pointers, runs
+    for wide, shards in ((1, 1), (7, 8), (8, 8)):
+        shape, lanes = {"wide": wide, "shards": shards, "rows": 2048 // shards}, {"wide": wide, "lanes": 1024}
+        yield cuda_kernels.bracket, pointers, {"wide": wide, "sample": 1 << 14}
+        yield cuda_kernels.sift, pointers, shape
+        yield cuda_kernels.settle, pointers, {"wide": wide, **runs}
+        yield cuda_kernels.count_digits, pointers, {**digit, **lanes}
+        yield cuda_kernels.tally, pointers, lanes
+        yield cuda_kernels.write, pointers, shape
+
+
+@compiles
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_all_kernels_compile_and_nothing_is_fused_or_flushed(tmp_path: Path, capability: int) -> None:
+    compile_all(tmp_path, __name__, capability)

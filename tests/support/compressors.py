@@ -1,0 +1,63 @@
+"""The one table of compressors, over which every law of the exchanges runs: a new one is tested by a line here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from hvd_sketch import Compression, TensorTopK
+from hvd_sketch.compressors import Auto, Compressor, PowerSGD, Sparsifier
+from tests.support.simulation import Run, lost, rounding
+
+TOTAL, COMPRESSED = 5470, 5400
+PLAIN: dict[str, Any] = {"warmup_steps": 0, "clip_norm": None}
+SINGLE = Compression.sketch(ratio=10.0, half=False, **PLAIN)
+HALF = Compression.sketch(ratio=10.0, oversampling=2.0, **PLAIN)
+BUCKETS = Compression.sketch(ratio=10.0, buckets=5, **PLAIN)
+TOPK = Compression.topk(ratio=10.0, **PLAIN)
+SHARDED = Compression.sharded(ratio=10.0, **PLAIN)
+POWERSGD = Compression.powersgd(rank=1, start_step=2, clip_norm=None)
+EVERYTHING = Compression.sketch(cols=COMPRESSED, k=COMPRESSED, half=False, **PLAIN)
+TABLE: dict[str, Compressor] = {
+    "sketch": SINGLE,
+    "sketch, half": HALF,
+    "sketch, five rows": Compression.sketch(rows=5, cols=200, k=300, clip_norm=None),
+    "sketch, buckets": BUCKETS,
+    "sketch, in turn": Compression.sketch(ratio=10.0, in_turn=0.75, oversampling=2.0, buckets=2, **PLAIN),
+    "topk": TOPK,
+    "topk, by tensor": TensorTopK(ratio=10.0, **PLAIN),
+    "sharded": SHARDED,
+    "sharded, dense part": replace(SHARDED, dense_below=1024, half=False),
+    "sharded, buckets": replace(SHARDED, buckets=3),
+    "auto": Compression.auto(ratio=10.0, **PLAIN),
+    "stride": Compression.stride(ratio=10.0, **PLAIN),
+    "powersgd": POWERSGD,
+}
+EVERY = pytest.mark.parametrize("compressor", TABLE.values(), ids=TABLE)
+WHOLE = {name: member for name, member in TABLE.items() if name not in ("sketch, buckets", "sketch, in turn")}
+"""Those that send nothing before the whole gradient is there; the others clip by the norm of what is."""
+AT_ONCE = pytest.mark.parametrize("compressor", WHOLE.values(), ids=WHOLE)
+SIZES = pytest.mark.parametrize("size", [1, 2, 4])
+
+
+def sends_halves(compressor: Compressor) -> bool:
+    """Whether some of what it sends travels in half precision."""
+    return bool(getattr(compressor, "half", isinstance(compressor, Auto)))
+
+
+def at_ratio_one(compressor: Compressor) -> Compressor:
+    """The same, sending everything in every step."""
+    if isinstance(compressor, Sparsifier):
+        by_hand: dict[str, Any] = {name: None for name in ("cols", "k") if hasattr(compressor, name)}
+        return replace(compressor, schedule=lambda step: 1.0, **by_hand)
+    assert isinstance(compressor, PowerSGD)
+    return replace(compressor, start_step=1000)
+
+
+def conserved(compressor: Compressor, runs: list[Run], gradients: Tensor) -> bool:
+    """Whether what was applied and what is kept add up to what was computed."""
+    missing = lost(gradients, runs[0].updates, [run.residual for run in runs])
+    return bool((missing <= rounding(gradients, half=sends_halves(compressor))).all())

@@ -1,0 +1,65 @@
+"""Whether there are kernels for a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hvd_sketch import gpu
+
+
+@pytest.fixture(autouse=True)
+def asked_anew() -> Iterator[None]:
+    gpu.available.cache_clear()
+    yield
+    gpu.available.cache_clear()
+
+
+@pytest.mark.parametrize("triton", [None, SimpleNamespace(__version__="3.2.0", __spec__="any")])
+def test_without_a_triton_new_enough_the_reference_serves(
+    triton: object, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "triton", triton)
+        patch.setattr(importlib.util, "find_spec", lambda name: getattr(triton, "__spec__", None))
+        assert not gpu.available()
+        assert not gpu.available()
+    assert len(caplog.records) == 1
+    assert "pip install" in caplog.text
+
+
+def test_gpus_that_were_never_tried_are_left_to_the_reference(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not gpu.available()
+    assert "NVIDIA" in caplog.text
+
+
+def test_a_processor_has_no_use_for_them(caplog: pytest.LogCaptureFixture) -> None:
+    assert not gpu.serves(torch.zeros(3))
+    assert not caplog.records
+
+
+def test_the_digit_of_a_rank() -> None:
+    counts = torch.tensor([[1, 0, 2, 3], [0, 0, 0, 1]])
+    value, rank = gpu.find_digit(counts, torch.tensor([[5], [2]]))
+    assert value.tolist() == [[2], [0]]
+    assert rank.tolist() == [[2], [1]]
+
+
+def test_late_numbers_are_those_that_were_given() -> None:
+    assert gpu.Late(torch.tensor(2.0), torch.tensor([3.0])).read() == [2.0, 3.0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_late_numbers_of_a_gpu_are_those_of_their_time() -> None:
+    number = torch.ones(1, device="cuda")
+    late = gpu.Late(number)
+    number.fill_(7.0)
+    assert late.read() == [1.0]
