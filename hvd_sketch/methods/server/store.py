@@ -67,6 +67,8 @@ class Store:
         self._since: dict[int, float] = {}
         self._waiting: dict[int, Push] = {}
         self._verdicts: dict[int, Note] = {}
+        self._spare: list[Tensor] = []
+        self._difference = torch.empty_like(model) if down is not None else model
         rule.start(served)
 
     def join(self, worker: int, moment: int, fresh: bool, at: float) -> Replies:
@@ -187,7 +189,7 @@ class Store:
         """The update behind a payload, None if its values are not finite."""
         if number not in self._codes:
             raise ProtocolError(f"code {number} was not agreed on")
-        update = torch.zeros_like(self.model)
+        update = self._spare.pop().zero_() if self._spare else torch.zeros_like(self.model)
         try:
             self._codes[number].add(payload, update)
         except ValueError as error:
@@ -206,6 +208,7 @@ class Store:
         able = [push for push in pushes if push.update is not None]
         verdicts = self._rule.apply(self.model, able) if able else []
         self.version += any(verdicts)
+        self._spare += [push.change for push in able]
         for push in pushes:
             self._verdicts[push.worker] = Note.REFUSED
         for push, accepted in zip(able, verdicts, strict=True):
@@ -224,7 +227,8 @@ class Store:
         note = verdict if self._rule.tells else Note.NOTHING
         shown = self._shown.get(worker)
         if shown is not None and self._down is not None:
-            payload = self._down.encode(self.model - shown, self.stats.workers[worker].pushes)
+            difference = torch.sub(self.model, shown, out=self._difference)
+            payload = self._down.encode(difference, self.stats.workers[worker].pushes)
             self._down.add(payload, shown)
             return Header(Kind.MODEL, self.version, self._down.number, note).write(payload)
         if self._down is not None or self._rule.needs_base:

@@ -65,7 +65,10 @@ class Rule(ABC):
 
     @abstractmethod
     def apply(self, model: Tensor, pushes: Sequence[Push]) -> list[bool]:
-        """Change ``model`` in place by the pushes of one turn, each with an update; which of them counted."""
+        """Change ``model`` in place by the pushes of one turn, each with an update; which of them counted.
+
+        The pushes' vectors are used again afterwards.
+        """
 
     def answers(self, workers: Sequence[int], present: AbstractSet[int]) -> Sequence[int]:
         """Who gets the model after a turn of ``workers``; the others wait."""
