@@ -187,6 +187,29 @@ def test_a_tier_that_nobody_is_left_of_keeps_its_weight_for_a_while() -> None:
     assert float(server.model) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("tiers", [TIERS, 3], ids=["given", "profiled"])
+def test_saved_tiers_go_on_alike(tiers: Any) -> None:
+    servers = [Server(tiers_of(tiers, clients=1, retier=4), vector(0.0), SAMPLES) for _ in range(2)]
+    train(servers[0], 30)
+    state = servers[0].store.state_dict()
+    for server in servers:
+        server.store.load_state_dict(state)  # where it comes from too, for all workers are asked anew
+        for worker in SAMPLES:
+            server.take(server.store.join(worker, 0, True, 100.0))
+        train(server, 30, 100.0)
+    assert float(servers[0].model) == float(servers[1].model) != 0.0
+    assert servers[0].store.version == servers[1].store.version
+
+
+def train(server: Server, pushes: int, start: float = 0.0) -> None:
+    """Whoever was asked answers, the workers in turn, each with the exact proximal solution."""
+    for number in range(pushes):
+        worker = sorted(server.versions)[number % len(server.versions)]
+        begun = server.models[worker]
+        arrived = (CENTRES[worker] + PROXIMAL * begun) / (1.0 + PROXIMAL)
+        server.push(worker, begun - arrived, start + number)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
