@@ -37,30 +37,6 @@ def serves(tensor: Tensor) -> bool:
     return tensor.device.type == "cuda" and available()
 
 
-class Late:
-    """Numbers of a device on their way to the host: who reads them waits for what computes them, and for no more."""
-
-    def __init__(self, *numbers: Tensor) -> None:
-        stacked = torch.stack([number.detach().reshape(()) for number in numbers])
-        self._event: torch.cuda.Event | None = None
-        self._numbers: list[float] | None = None
-        if stacked.device.type == "cuda":
-            self._on_host = torch.empty(len(numbers), dtype=stacked.dtype, pin_memory=True)
-            self._on_host.copy_(stacked, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(stacked.device))
-        else:
-            self._on_host = stacked
-
-    def read(self) -> list[float]:
-        """The numbers."""
-        if self._numbers is None:
-            if self._event is not None:
-                self._event.synchronize()
-            self._numbers = self._on_host.tolist()
-        return self._numbers
-
-
 def find_digit(counts: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
     """The value that the rank-th largest has, by how often each value occurs, and its rank among equal ones.
 

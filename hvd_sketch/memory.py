@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hvd_sketch import gpu
 from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.saved import Form
 from hvd_sketch.sketch import CountSketch
 from hvd_sketch.sparse.chosen import Chosen
 from hvd_sketch.sparse.places import Places
@@ -116,18 +117,13 @@ class Memory:
             state["velocity"] = self.velocity.clone()
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned on this rank.
+    def state_form(self) -> Form:
+        """What a state that can be loaded looks like; see `hvd_sketch.saved`."""
+        form = {"residual": self.residual}
+        return form if self.velocity is None else {**form, "velocity": self.velocity}
 
-        Raises:
-            ConfigurationError: when one of the two has a momentum and the other has none.
-        """
-        if ("velocity" in state) != (self.velocity is not None):
-            ours, theirs = ("with", "without") if self.velocity is not None else ("without", "with")
-            raise ConfigurationError(
-                f"the saved memory is one {theirs} momentum correction, this optimizer was made {ours} it; "
-                "use the setting it was saved with"
-            )
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned on this rank, of the form `state_form`."""
         self.residual.copy_(state["residual"])
         if self.velocity is not None:
             self.velocity.copy_(state["velocity"])

@@ -15,9 +15,10 @@ The optimizer is the one that holds this compressor, found once among the live o
 from __future__ import annotations
 
 import gc
+import math
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -26,8 +27,11 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.comm.base import Communicator
+from hvd_sketch.compatibility import check_momentum
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
+from hvd_sketch.exchange.gradients import Gradients
+from hvd_sketch.exchange.scaling import LossScale
 from hvd_sketch.layout import Layout, describe_values
 from hvd_sketch.memory import Momentum
 
@@ -45,14 +49,27 @@ class Compressing(Protocol):
 
 @dataclass(eq=False)
 class Ticket:
-    """A gradient on its way: handed to Horovod as context, given back by ``decompress``."""
+    """A gradient on its way: handed to Horovod as context, given back by ``decompress``.
 
-    gradient: Tensor
+    Attributes:
+        client: whose it is.
+        parameter: of which parameter.
+        computed: whether backward has just computed it; else Horovod itself looks for gradients, and makes
+            one of zeros where there is none.
+    """
+
+    client: _Client
+    parameter: Tensor
+    computed: bool
     done: bool = False
 
 
 class _Client:
-    """One stock optimizer and its exchange."""
+    """One stock optimizer and its exchange.
+
+    Horovod's class and the one behind it both call the hooks of a step, the first before and the second after
+    gradients are synchronized: there, gradients are taken away that are not to be stepped with.
+    """
 
     def __init__(self, compressor: Compressing, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = weakref.ref(optimizer)
@@ -60,66 +77,139 @@ class _Client:
         _check(compressor, optimizer)
         self.names = names
         self.parameters = {name: parameter for parameter, name in names.items() if parameter.requires_grad}
-        layout = compressor.layout(self.parameters.items())
-        self.positions = layout.index()
-        self.exchange = _make_exchange(compressor, optimizer, layout)
+        self.exchange = _make_exchange(compressor, optimizer, compressor.layout(self.parameters.items()))
         self.exchange.describe_values = partial(describe_values, self.parameters)
+        self.gradients = Gradients(self.exchange, self.parameters, sparse_as_dense=False, decay_of=None)
+        self.tickets: list[Ticket] = []
+        self._order = list(self.parameters.values())
+        self._next = 0
+        self._scale = LossScale(None)
+        self._depth = 0
+        self._undo: Callable[[], None] | None = None
+        optimizer.register_step_pre_hook(_hook_of(weakref.ref(self), 1))
+        optimizer.register_step_post_hook(_hook_of(weakref.ref(self), -1))
 
-    def gradients(self) -> Iterator[tuple[int, int]]:
-        """(identity of the gradient, position in the layout) of every parameter that has one."""
-        for name, parameter in self.parameters.items():
-            if parameter.grad is not None:
-                yield id(parameter.grad), self.positions[name]
+    def parameter_of(self, gradient: Tensor) -> Tensor | None:
+        """Whose ``grad`` this is; they come in nearly the same order in every step."""
+        for turn in range(len(self._order)):
+            at = (self._next + turn) % len(self._order)
+            if self._order[at].grad is gradient:
+                self._order[at], self._order[self._next] = self._order[self._next], self._order[at]
+                found = self._order[self._next]
+                self._next = (self._next + 1) % len(self._order)
+                return found
+        return None
 
-    def check_parameters(self) -> None:
-        """Those that train must be those that trained in the first step: Horovod hooks no others."""
+    def note(self, ticket: Ticket) -> None:
+        """A gradient is there; a new one says that what was synchronized before is not stepped with."""
+        self.tickets.append(ticket)
+        if ticket.computed:
+            self._depth = 0
+            self._take_back()
+
+    def settle(self) -> None:
+        """Exchange the gradients of all open tickets, as they are now, and write the updates into them."""
+        tickets, self.tickets = self.tickets, []
+        self._next = 0
+        if any(ticket.computed for ticket in tickets) or not self._is_synchronized():
+            with torch.no_grad():
+                self._run({ticket.parameter for ticket in tickets if not ticket.computed})
+        for ticket in tickets:
+            ticket.done = True
+
+    def in_step(self, change: int) -> None:
+        """One level deeper in the optimizer's step, or back; at the second one its gradients are final."""
+        self._depth += change
+        if change < 0 or self._depth < 2:
+            return
+        self._undo = None
+        for position in range(len(self.exchange.layout.slots)) if self.exchange.void else self.exchange.absent:
+            parameter = self.gradients.parameters[position]
+            if parameter.grad is not None and not parameter.grad.is_sparse:
+                parameter.grad = None
+
+    def _take_back(self) -> None:
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+
+    def _is_synchronized(self) -> bool:
+        return bool(getattr(self.optimizer(), "_synchronized", False))
+
+    def _run(self, made: set[Tensor]) -> None:
+        """Exchange; of these parameters, a gradient of zeros was made by Horovod, which sums sparse ones itself."""
+        self._check_parameters()
+        for parameter in self.parameters.values():
+            gradient = parameter.grad
+            if gradient is not None and (gradient.is_sparse or (parameter in made and not bool(gradient.any()))):
+                self.gradients.leave_out(parameter)
+        scale = self._scale.by_hand(self.optimizer())  # type: ignore[arg-type]
+        self._take_back()
+        self._undo = None if self._depth else self.exchange.snapshot()
+        self.gradients.hand_in(1.0 / scale)
+        try:
+            self.exchange.run()
+        finally:
+            self.gradients.forget()
+        if self.exchange.void:
+            for gradient in self.gradients.there():
+                gradient.fill_(math.nan)
+        else:
+            self.gradients.write(scale)
+
+    def _check_parameters(self) -> None:
+        """Those that train must be among those that trained in the first step: Horovod hooks no others."""
         optimizer = self.optimizer()
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]] if optimizer else []
         for parameter in held:
             name = self.names.get(parameter, "of a group added later")
-            if parameter.requires_grad != (name in self.parameters):
+            if parameter.requires_grad and name not in self.parameters:
                 self.exchange.fail_together(
-                    f"parameter {name!r} was added, frozen or unfrozen after the optimizer was wrapped; do so on all "
+                    f"parameter {name!r} was added or unfrozen after the optimizer was wrapped; do so on all "
                     "ranks first, then wrap the plain optimizer again"
                 )
 
-    def run(self, tickets: list[Ticket], where: dict[int, int]) -> None:
-        """Exchange the gradients of these tickets and write the updates into them."""
-        gradients = [ticket.gradient for ticket in tickets]
-        positions = [where[id(gradient)] for gradient in gradients]
-        if not self._settled(gradients, positions):
-            self.check_parameters()
-            for position, gradient in zip(positions, gradients, strict=True):
-                self.exchange.submit(position, gradient)
-            self.exchange.run()
-            self.exchange.write_update(dict(zip(positions, gradients, strict=True)))
-        for ticket in tickets:
-            ticket.done = True
 
-    def _settled(self, gradients: list[Tensor], positions: list[int]) -> bool:
-        """Whether these are the last step's updates, which ``step`` after ``synchronize`` brings again."""
-        synchronized = getattr(self.optimizer(), "_synchronized", False)
-        pairs = zip(gradients, positions, strict=True)
-        return synchronized and all(torch.equal(g, self.exchange.update_of(p).to(g.dtype)) for g, p in pairs)
+def _hook_of(reference: weakref.ref[_Client], change: int) -> Callable[..., None]:
+    def hook(*arguments: Any) -> None:
+        client = reference()
+        if client is not None:
+            client.in_step(change)
+
+    return hook
 
 
 class _Desk:
-    """The open tickets of one compressor, and the optimizers that use it."""
+    """The optimizers that use one compressor."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.clients: list[_Client] = []
-        self.tickets: list[Ticket] = []
 
     def note(self, compressor: Compressing, gradient: Tensor) -> Ticket:
-        with self.lock:
-            if not self.clients:
-                self.find_clients(compressor)
-            ticket = Ticket(gradient)
-            self.tickets.append(ticket)
-            return ticket
+        """The ticket of a gradient.
 
-    def find_clients(self, compressor: Compressing) -> None:
+        Raises:
+            ConfigurationError: when it is no parameter's.
+        """
+        with self.lock:
+            self.clients = [client for client in self.clients if client.optimizer() is not None]
+            for look in (False, True):
+                if look:
+                    self._find_clients(compressor)
+                for client in self.clients:
+                    parameter = client.parameter_of(gradient)
+                    if parameter is not None:
+                        in_backward = torch._C._current_graph_task_id() >= 0
+                        ticket = Ticket(client, parameter, in_backward)
+                        client.note(ticket)
+                        return ticket
+        raise ConfigurationError(
+            "a tensor that is no parameter's gradient was given to a sparsifying compressor; "
+            "give hvd.allreduce and hvd.reducescatter Compression.none or fp16"
+        )
+
+    def _find_clients(self, compressor: Compressing) -> None:
         known = {id(client.optimizer()) for client in self.clients}
         for candidate in gc.get_objects():
             if (
@@ -133,31 +223,6 @@ class _Desk:
                 "a sparsifying compressor works only inside horovod.torch.DistributedOptimizer, where it can tell "
                 "which parameter a gradient belongs to; give hvd.allreduce Compression.none or fp16"
             )
-
-    def settle(self, compressor: Compressing, ticket: Ticket) -> None:
-        """Run the exchange of the optimizer this ticket belongs to, for all its open tickets."""
-        with self.lock:
-            self.clients = [client for client in self.clients if client.optimizer() is not None]
-            client = self._owner(ticket)
-            if client is None:
-                self.find_clients(compressor)
-                client = self._owner(ticket)
-            if client is None:
-                self.tickets.remove(ticket)
-                raise ConfigurationError(
-                    "a tensor that is no parameter's gradient was given to a sparsifying compressor; "
-                    "give hvd.allreduce and hvd.reducescatter Compression.none or fp16"
-                )
-            where = dict(client.gradients())
-            mine = [open_ticket for open_ticket in self.tickets if id(open_ticket.gradient) in where]
-            self.tickets = [open_ticket for open_ticket in self.tickets if id(open_ticket.gradient) not in where]
-        client.run(mine, where)
-
-    def _owner(self, ticket: Ticket) -> _Client | None:
-        for client in self.clients:
-            if any(identity == id(ticket.gradient) for identity, _ in client.gradients()):
-                return client
-        return None
 
 
 _desks: weakref.WeakKeyDictionary[Compressing, _Desk] = weakref.WeakKeyDictionary()
@@ -179,7 +244,7 @@ def compress(compressor: Compressing, tensor: Tensor) -> tuple[Tensor, Ticket]:
 
 
 def decompress(compressor: Compressing, tensor: Tensor, ticket: Ticket | None) -> Tensor:
-    """Return the gradient that `compress` was given, by now holding the update of all ranks.
+    """Return the gradient of the parameter that `compress` was given one of, by now holding the update of all ranks.
 
     A sparse gradient, which Horovod sums by itself and never compresses, comes without a
     ticket and is returned as it is.
@@ -187,8 +252,10 @@ def decompress(compressor: Compressing, tensor: Tensor, ticket: Ticket | None) -
     if ticket is None:
         return tensor
     if not ticket.done:
-        _desks[compressor].settle(compressor, ticket)
-    return ticket.gradient
+        ticket.client.settle()
+    gradient = ticket.parameter.grad
+    assert gradient is not None
+    return gradient
 
 
 def exchange_of(compressor: Compressing) -> Exchange:
@@ -220,8 +287,6 @@ def _make_exchange(compressor: Compressing, optimizer: Any, layout: Layout) -> E
 
 def _check(compressor: Compressing, optimizer: Any) -> None:
     import horovod.torch as hvd
-
-    from hvd_sketch.compatibility import check_momentum
 
     if optimizer.op not in (hvd.Average, hvd.Sum):
         raise ConfigurationError(f"op={optimizer.op} cannot be sketched: only Average and Sum are linear")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 HEADER = 4
-"""Lanes before the payload: non-finite marker, contributing ranks, ranks with a problem, ranks that want to flush."""
+"""Lanes before the payload, each a sum over the ranks: those that lack a gradient (NaN where one is not finite), those
+that take part, those with a problem, those that want to flush."""
 
 _ODD = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 """The constants of splitmix64 (Steele, Lea and Flood 2014), as int64."""
@@ -24,9 +25,18 @@ _LARGEST_EXPONENT = 126
 
 
 class Header(NamedTuple):
-    """What the ranks' headers say in sum: is every gradient finite, who took part, did any report or ask something."""
+    """What the ranks' headers say in sum.
+
+    Attributes:
+        finite: whether every rank's gradient is.
+        incomplete: whether some rank has no gradient for some parameter.
+        present: how many ranks took part.
+        problem: whether some rank has a problem.
+        flush: whether some rank asks for a flush.
+    """
 
     finite: bool
+    incomplete: bool
     present: int
     problem: bool
     flush: bool
@@ -34,7 +44,7 @@ class Header(NamedTuple):
     @classmethod
     def of(cls, lanes: Sequence[float]) -> Header:
         """From the values of the summed lanes."""
-        return cls(not math.isnan(lanes[0]), int(lanes[1]), lanes[2] > 0.0, lanes[3] > 0.0)
+        return cls(not math.isnan(lanes[0]), lanes[0] > 0.0, int(lanes[1]), lanes[2] > 0.0, lanes[3] > 0.0)
 
     @property
     def void(self) -> bool:
@@ -70,21 +80,25 @@ def unpack(lanes: Tensor, scale: float, values: Tensor) -> Tensor:
     return values if scale == 1.0 else values.mul_(1.0 / scale)
 
 
-def write_header(message: Tensor, finite: bool | Tensor, problem: bool = False, flush: bool = False) -> None:
-    """Mark this rank present, the sum as not a number if the gradient is not finite, a problem, a wish to flush.
+def write_header(
+    message: Tensor, finite: bool | Tensor, *, incomplete: bool = False, problem: bool = False, flush: bool = False
+) -> None:
+    """Mark this rank present, and what there is to say of it; see `Header`.
 
-    Whether it is finite may be told by a number of the message's device: 0 if so, else NaN.
+    Whether its gradient is finite may be told by a number of the message's device: 0 if so, else NaN.
     """
     told = isinstance(finite, Tensor)
-    message[:HEADER].copy_(_lanes(message.device, told or bool(finite), problem, flush))
+    message[:HEADER].copy_(_lanes(message.device, told or bool(finite), incomplete, problem, flush))
     if isinstance(finite, Tensor):
-        message[:1].copy_(finite)
+        message[:1].add_(finite)
 
 
 @functools.cache
-def _lanes(device: torch.device, finite: bool, problem: bool, flush: bool) -> Tensor:
+def _lanes(device: torch.device, finite: bool, incomplete: bool, problem: bool, flush: bool) -> Tensor:
     """Kept on its device, for numbers that come from the host would wait for it."""
-    return torch.tensor([0.0 if finite else math.nan, 1.0, float(problem), float(flush)], device=device)
+    return torch.tensor(
+        [incomplete if finite else math.nan, 1.0, float(problem), float(flush)], dtype=torch.float32, device=device
+    )
 
 
 def read_header(message: Tensor) -> Header:

@@ -21,9 +21,9 @@ FLOORS = (
     ("schedules",),
     ("stock", "compatibility"),
     ("exchange",),
-    ("memory", "layout", "wire", "stats", "scope"),
+    ("memory", "memory_cuda", "layout", "wire", "grid", "saved", "stats", "scope"),
     ("sketch", "sparse", "comm"),
-    ("native",),
+    ("native", "gpu", "precision"),
     ("errors",),
 )
 HEIGHT = {room: len(FLOORS) - number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -60,3 +60,36 @@ def test_no_import_runs_upwards(module: str) -> None:
 
 def test_no_import_runs_in_a_circle() -> None:
     TopologicalSorter(IMPORTS).prepare()
+
+
+FACTORIES = {
+    "arange",
+    "empty",
+    "eye",
+    "full",
+    "linspace",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "randperm",
+    "tensor",
+    "zeros",
+}
+COUNTING = {"arange", "randint", "randperm"}
+
+
+def careless(path: Path) -> Iterator[str]:
+    """Tensors that a script's default device or default type would change."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in FACTORIES:
+            given = {keyword.arg for keyword in node.keywords}
+            wanted = {"device"} if node.func.attr in COUNTING else {"device", "dtype"}
+            of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+            if of_torch and not wanted <= given:
+                yield f"line {node.lineno}: torch.{node.func.attr} without {', '.join(sorted(wanted - given))}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_tensor_names_its_device_and_type(module: str) -> None:
+    assert not list(careless(MODULES[module]))

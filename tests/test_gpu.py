@@ -51,15 +51,3 @@ def test_the_digit_of_a_rank() -> None:
     value, rank = gpu.find_digit(counts, torch.tensor([[5], [2]]))
     assert value.tolist() == [[2], [0]]
     assert rank.tolist() == [[2], [1]]
-
-
-def test_late_numbers_are_those_that_were_given() -> None:
-    assert gpu.Late(torch.tensor(2.0), torch.tensor([3.0])).read() == [2.0, 3.0]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_late_numbers_of_a_gpu_are_those_of_their_time() -> None:
-    number = torch.ones(1, device="cuda")
-    late = gpu.Late(number)
-    number.fill_(7.0)
-    assert late.read() == [1.0]

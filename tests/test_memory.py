@@ -96,14 +96,6 @@ def test_state_holds_copies_and_comes_back() -> None:
     assert torch.equal(memory.residual, saved["residual"])
 
 
-@pytest.mark.parametrize("saved_with", [None, Momentum(0.9)])
-def test_state_of_another_momentum_is_refused(saved_with: Momentum | None) -> None:
-    state = Memory(TOTAL, torch.device("cpu"), saved_with).state_dict()
-    other = Memory(TOTAL, torch.device("cpu"), None if saved_with else Momentum(0.9))
-    with pytest.raises(ConfigurationError, match="saved memory is one .* momentum correction.*use the setting"):
-        other.load_state_dict(state)
-
-
 @pytest.mark.parametrize("factor", [0.0, 1.0, -0.9, float("nan")])
 def test_a_factor_outside_its_range_is_refused(factor: float) -> None:
     with pytest.raises(ConfigurationError, match="momentum factor must be between 0 and 1"):

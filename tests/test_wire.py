@@ -41,13 +41,17 @@ def test_a_digest_of_floats_is_of_their_bits() -> None:
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
 @pytest.mark.parametrize(
-    ("finite", "problem", "flush"), [(True, False, False), (False, True, False), (True, True, True)]
+    ("finite", "incomplete", "problem", "flush"),
+    [(True, False, False, False), (False, False, True, False), (True, True, True, True), (True, True, False, False)],
 )
-def test_a_header_tells_in_sum_what_one_rank_says(rank: int, finite: bool, problem: bool, flush: bool) -> None:
+def test_a_header_tells_in_sum_what_one_rank_says(
+    rank: int, finite: bool, incomplete: bool, problem: bool, flush: bool
+) -> None:
     messages = torch.zeros(3, wire.HEADER + 2, dtype=torch.float16)
     for number, message in enumerate(messages):
         mine = number == rank
-        wire.write_header(message, finite or not mine, problem and mine, flush and mine)
+        told = {"incomplete": incomplete and mine, "problem": problem and mine, "flush": flush and mine}
+        wire.write_header(message, finite or not mine, **told)
     header = wire.read_header(messages.sum(0))
-    assert header == (finite, 3, problem, flush)
+    assert header == (finite, incomplete, 3, problem, flush)
     assert header.void == (not finite or problem or flush)

@@ -103,8 +103,8 @@ class Communicator(ABC):
     def allgather_object(self, value: Any, name: str) -> list[Any]:
         """Every rank's picklable value, by rank; for small things and rare moments."""
         payload = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(torch.int32)
-        lengths = self.allgather(torch.tensor([payload.numel()], dtype=torch.int64), f"{name}.length")
-        padded = torch.zeros(int(lengths.max()), dtype=torch.int32)
+        lengths = self.allgather(torch.tensor([payload.numel()], dtype=torch.int64, device="cpu"), f"{name}.length")
+        padded = torch.zeros(int(lengths.max()), dtype=torch.int32, device="cpu")
         padded[: payload.numel()] = payload
         rows = self.allgather(padded, f"{name}.payload").to(torch.uint8)
         return [pickle.loads(row[: int(length)].numpy().tobytes()) for row, length in zip(rows, lengths, strict=True)]

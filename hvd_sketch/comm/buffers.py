@@ -17,7 +17,7 @@ class Buffers:
         try:
             return self._free[nbytes].pop()
         except (KeyError, IndexError):
-            return torch.empty(nbytes, dtype=torch.uint8)
+            return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
     def give(self, buffer: Tensor) -> None:
         """Hand a buffer back for the next `take`."""

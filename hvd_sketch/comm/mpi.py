@@ -77,12 +77,14 @@ class MpiCommunicator(Communicator):
         return _Request(self._comm.Iallreduce(_buffer(sent), _buffer(tensor), op=op), sent, tensor)
 
     def post_allgather(self, tensor: Tensor, name: str) -> Pending:
-        result = torch.empty(self.size, tensor.numel(), dtype=tensor.dtype, pin_memory=tensor.is_pinned())
+        result = torch.empty(
+            self.size, tensor.numel(), dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_pinned()
+        )
         return _Request(self._comm.Iallgather(_bytes(tensor), _bytes(result)), tensor, result)
 
     def post_alltoall(self, tensor: Tensor, name: str) -> Pending:
         sent = tensor.contiguous()
-        result = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_pinned())
+        result = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_pinned())
         return _Request(self._comm.Ialltoall(_bytes(sent), _bytes(result)), sent, result)
 
     def run_broadcast(self, tensor: Tensor, root: int, name: str) -> None:

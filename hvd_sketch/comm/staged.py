@@ -23,7 +23,7 @@ class _Outgoing(NamedTuple):
 
 def _copy_out(tensor: Tensor) -> _Outgoing:
     """Begin to copy to page-locked memory; PyTorch gives it out again when the device is through with it."""
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     host.copy_(tensor, non_blocking=True)
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(tensor.device))

@@ -16,6 +16,7 @@ from hvd_sketch.exchange import Exchange, Setting
 from hvd_sketch.exchange.base import Factor, Finite
 from hvd_sketch.layout import Layout
 from hvd_sketch.precision import full_precision
+from hvd_sketch.saved import Form
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -100,7 +101,7 @@ class PowerSGDExchange(Exchange):
 
     def _draw_right(self) -> None:
         generator = torch.Generator().manual_seed(self._seed)
-        self._right.copy_(torch.randn(self._right.numel(), generator=generator, dtype=torch.float32))
+        self._right.copy_(torch.randn(self._right.numel(), generator=generator, dtype=torch.float32, device="cpu"))
 
     def send(self, plan: int, clip: Factor, finite: Finite) -> bool:
         """Round 1, whose message has the dense part too, and round 2."""
@@ -159,6 +160,10 @@ class PowerSGDExchange(Exchange):
     def own_state(self) -> dict[str, Any]:
         """The right factors."""
         return {"right": self._right.clone()}
+
+    def own_form(self) -> Form:
+        """As many."""
+        return {"right": self._right}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Restore them."""

@@ -9,12 +9,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from hvd_sketch import wire
 from hvd_sketch.comm.base import Pending
 from hvd_sketch.compressors.base import Bucketed
 from hvd_sketch.exchange import Exchange, Part, Setting
 from hvd_sketch.exchange.budget import unreachable
-from hvd_sketch.exchange.sparse import SparseExchange
+from hvd_sketch.exchange.sparse import SparseExchange, dense_nbytes
 from hvd_sketch.layout import Layout
 from hvd_sketch.sparse.codec import SparseCodec
 from hvd_sketch.sparse.heaviest import heaviest_of_shards
@@ -37,7 +36,8 @@ class Sharded(Bucketed):
     Attributes:
         dense_below: 0, so that 1-D tensors are compressed like the others: on small models they would
             take a large part of the bytes.
-        half: the dense part travels as float16; what rounding cuts off stays in the memory.
+        half: the dense part travels as float16, on more than 128 ranks as float32; what is rounded off stays in
+            the memory.
     """
 
     dense_below: int = 0
@@ -52,7 +52,7 @@ class Sharded(Bucketed):
         Raises:
             ConfigurationError: when not one pair fits.
         """
-        dense_bytes = (2 if self.half else 4) * (wire.HEADER + layout.dense)
+        dense_bytes = dense_nbytes(layout, ranks, self._dtype)
         budget = int((4 * layout.total / ratio - dense_bytes) / ranks)
         fitting = range(1, layout.compressed // ranks + 1)  # the least shard
 
@@ -61,12 +61,16 @@ class Sharded(Bucketed):
 
         count = bisect_right(fitting, budget, key=nbytes)
         if count < 1:
-            raise unreachable(layout, ratio, (dense_bytes + ranks * nbytes(1)) // 4, 4)
+            raise unreachable(layout, ratio, dense_bytes + ranks * nbytes(1))
         return shard_codes(layout.compressed, ranks, count, self.buckets)
 
     def build(self, setting: Setting) -> Exchange:
         """A `ShardedExchange`."""
-        return ShardedExchange(setting, torch.float16 if self.half else torch.float32)
+        return ShardedExchange(setting, self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.float16 if self.half else torch.float32
 
 
 def shard_codes(compressed: int, ranks: int, count: int, buckets: int) -> Codes:

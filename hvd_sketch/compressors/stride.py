@@ -34,7 +34,7 @@ class Stride(Sparsifier):
         overhead = wire.HEADER + layout.dense
         lanes = int(layout.total / ratio) - overhead
         if lanes < 1:
-            raise unreachable(layout, ratio, overhead + 1, 4)
+            raise unreachable(layout, ratio, 4 * (overhead + 1))
         return -(-layout.compressed // lanes)
 
     def build(self, setting: Setting) -> Exchange:

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_sketch import wire
 from hvd_sketch.compressors.base import Sparsifier
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange, Part, Setting
 from hvd_sketch.exchange.budget import unreachable
-from hvd_sketch.exchange.sparse import SparseExchange
+from hvd_sketch.exchange.sparse import SparseExchange, dense_nbytes
 from hvd_sketch.layout import Layout
 from hvd_sketch.sparse.chosen import Chosen
 from hvd_sketch.sparse.heaviest import heaviest
@@ -29,7 +28,8 @@ class TopK(Sparsifier):
     Its bytes grow with the number of ranks W, so at a given ratio k falls as 1/W.
 
     Attributes:
-        half: the dense part travels as float16; what rounding cuts off stays in the memory.
+        half: the dense part travels as float16, on more than 128 ranks as float32; what is rounded off stays in
+            the memory.
     """
 
     half: bool = True
@@ -45,15 +45,19 @@ class TopK(Sparsifier):
         Raises:
             ConfigurationError: when not one pair fits.
         """
-        overhead, lane_bytes = wire.HEADER + layout.dense, 2 if self.half else 4
-        k = int(2 * (4 * layout.total / ratio - lane_bytes * overhead) / (ranks * _PAIR_BYTES))
+        dense_bytes = dense_nbytes(layout, ranks, self._dtype)
+        k = int(2 * (4 * layout.total / ratio - dense_bytes) / (ranks * _PAIR_BYTES))
         if k < 1:
-            raise unreachable(layout, ratio, overhead + ranks * _PAIR_BYTES, lane_bytes)
+            raise unreachable(layout, ratio, dense_bytes + ranks * _PAIR_BYTES // 2)
         return min(k, layout.compressed)
 
     def build(self, setting: Setting) -> Exchange:
         """A `TopKExchange`."""
-        return TopKExchange(setting, torch.float16 if self.half else torch.float32)
+        return TopKExchange(setting, self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.float16 if self.half else torch.float32
 
 
 class TopKExchange(SparseExchange):

@@ -1,12 +1,11 @@
-"""Gradients taken elsewhere than at the model: the block in which parameters are moved, and its guards."""
+"""Gradients taken elsewhere than at the model: moving parameters there and back, and the block that does it."""
 
 from __future__ import annotations
 
-import weakref
-from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,43 @@ from hvd_sketch.exchange import Exchange
 from hvd_sketch.layout import Layout
 from hvd_sketch.methods.flat import Flat, FlatParameters
 from hvd_sketch.methods.wrapper import WrappedOptimizer
+
+
+class Ahead(ABC):
+    """Moves parameters from the model x, the same on all ranks, to where gradients are taken, and back.
+
+    Args:
+        named: the parameters, by name.
+        layout: their order in a vector.
+
+    Attributes:
+        is_ahead: where they are.
+        flat: the parameters as vectors; ``synchronous`` holds x while they are ahead.
+    """
+
+    def __init__(self, named: Mapping[str, Tensor], layout: Layout) -> None:
+        self.flat = FlatParameters(named, layout, next(iter(named.values())).device)
+        self.synchronous, self.ahead = self.flat.new(), self.flat.new()
+        self.is_ahead = False
+
+    @abstractmethod
+    def point(self, ahead: Flat) -> None:
+        """Turn a vector that holds x into the point where the gradient is taken."""
+
+    @torch.no_grad()
+    def forth(self) -> None:
+        """Put the parameters from x to the point ahead; both are kept."""
+        self.flat.read(self.synchronous)
+        self.ahead.vector.copy_(self.synchronous.vector)
+        self.point(self.ahead)
+        self.flat.write(self.ahead)
+        self.is_ahead = True
+
+    @torch.no_grad()
+    def back(self) -> None:
+        """Put the parameters back to x."""
+        self.flat.write(self.synchronous)
+        self.is_ahead = False
 
 
 class AheadOptimizer(WrappedOptimizer):
@@ -30,142 +66,96 @@ class AheadOptimizer(WrappedOptimizer):
     errors.
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        named: dict[str, Tensor],
-        layout: Layout,
-        is_active: Callable[[], bool],
-    ) -> None:
-        super().__init__(optimizer)
-        self._flat = FlatParameters(named, layout, next(iter(named.values())).device)
-        self._names = {parameter: name for name, parameter in named.items()}
-        self._is_active = is_active
-        self._synchronous, self._ahead = self._flat.new(), self._flat.new()
-        self._inside = self._differentiated = False
-        self._guarded: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
-        for parameter in self._flat.parameters:
-            parameter.register_post_accumulate_grad_hook(_gradient_hook(weakref.ref(self)))
+    _ahead: Ahead
+    _names: dict[Tensor, str]
 
-    @property
-    @abstractmethod
-    def exchange(self) -> Exchange:
-        """The exchange, for its ``stats``; its memory's residual is what this rank has not sent."""
+    if TYPE_CHECKING:  # by the other class that an optimizer of this kind is derived from
 
-    @abstractmethod
-    def synchronize(self) -> None:
-        """Exchange the step's gradients; ``p.grad`` of every parameter then is the global update."""
+        @property
+        def exchange(self) -> Exchange: ...
 
-    @abstractmethod
-    def flush(self) -> None:
-        """Send everything in the next step; then the model alone is a checkpoint for any number of ranks."""
+        def flush(self) -> None: ...
 
-    @abstractmethod
-    def memory_state_dict(self) -> dict[str, Any]:
-        """What belongs to this rank alone; save it on every rank, beside ``state_dict()``."""
+        def memory_state_dict(self) -> dict[str, Any]: ...
 
-    @abstractmethod
-    def load_memory_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore this rank's part, after ``load_state_dict``."""
-
-    @abstractmethod
-    def point(self, ahead: Flat) -> None:
-        """Turn a vector that holds the model x into the point where the gradient is taken."""
+        def load_memory_state_dict(self, state: dict[str, Any]) -> None: ...
 
     def moves(self) -> bool:
-        """Whether that point is another than x."""
-        return self._is_active()
+        """Whether the point where gradients are taken is another than x."""
+        raise NotImplementedError
 
     @contextmanager
     def step_ahead(self) -> Iterator[None]:
         """Inside, the parameters are stepped ahead, for forward and backward only.
 
         Raises:
-            RuntimeError: when it is nested, or no gradient was computed inside.
+            RuntimeError: when it is nested.
         """
         if not self.moves():
             yield
             return
-        if self._inside:
+        if self._ahead.is_ahead:
             raise RuntimeError("step_ahead() inside step_ahead()")
-        with torch.no_grad():
-            self._move_ahead()
-        self._inside, self._differentiated = True, False
-        guard = register_module_forward_pre_hook(self._check_forward)
+        self._ahead.forth()
         try:
-            yield
+            with ExitStack() as guards:
+                self._guard(guards)
+                yield
         finally:
-            guard.remove()
-            self._inside = False
-            with torch.no_grad():
-                self._flat.write(self._synchronous)
-        if not self._differentiated:
-            raise RuntimeError(
-                "no gradient was computed inside step_ahead(); the parameters are stepped ahead there: "
-                "evaluate and save outside of it"
-            )
+            self._ahead.back()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, **keywords: Any) -> Any:
         """One step; a closure is evaluated inside `step_ahead`."""
-        if self._inside:
+        if self._ahead.is_ahead:
             raise RuntimeError("step() inside step_ahead(): end the block after backward()")
-        loss = None
-        if closure is not None:
+
+        def inside() -> Any:
+            assert closure is not None
             with torch.enable_grad(), self.step_ahead():
-                loss = closure()
-        super().step()
-        return loss
+                return closure()
+
+        return super().step(None if closure is None else inside, **keywords)
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's; refused inside `step_ahead`."""
-        self._refuse_saving()
+        self.refuse_saving()
         return super().state_dict()
 
-    def _move_ahead(self) -> None:
-        """Put the parameters from x to the point ahead; both are kept."""
-        self._flat.read(self._synchronous)
-        self._ahead.vector.copy_(self._synchronous.vector)
-        self.point(self._ahead)
-        self._flat.write(self._ahead)
+    def refuse_saving(self, *arguments: Any) -> None:
+        """Refuse what would save parameters that are stepped ahead.
 
-    def _check_forward(self, module: torch.nn.Module, arguments: Any) -> None:
-        if not any(parameter in self._names for parameter in module.parameters(recurse=False)):
-            return
-        if not torch.is_grad_enabled():
-            raise RuntimeError(
-                "the model is evaluated without gradients inside step_ahead(), where its parameters are stepped "
-                "ahead; evaluate outside, and checkpoint activations with use_reentrant=False"
-            )
-        if module not in self._guarded:
-            self._guarded.add(module)
-            module.register_state_dict_pre_hook(_saving_hook(weakref.ref(self)))
+        Raises:
+            RuntimeError: inside `step_ahead`.
+        """
+        if self._ahead.is_ahead:
+            raise RuntimeError("state_dict() inside step_ahead(), where parameters are stepped ahead; save outside")
 
-    def _check_gradient(self, parameter: Tensor) -> None:
-        self._differentiated = True
-        if self.moves() and not self._inside:
+    def gradient_computed(self, parameter: Tensor) -> None:
+        """Called by backward.
+
+        Raises:
+            RuntimeError: when the gradient is not the one to step with.
+        """
+        if self.moves() and not self._ahead.is_ahead:
             raise RuntimeError(
                 f"the gradient of {self._names[parameter]!r} was computed at the synchronous model: with "
                 "error_feedback, forward and backward belong inside `with optimizer.step_ahead():`"
             )
 
-    def _refuse_saving(self) -> None:
-        if self._inside:
-            raise RuntimeError("state_dict() inside step_ahead(), where parameters are stepped ahead; save outside")
+    def _guard(self, guards: ExitStack) -> None:
+        """Refuse, while the guards stand, evaluating and saving the model."""
+        seen: set[torch.nn.Module] = set()
 
+        def check(module: torch.nn.Module, arguments: Any) -> None:
+            if not any(parameter in self._names for parameter in module.parameters(recurse=False)):
+                return
+            if not torch.is_grad_enabled():
+                raise RuntimeError(
+                    "the model is evaluated without gradients inside step_ahead(), where its parameters are stepped "
+                    "ahead; evaluate outside, and checkpoint activations with use_reentrant=False"
+                )
+            if module not in seen:
+                seen.add(module)
+                guards.callback(module.register_state_dict_pre_hook(self.refuse_saving).remove)
 
-def _gradient_hook(reference: weakref.ref[AheadOptimizer]) -> Callable[[Tensor], None]:
-    def hook(parameter: Tensor) -> None:
-        optimizer = reference()
-        if optimizer is not None:
-            optimizer._check_gradient(parameter)
-
-    return hook
-
-
-def _saving_hook(reference: weakref.ref[AheadOptimizer]) -> Callable[..., None]:
-    def hook(*arguments: Any) -> None:
-        optimizer = reference()
-        if optimizer is not None:
-            optimizer._refuse_saving()
-
-    return hook
+        guards.callback(register_module_forward_pre_hook(check).remove)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hvd_sketch.compressors import Compressor
-from hvd_sketch.error_feedback.ahead import AheadOptimizer
-from hvd_sketch.error_feedback.base import Distributed, ErrorFeedback, Wrapping
+from hvd_sketch.error_feedback.ahead import Ahead, AheadOptimizer
+from hvd_sketch.error_feedback.base import ErrorFeedback, Wrapping
 from hvd_sketch.error_feedback.common_share import CommonShare, read_errors
 from hvd_sketch.error_feedback.factored_moments import FactoredMoments, MomentsObserver, check_adam
 from hvd_sketch.errors import ConfigurationError
-from hvd_sketch.exchange import Exchange
+from hvd_sketch.methods.exchanging import ExchangingOptimizer, Wiring
 from hvd_sketch.methods.flat import Flat
 
 
@@ -79,74 +78,62 @@ class Anticipate(ErrorFeedback):
 
     def wrap(self, wrapping: Wrapping) -> AnticipatingOptimizer:
         """An `AnticipatingOptimizer` over the optimizer that exchanges gradients."""
-        shares = CommonShare()
+        shares, wiring = CommonShare(), wrapping.wiring
         if self.second_moments is None:
-            distributed = wrapping.distribute([shares], None)
+            wiring = replace(wiring, followers=[shares])
         else:
             moments = MomentsObserver(self.second_moments, wrapping.named)
-            distributed = wrapping.distribute([shares, moments], moments.lend)
-        return AnticipatingOptimizer(distributed, wrapping, shares, self)
+            wiring = replace(wiring, followers=[shares, moments], before_step=moments.lend)
+        return AnticipatingOptimizer(wrapping, wiring, shares, self.coefficient)
 
 
-class AnticipatingOptimizer(AheadOptimizer):
-    """The optimizer that `Anticipate` asks for; used as `AheadOptimizer` says.
+class AnticipatingOptimizer(AheadOptimizer, ExchangingOptimizer):
+    """The optimizer that `Anticipate` asks for; used as `AheadOptimizer` says."""
 
-    ``optimizer`` is the distributed one, whose methods all work here too; ``shares`` follows its exchange.
-    """
+    def __init__(self, wrapping: Wrapping, wiring: Wiring, shares: CommonShare, coefficient: float) -> None:
+        super().__init__(wrapping.optimizer, wrapping.named, wiring)
+        ahead = Anticipation(self, wrapping, shares, coefficient)
+        self._own(_ahead=ahead, _names={parameter: name for name, parameter in self._named.items()})
 
-    def __init__(
-        self, distributed: Distributed, wrapping: Wrapping, shares: CommonShare, settings: Anticipate
-    ) -> None:
-        trained = wrapping.trained
-        optimizer: Any = distributed
-        super().__init__(optimizer, trained, wrapping.compression.layout(trained.items()), wrapping.is_active)
-        self._distributed = distributed
-        self._settings, self._shares, self._moved = settings, shares, self._flat.new()
+    def __new__(cls, wrapping: Any = None, *arguments: Any) -> AnticipatingOptimizer:
+        """Over the user's class."""
+        return super().__new__(cls, wrapping.optimizer if isinstance(wrapping, Wrapping) else None)
 
-    @property
-    def exchange(self) -> Exchange:
-        """The exchange, for its ``stats``; its memory's residual is e_i."""
-        return self._distributed.exchange
-
-    def synchronize(self) -> None:
-        """Exchange the step's gradients; ``p.grad`` of every parameter then is the global update."""
-        self._distributed.synchronize()
-
-    def skip_synchronize(self) -> AbstractContextManager[None]:
-        """Let `step` inside the block leave the gradients alone, after a `synchronize` by hand."""
-        return self._distributed.skip_synchronize()
-
-    def set_backward_passes_per_step(self, passes: int) -> None:
-        """Accumulate so many backward passes before an exchange."""
-        self._distributed.set_backward_passes_per_step(passes)
-
-    def flush(self) -> None:
-        """Send everything in the next step; then the model alone is a checkpoint for any number of ranks."""
-        self._distributed.flush()
+    def moves(self) -> bool:
+        """Where there is anybody to exchange with."""
+        return self._wiring.is_active()
 
     def memory_state_dict(self) -> dict[str, Any]:
         """What this rank has not sent yet; save it on every rank, beside ``state_dict()``."""
-        self._refuse_saving()
-        return self._distributed.memory_state_dict()
+        self.refuse_saving()
+        return ExchangingOptimizer.memory_state_dict(self)
 
-    def load_memory_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore this rank's memory, after ``load_state_dict``."""
-        self._distributed.load_memory_state_dict(state)
+    def gradient_computed(self, parameter: Tensor) -> None:
+        """Called by backward."""
+        super().gradient_computed(parameter)
+        ExchangingOptimizer.gradient_computed(self, parameter)
 
-    def advance(self) -> None:
-        """The distributed optimizer's own step."""
-        self._distributed.step()
+
+class Anticipation(Ahead):
+    """Ahead by P of what is unsent; ``shares`` follows the exchange."""
+
+    def __init__(
+        self, optimizer: ExchangingOptimizer, wrapping: Wrapping, shares: CommonShare, coefficient: float
+    ) -> None:
+        super().__init__(wrapping.trained, wrapping.layout)
+        self._optimizer, self._shares, self._coefficient = optimizer, shares, coefficient
+        self._moved = self.flat.new()
 
     def point(self, ahead: Flat) -> None:
         """By P of what is unsent behind x."""
-        read_errors(self.exchange, self._moved.vector)
+        read_errors(self._optimizer.exchange, self._moved.vector)
         if self._shares.shares is not None:
-            factors = self._settings.coefficient * self._shares.shares.to(self._flat.dtype)
+            factors = self._coefficient * self._shares.shares.to(self.flat.dtype)
             torch._foreach_mul_(self._moved.views, list(factors.unbind()))
-        errors = dict(zip(self._flat.parameters, self._moved.views, strict=True))
-        for group in self.optimizer.param_groups:
+        errors = dict(zip(self.flat.parameters, self._moved.views, strict=True))
+        for group in self._optimizer.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter in errors]
-            respond(self.optimizer, group, parameters, [errors[parameter] for parameter in parameters])
+            respond(self._optimizer, group, parameters, [errors[parameter] for parameter in parameters])
         ahead.vector.sub_(self._moved.vector)
 
 

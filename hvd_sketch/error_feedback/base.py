@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,45 +14,8 @@ from hvd_sketch.comm import Communicator
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.error_feedback.ahead import AheadOptimizer
 from hvd_sketch.errors import ConfigurationError
-from hvd_sketch.exchange import Exchange
-
-
-class Follower(Protocol):
-    """Asks to be told of every step of an exchange; see `Exchange.observers`."""
-
-    def attach(self, exchange: Exchange) -> None: ...
-
-
-class Distributed(Protocol):
-    """An optimizer that exchanges gradients, as error feedback wraps it."""
-
-    @property
-    def exchange(self) -> Exchange: ...
-
-    def step(self) -> Any: ...
-
-    def synchronize(self) -> None: ...
-
-    def skip_synchronize(self) -> AbstractContextManager[None]: ...
-
-    def set_backward_passes_per_step(self, passes: int) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def memory_state_dict(self) -> dict[str, Any]: ...
-
-    def load_memory_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Distribute(Protocol):
-    """Makes an optimizer exchange its gradients: what an error feedback that exchanges them builds on.
-
-    ``followers`` are attached to the exchange, ``before_step`` is called between the exchange and the step.
-    """
-
-    def __call__(
-        self, followers: Sequence[Follower], before_step: Callable[[torch.optim.Optimizer], None] | None
-    ) -> Distributed: ...
+from hvd_sketch.layout import Layout
+from hvd_sketch.methods.exchanging import Wiring
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,21 +27,24 @@ class Wrapping:
         named: its parameters, by name.
         compression: the compressor.
         communicator: the ranks; asked for when they are needed.
-        is_active: whether there is anybody to exchange with.
-        distribute: see `Distribute`.
+        wiring: how an `ExchangingOptimizer` would be connected, to build on where gradients are exchanged.
     """
 
     optimizer: torch.optim.Optimizer
     named: Sequence[tuple[str, Tensor]]
     compression: Compressor
     communicator: Callable[[], Communicator]
-    is_active: Callable[[], bool]
-    distribute: Distribute
+    wiring: Wiring
 
     @property
     def trained(self) -> dict[str, Tensor]:
         """The parameters that require a gradient, by name."""
         return {name: parameter for name, parameter in self.named if parameter.requires_grad}
+
+    @property
+    def layout(self) -> Layout:
+        """Of these."""
+        return self.compression.layout(self.trained.items())
 
 
 class ErrorFeedback(ABC):

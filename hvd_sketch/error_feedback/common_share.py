@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.exchange import Exchange
+from hvd_sketch.saved import Form, Maybe
 from hvd_sketch.sketch.narrow import CELLS, NarrowSketches
 
 _EVERY = 10
@@ -42,12 +43,14 @@ class CommonShare:
     def attach(self, exchange: Exchange) -> None:
         """Follow an exchange from its first step on."""
         slots, device = exchange.layout.slots, exchange.gradient.device
-        self._message = torch.zeros(len(slots), CELLS + 1, device=device)
+        self._message = torch.zeros(len(slots), CELLS + 1, dtype=torch.float32, device=device)
         self._sketches = NarrowSketches([(slot.offset, slot.stop) for slot in slots], device)
         exchange.observers.append(self)
 
     def observe(self, exchange: Exchange) -> None:
-        """Measure, when it is time."""
+        """Measure, when it is time; a void step has changed nothing."""
+        if exchange.void:
+            return
         if self._count < _AT_FIRST or self._count % _EVERY == 0:
             fresh, old = self._measure(exchange), self._smoothed
             weight = max(_WEIGHT, 1.0 / (self._count + 1))
@@ -65,6 +68,10 @@ class CommonShare:
     def state_dict(self) -> dict[str, Any]:
         """The estimate, and when the next is due."""
         return {"smoothed": self._smoothed, "count": self._count}
+
+    def state_form(self) -> Form:
+        """A number a parameter."""
+        return {"smoothed": Maybe(self._message[:, 0]), "count": int}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""

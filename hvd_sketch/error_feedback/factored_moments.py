@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
+from hvd_sketch.saved import Form
 from hvd_sketch.sketch.narrow import CELLS, NarrowSketches
 
 _GROWTH = 4
@@ -76,11 +77,11 @@ class MomentsObserver:
         sizes = [
             size for slot, rows in zip(self._slots, self._rows, strict=True) for size in (rows, slot.numel // rows)
         ]
-        self._message = torch.zeros(count * CELLS + sum(sizes), device=device)
+        self._message = torch.zeros(count * CELLS + sum(sizes), dtype=torch.float32, device=device)
         self._tables = self._message[: count * CELLS].view(count, CELLS)
         self._factors = self._message[count * CELLS :].split(sizes)
-        self._smoothed = torch.zeros(count + sum(sizes), device=device)
-        self._vector = torch.zeros(exchange.layout.compressed, device=device)
+        self._smoothed = torch.zeros(count + sum(sizes), dtype=torch.float32, device=device)
+        self._vector = torch.zeros(exchange.layout.compressed, dtype=torch.float32, device=device)
         self._sketches = NarrowSketches([(slot.offset, slot.stop) for slot in self._slots], device)
         self._moments = {
             self._named[slot.name]: self._vector[slot.offset : slot.stop].view(slot.shape) for slot in self._slots
@@ -89,7 +90,9 @@ class MomentsObserver:
         exchange.observers.append(self)
 
     def observe(self, exchange: Exchange) -> None:
-        """Measure, when it is time."""
+        """Measure, when it is time; a void step has nothing to measure."""
+        if exchange.void:
+            return
         self._count += 1
         if self._count - self._measured >= min(self._settings.interval, 1 + self._measured // _GROWTH):
             self._measure(exchange)
@@ -140,6 +143,10 @@ class MomentsObserver:
     def state_dict(self) -> dict[str, Any]:
         """The smoothed measurements, and when the last one was."""
         return {"smoothed": self._smoothed.clone(), "measured": self._measured, "count": self._count}
+
+    def state_form(self) -> Form:
+        """As many measurements."""
+        return {"smoothed": self._smoothed, "measured": int, "count": int}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""

@@ -5,19 +5,21 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 
 from hvd_sketch.compressors import Compressor
-from hvd_sketch.error_feedback.ahead import AheadOptimizer
+from hvd_sketch.error_feedback.ahead import Ahead, AheadOptimizer
 from hvd_sketch.error_feedback.base import ErrorFeedback, Wrapping
 from hvd_sketch.error_feedback.undo import Undo
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
+from hvd_sketch.exchange.gradients import watch
+from hvd_sketch.exchange.scaling import tell_scalers
 from hvd_sketch.methods.displacement import displacement_exchange
 from hvd_sketch.methods.flat import Flat
+from hvd_sketch.methods.wrapper import Method
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class StepAhead(ErrorFeedback):
         return StepAheadOptimizer(wrapping, self)
 
 
-class StepAheadOptimizer(AheadOptimizer):
+class StepAheadOptimizer(AheadOptimizer, Method):
     """The optimizer that `StepAhead` asks for; used as `AheadOptimizer` says.
 
     Gradients are clipped on each rank to the compressor's ``clip_norm``. When some rank's
@@ -70,20 +72,42 @@ class StepAheadOptimizer(AheadOptimizer):
     as they were before the step. A ``torch.amp.GradScaler`` may be used as always.
     """
 
-    def __init__(self, wrapping: Wrapping, settings: StepAhead) -> None:
-        trained, compression = wrapping.trained, wrapping.compression
-        super().__init__(wrapping.optimizer, trained, compression.layout(trained.items()), wrapping.is_active)
-        self._compression, self._settings = compression, settings
-        self._communicator, self._stepped = wrapping.communicator, self._flat.new()
-        self._undo = Undo(wrapping.optimizer)
+    _exchange: Exchange | None
+    _memory: dict[str, Any] | None
+    _wrapping: Wrapping
+    _settings: StepAhead
+    _stepped: Flat
+    _undo: Undo
 
-    @cached_property
+    def __init__(self, wrapping: Wrapping, settings: StepAhead) -> None:
+        super().__init__(wrapping.optimizer)
+        trained = wrapping.trained
+        ahead = _ByTheErrors(self, wrapping, settings.coefficient)
+        self._own(_ahead=ahead, _names={parameter: name for name, parameter in trained.items()})
+        self._own(_wrapping=wrapping, _settings=settings, _stepped=ahead.flat.new(), _undo=Undo(wrapping.optimizer))
+        self._begin(None)
+
+    def __new__(cls, wrapping: Any = None, *arguments: Any) -> StepAheadOptimizer:
+        """Over the user's class."""
+        return super().__new__(cls, wrapping.optimizer if isinstance(wrapping, Wrapping) else None)
+
+    def _begin(self, memory: dict[str, Any] | None) -> None:
+        self._own(_exchange=None, _memory=memory)
+        watch(self, self._names)
+
+    @property
     def exchange(self) -> Exchange:
         """The exchange, for its ``stats``; made on first use. Its memory's residual is e_i."""
-        device = self._synchronous.vector.device
-        exchange = displacement_exchange(self._compression, self._flat.layout, self._communicator(), device)
-        exchange.agree_on(f"{self._settings} clip_norm={self._compression.clip_norm}")
-        return exchange
+        if self._exchange is None:
+            compression, flat = self._wrapping.compression, self._ahead.flat
+            device = self._ahead.synchronous.vector.device
+            exchange = displacement_exchange(compression, flat.layout, self._wrapping.communicator(), device)
+            exchange.agree_on(f"{self._settings} clip_norm={compression.clip_norm}")
+            if self._memory is not None:
+                exchange.load_state_dict(self._memory)
+            self._exchange = exchange
+        made: Exchange = self._exchange
+        return made
 
     def synchronize(self) -> None:
         """Refused: gradients are never exchanged, only steps are."""
@@ -98,7 +122,7 @@ class StepAheadOptimizer(AheadOptimizer):
 
     def memory_state_dict(self) -> dict[str, Any]:
         """A copy of what belongs to this rank alone: its error, and its optimizer's state (momentum is local)."""
-        self._refuse_saving()
+        self.refuse_saving()
         return {"exchange": self.exchange.state_dict(), "optimizer": copy.deepcopy(super().state_dict())}
 
     def load_memory_state_dict(self, state: dict[str, Any]) -> None:
@@ -106,47 +130,70 @@ class StepAheadOptimizer(AheadOptimizer):
         self.exchange.load_state_dict(state["exchange"])
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def advance(self) -> None:
-        """A step of the wrapped optimizer from x - a e, exchanged as how far it went."""
-        if not self._is_active():
-            self.optimizer.step()
-            return
-        norm = float(torch.nn.utils.clip_grad_norm_(self._flat.parameters, self._compression.clip_norm or math.inf))
-        exchange, taken = self.exchange, False
-        self._undo.note()
-        self._move_ahead()
-        self._flat.read(self._ahead)  # as the parameters' dtype has it
-        if math.isfinite(norm):
-            self.optimizer.step()
-            self._flat.read(self._stepped)
-            exchange.submit_all(self._ahead.vector.sub_(self._stepped.vector))
-        else:
-            exchange.submit_all(self._ahead.vector.fill_(math.nan))
-        try:
-            exchange.run()
-            taken = not math.isnan(float(exchange.update[0]))
-        finally:
-            if taken:
-                self._synchronous.vector.sub_(exchange.update)
-            else:
-                self._undo.restore()
-            self._flat.write(self._synchronous)
-        period = self._settings.averaging_period
-        if period and exchange.step % period == 0:
-            exchange.average_memory()
-
-    def point(self, ahead: Flat) -> None:
-        """By the errors behind x, and of what this rank owns by its share."""
-        residual, owned = self.exchange.memory.residual, self.exchange.owned
-        coefficient, others = self._settings.coefficient, 1.0 - 1.0 / self.exchange.comm.size
-        ahead.vector.sub_(residual, alpha=coefficient)
-        ahead.vector[owned].add_(residual[owned], alpha=coefficient * others)
-
     def moves(self) -> bool:
         """Where there is anybody to exchange with, and a coefficient."""
         return self._settings.coefficient > 0.0 and self._is_active()
 
+    def advance(self, **keywords: Any) -> None:
+        """A step of the wrapped optimizer from x - a e, exchanged as how far it went."""
+        if not self._is_active():
+            self.optimizer.step(**keywords)
+            return
+        flat, limit = self._ahead.flat, self._wrapping.compression.clip_norm or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(flat.parameters, limit))
+        exchange, start, taken = self.exchange, self._ahead.ahead, False
+        self._undo.note()
+        self._ahead.forth()
+        flat.read(start)  # as the parameters' dtype has it
+        if math.isfinite(norm):
+            self.optimizer.step(**keywords)
+            flat.read(self._stepped)
+            exchange.submit_all(start.vector.sub_(self._stepped.vector))
+        else:
+            exchange.submit_all(start.vector.fill_(math.nan))
+        try:
+            exchange.run()
+            taken = not exchange.void
+        finally:
+            if taken:
+                self._ahead.synchronous.vector.sub_(exchange.update)
+            else:
+                self._undo.restore()
+            self._ahead.back()
+        if not taken:
+            tell_scalers(self)
+        elif self._settings.averaging_period and exchange.step % self._settings.averaging_period == 0:
+            exchange.average_memory()
+
     def restart(self) -> None:
         """Forget the errors."""
-        if "exchange" in vars(self):
-            self.exchange.reset()
+        self._memory = None
+        if self._exchange is not None:
+            self._exchange.reset()
+
+    def _is_active(self) -> bool:
+        return self._wrapping.wiring.is_active()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the exchange, of which the memory goes along."""
+        memory = self._memory if self._exchange is None else self._exchange.state_dict()
+        return {**super().__getstate__(), "_exchange": None, "_memory": memory}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._begin(state["_memory"])
+
+
+class _ByTheErrors(Ahead):
+    """Behind x by the errors, and of what this rank owns by its share."""
+
+    def __init__(self, optimizer: StepAheadOptimizer, wrapping: Wrapping, coefficient: float) -> None:
+        super().__init__(wrapping.trained, wrapping.layout)
+        self._optimizer, self._coefficient = optimizer, coefficient
+
+    def point(self, ahead: Flat) -> None:
+        """``x - a e``."""
+        exchange = self._optimizer.exchange
+        residual, owned, others = exchange.memory.residual, exchange.owned, 1.0 - 1.0 / exchange.comm.size
+        ahead.vector.sub_(residual, alpha=self._coefficient)
+        ahead.vector[owned].add_(residual[owned], alpha=self._coefficient * others)

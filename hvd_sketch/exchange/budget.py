@@ -6,9 +6,9 @@ from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.layout import Layout
 
 
-def unreachable(layout: Layout, ratio: float, least_lanes: int, lane_bytes: int) -> ConfigurationError:
-    """The error of a ratio for which even the least message, of so many lanes, is too large."""
-    reachable = 4 * layout.total / (lane_bytes * least_lanes)
+def unreachable(layout: Layout, ratio: float, least: int) -> ConfigurationError:
+    """The error of a ratio for which even the least message, of so many bytes, is too large."""
+    reachable = 4 * layout.total / least
     return ConfigurationError(
         f"ratio={ratio:g} cannot be reached: {layout.dense} of the {layout.total} parameters are 1-D, small or "
         f"excluded and travel whole in every step; at most about {reachable:.1f} is possible. "

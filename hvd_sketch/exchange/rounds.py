@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from hvd_sketch import wire
@@ -20,11 +22,15 @@ class Rounds:
     Attributes:
         all_present: whether every rank took part in the last step; one that has joined does not.
         flushes: whether the present step sends everything, because some rank asked for it.
+        incomplete: whether this rank has no gradient for some parameter.
+        on_incomplete: called before a step is taken for which some rank lacks a gradient; may communicate.
     """
 
     def __init__(self, comm: Communicator, stats: Stats) -> None:
         self.comm, self._stats = comm, stats
         self.all_present, self.flushes = True, False
+        self.incomplete = False
+        self.on_incomplete: Callable[[], None] = _nothing
         self._flush_asked = False
         self._problem: str | None = None
         self._scope: str | None = None
@@ -55,7 +61,8 @@ class Rounds:
 
     def start_sum(self, message: Tensor, finite: bool | Tensor, what: str) -> Pending:
         """Begin to sum a message of the step over the ranks, under its header."""
-        wire.write_header(message, finite, self._problem is not None, self._flush_asked)
+        problem = self._problem is not None
+        wire.write_header(message, finite, incomplete=self.incomplete, problem=problem, flush=self._flush_asked)
         return self.comm.start_allreduce(message, self.name_of(what))
 
     def heed(self, header: wire.Header) -> bool:
@@ -71,9 +78,16 @@ class Rounds:
             raise ConfigurationError("hvd_sketch: the step was not taken. " + "\n".join(lines))
         self.all_present = header.present == self.comm.size
         self.flushes = header.finite and header.flush
-        return header.finite and not header.flush
+        taken = header.finite and not header.flush
+        if taken and header.incomplete:
+            self.on_incomplete()
+        return taken
 
     def sum_values(self, values: Tensor, what: str) -> None:
         """Between two steps: replace ``values`` by their sum over the ranks."""
         with self._stats.counting(self.comm), self._stats.phase("exchange"):
             self.comm.allreduce(values, self.name_of(what))
+
+
+def _nothing() -> None:
+    return

@@ -8,18 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_sketch import wire
+from hvd_sketch import grid, wire
 from hvd_sketch.exchange.base import Exchange, Factor, Finite
 from hvd_sketch.exchange.setting import Setting
 from hvd_sketch.exchange.update import Part
-from hvd_sketch.gpu import Late
+from hvd_sketch.grid import Grid
+from hvd_sketch.layout import Layout
+from hvd_sketch.saved import Form
+
+
+def dense_nbytes(layout: Layout, ranks: int, dtype: torch.dtype) -> int:
+    """Bytes of the message that carries the dense part, of float32 or, where that serves, float16."""
+    return grid.itemsize(ranks, dtype) * (wire.HEADER + grid.lanes(layout.dense, ranks, dtype))
 
 
 class SparseExchange(Exchange):
     """First the dense part: an allreduce of ``dense + 4`` values; then what a subclass sends of the others.
 
-    In half precision the values carry a power-of-two scale that follows from the last sum, so all
-    ranks know it; the first sum is in float32. What rounding cut off stays in the memory.
+    In half precision the values travel on a `Grid`; what is rounded off for it stays in the memory.
 
     Args:
         setting: as for every exchange.
@@ -28,9 +34,7 @@ class SparseExchange(Exchange):
 
     def __init__(self, setting: Setting, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(setting)
-        self._dtype = dtype
-        self._scale: float | None = None  # until a sum other than zero was seen, messages are float32
-        self._seen: tuple[Late, int] | None = None
+        self._grid = Grid(setting.layout.dense, dtype)
         self._dense = slice(self.layout.compressed, self.layout.total)
 
     @abstractmethod
@@ -51,34 +55,24 @@ class SparseExchange(Exchange):
 
     def _sum_dense(self, clip: Factor, finite: Finite) -> Tensor | None:
         """Sum the dense part, and take the gradient into the memory; None, and nothing done, when a rank says so."""
-        ranks, scale = self.comm.size, self._dense_scale or 1.0
-        dtype = self._dtype if self._dense_scale else torch.float32
-        message = torch.empty(wire.HEADER + self.layout.dense, dtype=dtype, device=self.gradient.device)
-        lanes, computed = message[wire.HEADER :], self.memory.computed(self.gradient, clip, self._dense)
-        wire.pack(lanes, computed.clone(), scale, ranks)
-        left = computed - wire.unpack(lanes, scale, torch.empty_like(computed))
+        computed = self.memory.computed(self.gradient, clip, self._dense)
+        lanes, dtype = self._grid.lanes(self.comm.size), self._grid.dtype(self.comm.size)
+        message = torch.empty(wire.HEADER + lanes, dtype=dtype, device=self.gradient.device)
+        sent = self._grid.put(message[wire.HEADER :], computed, self.comm)
         if not self.rounds.sum(message, finite, "dense"):
             return None
         self.memory.absorb(self.gradient, clip)
-        self.memory.keep(self._dense, left, mask=False)
-        summed = wire.unpack(lanes, scale, computed)
-        if self.rounds.all_present and summed.numel():
-            self._seen = Late(torch.linalg.vector_norm(summed, ord=torch.inf)), ranks
-        return summed
-
-    @property
-    def _dense_scale(self) -> float | None:
-        """That of the coming message, from the last sum that all ranks know; read when it is needed."""
-        if self._seen is not None:
-            (late, ranks), self._seen = self._seen, None
-            largest = late.read()[0] / ranks
-            self._scale = wire.shared_scale(largest, ranks, self._dtype) if largest > 0.0 else None
-        return self._scale
+        self.memory.keep(self._dense, computed.sub_(sent), mask=False)
+        return self._grid.take(message[wire.HEADER :], self.layout.dense, self.comm, learn=self.rounds.all_present)
 
     def own_state(self) -> dict[str, Any]:
-        """The scale of the dense values."""
-        return {"dense_scale": self._dense_scale}
+        """The scales of the dense values."""
+        return {"dense_scales": self._grid.scales}
+
+    def own_form(self) -> Form:
+        """A scale a block."""
+        return {"dense_scales": self._grid.form(fixed=True)}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
-        """Restore it."""
-        self._scale, self._seen = state["dense_scale"], None
+        """Restore them."""
+        self._grid.restore(state["dense_scales"], self.gradient.device)

@@ -83,15 +83,24 @@ class Staging:
         """Whether all of these slots have arrived."""
         return all(self._arrived[positions])
 
-    def close(self) -> None:
-        """End a step: what has not arrived is zero. The next `put` begins another step."""
-        for position, arrived in enumerate(self._arrived):
-            if not arrived:
-                self._parts[position].zero_()
-                self._squares[position] = 0.0
-                if position in self._gathered:
-                    self._gathering.clear(position)
+    def close(self) -> list[int]:
+        """End a step: what has not arrived is zero. The next `put` begins another step.
+
+        Returns:
+            the positions of what has not arrived.
+        """
+        missing = [position for position, arrived in enumerate(self._arrived) if not arrived]
+        for position in missing:
+            self._parts[position].zero_()
+            self._squares[position] = 0.0
+            if position in self._gathered:
+                self._gathering.clear(position)
         self.forget()
+        return missing
+
+    def take_back(self, position: int) -> None:
+        """Undo a `put`."""
+        self._arrived[position] = False
 
     def forget(self) -> None:
         """Count nothing as arrived."""
@@ -112,17 +121,25 @@ class Staging:
         return factor, finite
 
     def norm(self, positions: slice = slice(None)) -> float:
-        """The 2-norm of these slots: summed in float64, then rounded to float32. It may be infinite, or NaN."""
+        """The 2-norm of these slots, summed in float64; infinite or NaN only if an entry is.
+
+        Rounded to float32, so that all backends give the same, unless it is too large for that.
+        """
         slots, squares = self._slots[positions], self._squares[positions]
         known = [square for square in squares if square is not None]
         if len(known) == len(squares):
-            return ctypes.c_float(math.sqrt(sum(known))).value
+            return _rounded(math.sqrt(sum(known)))
         if self._gathered.issuperset(range(*positions.indices(len(self._slots)))):
-            return ctypes.c_float(math.sqrt(float(self._gathering.squares(positions)))).value
+            return _rounded(math.sqrt(float(self._gathering.squares(positions))))
         part = self.vector[slots[0].offset : slots[-1].stop]
-        return ctypes.c_float(float(torch.linalg.vector_norm(part, dtype=torch.float64))).value
+        return _rounded(float(torch.linalg.vector_norm(part, dtype=torch.float64)))
 
     @cached_property
     def _gathering(self) -> Any:
         kernels = importlib.import_module("hvd_sketch.exchange.staging_cuda")  # with Triton
         return kernels.Gathering([(slot.offset, slot.stop) for slot in self._slots], self.vector)
+
+
+def _rounded(norm: float) -> float:
+    single = ctypes.c_float(norm).value
+    return norm if math.isinf(single) else single

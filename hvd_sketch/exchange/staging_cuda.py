@@ -88,7 +88,9 @@ class Gathering:
         told, table = self._tables.get(kind, ([], self._pieces))
         if told != addresses:
             device = self._vector.device
-            table = torch.tensor(addresses, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+            table = torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda").to(
+                device, non_blocking=True
+            )
             self._tables[kind] = addresses, table
         return table
 

@@ -21,6 +21,13 @@ class Link:
         if not has_horovod():
             self.communicator()
 
+    def __deepcopy__(self, memo: Any) -> Link:
+        return self
+
+    def __reduce__(self) -> Any:
+        """What is loaded from a pickle trains with whatever ranks there are then."""
+        return Link, (None, None)
+
     def communicator(self) -> Communicator:
         """The ranks to exchange with."""
         if self._comm is None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, TypedDict, Unpack, overload
 
@@ -15,13 +14,13 @@ from hvd_sketch.comm import has_horovod
 from hvd_sketch.compatibility import check_groups, check_momentum, correction_of
 from hvd_sketch.compressors import Compression, Compressor, HalfPrecision, NoCompression
 from hvd_sketch.error_feedback.ahead import AheadOptimizer
-from hvd_sketch.error_feedback.base import ErrorFeedback, Follower, Wrapping, check_error_feedback
+from hvd_sketch.error_feedback.base import ErrorFeedback, Wrapping, check_error_feedback
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import DenseExchange, Exchange
-from hvd_sketch.frontends.hooks import ExchangingOptimizer, HorovodOptimizer, Wiring, distribute
 from hvd_sketch.frontends.link import Link
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
+from hvd_sketch.methods.exchanging import ExchangingOptimizer, HorovodOptimizer, Wiring
 
 Average, Sum = 0, 1  # Horovod's own numbers
 
@@ -168,27 +167,16 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         attributes={"op": op, "process_set": process_set, "_groups": groups, "sparse_as_dense": sparse_as_dense},
     )
     if error_feedback is None:
-        return distribute(optimizer, named, wiring)
+        return ExchangingOptimizer(optimizer, named, wiring)
     return error_feedback.wrap(
         Wrapping(
             optimizer=optimizer,
             named=named,
             compression=compression,
             communicator=link.communicator,
-            is_active=link.is_active,
-            distribute=partial(_distribute, optimizer, named, wiring),
+            wiring=wiring,
         )
     )
-
-
-def _distribute(
-    optimizer: torch.optim.Optimizer,
-    named: list[tuple[str, Tensor]],
-    wiring: Wiring,
-    followers: Sequence[Follower],
-    before_step: Callable[[torch.optim.Optimizer], None] | None,
-) -> ExchangingOptimizer:
-    return distribute(optimizer, named, replace(wiring, followers=followers, before_step=before_step))
 
 
 def _check_arguments(

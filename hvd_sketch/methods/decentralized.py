@@ -13,11 +13,11 @@ from torch import Tensor
 from hvd_sketch.comm import Communicator
 from hvd_sketch.exchange.agreement import agree
 from hvd_sketch.methods.flat import HOST, FlatModel, LayoutRule, whole
-from hvd_sketch.methods.wrapper import WrappedOptimizer
+from hvd_sketch.methods.wrapper import Method
 from hvd_sketch.stats import Stats
 
 
-class Decentralized(WrappedOptimizer):
+class Decentralized(Method):
     """A local optimizer and the part of a decentralised method that all of them share.
 
     The local optimizer's state (momentum) stays on its rank and is never averaged.
@@ -35,7 +35,14 @@ class Decentralized(WrappedOptimizer):
     Raises:
         ConfigurationError: for an optimizer of other parameters, or one that needs a closure.
         RankMismatchError: alike on all ranks, when models or settings differ.
+
+    Attributes:
+        model: as given.
+        stats: what it cost.
     """
+
+    model: torch.nn.Module
+    stats: Stats
 
     def __init__(
         self,
@@ -49,8 +56,7 @@ class Decentralized(WrappedOptimizer):
         device: torch.device = HOST,
     ) -> None:
         super().__init__(optimizer)
-        self.model = model
-        self.stats = Stats()
+        self._own(model=model, stats=Stats())
         self._collectives = comm
         self._flat = FlatModel(optimizer, model, layout, device)
         self._live = self._flat.new()
@@ -64,13 +70,13 @@ class Decentralized(WrappedOptimizer):
             comm.broadcast(value, 0, "hvd_sketch.start")
             tensor.detach().copy_(value)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, **keywords: Any) -> Any:
         """One local step and what the method adds to it; a closure is evaluated once, before."""
         if self._averaged:
             raise RuntimeError("step() inside average_model(): it would be lost when the block ends")
         self.stats.steps += 1
         self.stats.dense_bytes += self._collectives.allreduce_bytes(4 * self._flat.layout.total)
-        return super().step(closure)
+        return super().step(closure, **keywords)
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's; it belongs to this rank. Save the model inside `average_model`."""

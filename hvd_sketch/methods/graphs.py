@@ -34,12 +34,12 @@ class Graph:
         Args:
             lazy: return ``(I + A) / 2`` instead, which is positive definite.
         """
-        matrix = torch.zeros(self.size, self.size, dtype=torch.float64)
+        matrix = torch.zeros(self.size, self.size, dtype=torch.float64, device="cpu")
         for node, neighbours in enumerate(self.neighbours):
             for other in neighbours:
                 matrix[node, other] = 1.0 / (1 + max(len(neighbours), len(self.neighbours[other])))
         matrix += torch.diag(1.0 - matrix.sum(dim=1))
-        return (matrix + torch.eye(self.size, dtype=torch.float64)) / 2 if lazy else matrix
+        return (matrix + torch.eye(self.size, dtype=torch.float64, device="cpu")) / 2 if lazy else matrix
 
     def pairwise(self) -> Tensor:
         """The expected matrix of one meeting, float64 ``(n, n)``: a random node averages with a random neighbour.
@@ -51,7 +51,7 @@ class Graph:
         with equality on the complete graph. Source: Boyd, Ghosh, Prabhakar, Shah, "Randomized
         gossip algorithms" (2006).
         """
-        matrix = torch.eye(self.size, dtype=torch.float64)
+        matrix = torch.eye(self.size, dtype=torch.float64, device="cpu")
         for node, neighbours in enumerate(self.neighbours):
             for other in neighbours:
                 half = 0.5 / (self.size * len(neighbours))

@@ -8,6 +8,7 @@ from typing import Any
 
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.base import Exchange
+from hvd_sketch.saved import Form
 
 Schedule = Callable[[int], float]
 """Maps the step (0, 1, …) to a ratio; 1 means dense. Must be the same function on every rank."""
@@ -104,6 +105,10 @@ class AdaptiveSchedule(ABC):
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and strings only."""
+
+    def state_form(self) -> Form:
+        """What `state_dict` looks like, see `hvd_sketch.saved`; unless told, anything will do."""
+        return object
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.base import Exchange
 from hvd_sketch.layout import Layout
+from hvd_sketch.saved import Form, Maybe
 from hvd_sketch.schedules.base import AdaptiveSchedule
 
 
@@ -63,11 +64,10 @@ class CriticalRegimes(AdaptiveSchedule):
         self._learning_rate = learning_rate
         self._settings = f"{name} {epoch_steps} {every} {threshold}"
         self._passes, self._passes_of_step = 0, 1
-        self._skipped = 0
         self._rate: float | None = None
         self.critical: list[bool] = []
         self._last: list[float] | None = None
-        self._sum = torch.empty(0)
+        self._sum = torch.empty(0, dtype=torch.float32, device="cpu")
         self._parts: list[slice] = []
 
     def attach(self, exchange: Exchange) -> None:
@@ -93,6 +93,17 @@ class CriticalRegimes(AdaptiveSchedule):
             "sum": self._sum.clone(),
         }
 
+    def state_form(self) -> Form:
+        """Of as many parts."""
+        parts = len(self._parts)
+        return {
+            "passes": int,
+            "rate": Maybe(float),
+            "critical": [bool] * parts,
+            "last": Maybe([float] * parts),
+            "sum": self._sum,
+        }
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._passes, self._rate, self._last = state["passes"], state["rate"], state["last"]
@@ -108,11 +119,11 @@ class CriticalRegimes(AdaptiveSchedule):
         self.critical = critical
 
     def _add_up(self, exchange: Exchange) -> None:
-        epoch, skipped = self._passes // self._epoch_passes, exchange.stats.skipped > self._skipped
-        self._passes, self._skipped = self._passes + self._passes_of_step, exchange.stats.skipped
+        epoch = self._passes // self._epoch_passes
+        self._passes += self._passes_of_step
         if epoch % self._every != 0:
             return
-        if not skipped:
+        if not exchange.void:
             self._sum.add_(exchange.gradient)
         if self._passes // self._epoch_passes > epoch:
             self._decide(exchange)

@@ -9,6 +9,7 @@ import torch
 
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.base import Exchange
+from hvd_sketch.saved import Form
 from hvd_sketch.schedules.base import AdaptiveSchedule
 
 
@@ -60,13 +61,13 @@ class EnergyTarget(AdaptiveSchedule):
     def observe(self, exchange: Exchange) -> None:
         """Add the step's captured energy up, and move the ratio when it is time."""
         energy = exchange.stats.captured_energy
-        if not math.isnan(energy):
+        if not (exchange.void or math.isnan(energy)):
             self._captured += energy
             self._known += 1
         self._count += 1
         if self._count < self._every:
             return
-        sums = torch.tensor([self._captured, self._known], dtype=torch.float64)
+        sums = torch.tensor([self._captured, self._known], dtype=torch.float64, device="cpu")
         exchange.rounds.sum_values(sums, "energy")
         captured, known = sums.tolist()
         if not known:
@@ -80,6 +81,10 @@ class EnergyTarget(AdaptiveSchedule):
     def state_dict(self) -> dict[str, Any]:
         """Numbers only."""
         return {"ratio": self._ratio, "captured": self._captured, "known": self._known, "count": self._count}
+
+    def state_form(self) -> Form:
+        """The same kinds of numbers."""
+        return {"ratio": float, "captured": float, "known": int, "count": int}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""

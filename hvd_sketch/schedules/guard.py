@@ -10,6 +10,7 @@ import torch
 
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.base import Exchange
+from hvd_sketch.saved import Form
 from hvd_sketch.schedules.base import AdaptiveSchedule
 
 _SMOOTHING = 0.8
@@ -70,7 +71,7 @@ class Guard(AdaptiveSchedule):
     def observe(self, exchange: Exchange) -> None:
         """Look at the memory when it is time, and move the ratio."""
         self._count += 1
-        if self._count < self._every or not math.isfinite(float(exchange.update[0])):
+        if self._count < self._every or exchange.void:
             return
         self._count = 0
         norms = [
@@ -103,6 +104,10 @@ class Guard(AdaptiveSchedule):
     def state_dict(self) -> dict[str, Any]:
         """Numbers only."""
         return {name: getattr(self, name) for name in _STATE}
+
+    def state_form(self) -> Form:
+        """The same kinds of numbers."""
+        return {**dict.fromkeys(_STATE, float), "_calm": bool, "_count": int}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""

@@ -91,7 +91,7 @@ def _mix64(x: Tensor) -> Tensor:
 
 def _draw(seed: int, stream: int, index: Tensor) -> Tensor:
     """64 hashed bits for each index of one stream of one seed."""
-    start = torch.tensor(_signed(seed + stream * _STREAM), device=index.device)
+    start = torch.tensor(_signed(seed + stream * _STREAM), dtype=torch.int64, device=index.device)
     return _mix64(_mix64(start) ^ index)
 
 

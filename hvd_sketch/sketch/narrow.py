@@ -45,7 +45,7 @@ class NarrowSketches:
         """The tables of ``scale * vector`` (float32), of shape ``(stretches, 32)``."""
         if gpu.serves(vector):
             kernels = importlib.import_module("hvd_sketch.sketch.narrow_cuda")  # with Triton
-            tables: Tensor = kernels.sketch(vector, seed, scale, self._places, self._edges)
+            tables: Tensor = kernels.sketch(vector, (seed, scale), self._places, self._edges, SLICE, CELLS)
             return tables
         parts = vector.new_zeros(self._first[-1], 1, CELLS)
         for (start, stop), first, slices in zip(self._stretches, self._first, self._slices, strict=False):

@@ -11,19 +11,20 @@ import triton.language as tl
 from torch import Tensor
 
 from hvd_sketch.sketch.cuda_kernels import _below, _drawn, _flip
-from hvd_sketch.sketch.narrow import CELLS, SLICE
 
 _SIGN_STREAM = 1 << 20
 
 
-def sketch(vector: Tensor, seed: int, scale: float, places: Tensor, edges: Tensor) -> Tensor:
+def sketch(vector: Tensor, draw: tuple[int, float], places: Tensor, edges: Tensor, size: int, cells: int) -> Tensor:
     """The tables of all stretches; see `NarrowSketches`.
 
     ``places``, int64 of shape ``(slices, 3)``: where each slice starts, where its stretch stops, and its number in the
-    stretch; ``edges``: the first slice of each stretch, and behind them the number of slices.
+    stretch; ``edges``: the first slice of each stretch, and behind them the number of slices; ``draw``: the seed and
+    the scale; ``size``: coordinates of a slice; ``cells`` of a table.
     """
-    parts = torch.empty(len(places), CELLS, dtype=torch.float32, device=vector.device)
-    tables = torch.empty(len(edges) - 1, CELLS, dtype=torch.float32, device=vector.device)
+    seed, scale = draw
+    parts = torch.empty(len(places), cells, dtype=torch.float32, device=vector.device)
+    tables = torch.empty(len(edges) - 1, cells, dtype=torch.float32, device=vector.device)
     word = (seed + 2**63) % 2**64 - 2**63
     with torch.cuda.device_of(vector):
         add_slices[len(places),](
@@ -32,13 +33,13 @@ def sketch(vector: Tensor, seed: int, scale: float, places: Tensor, edges: Tenso
             places,
             word,
             scale,
-            size=SLICE,
-            cells=CELLS,
+            size=size,
+            cells=cells,
             sign_stream=_SIGN_STREAM,
             num_warps=1,
             enable_fp_fusion=False,
         )
-        add_up[len(edges) - 1,](tables, parts, edges, cells=CELLS, num_warps=1, enable_fp_fusion=False)
+        add_up[len(edges) - 1,](tables, parts, edges, cells=cells, num_warps=1, enable_fp_fusion=False)
     return tables
 
 

@@ -81,7 +81,7 @@ def add_advanced(
 
 def estimate_all(geometry: Geometry, seed: int, table: Tensor) -> Tensor:
     """The estimates (float32) of all ``geometry.dim`` coordinates."""
-    estimates = torch.empty(geometry.dim, dtype=torch.float32)
+    estimates = torch.empty(geometry.dim, dtype=torch.float32, device="cpu")
     library().sketch_estimate_all(
         geometry.rows,
         geometry.cols,
@@ -96,7 +96,10 @@ def estimate_all(geometry: Geometry, seed: int, table: Tensor) -> Tensor:
 
 def top_k(geometry: Geometry, seed: int, table: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """As `reference.top_k`, in memory of O(k) and a tile beyond the table."""
-    indices, estimates = torch.empty(k, dtype=torch.int64), torch.empty(k, dtype=torch.float32)
+    indices, estimates = (
+        torch.empty(k, dtype=torch.int64, device="cpu"),
+        torch.empty(k, dtype=torch.float32, device="cpu"),
+    )
     library().sketch_top_k(
         geometry.rows,
         geometry.cols,

@@ -75,7 +75,7 @@ class SparseCodec:
         if not native.serves(values):
             return self._encode(indices, values)
         indices, values = indices.contiguous(), values.contiguous()
-        code = torch.empty(len(values), self.nbytes, dtype=torch.uint8)
+        code = torch.empty(len(values), self.nbytes, dtype=torch.uint8, device="cpu")
         decoded = torch.empty_like(values)
         pointers = (tensor.data_ptr() for tensor in (indices, values, code, decoded))
         native.library().sparse_encode(self.universe, self.count, len(values), *pointers, torch.get_num_threads())
@@ -94,8 +94,8 @@ class SparseCodec:
         if not native.serves(code):
             return self._decode(code)
         code = code.contiguous()
-        indices = torch.empty(len(code), self.count, dtype=torch.int64)
-        values = torch.empty(len(code), self.count, dtype=torch.float32)
+        indices = torch.empty(len(code), self.count, dtype=torch.int64, device="cpu")
+        values = torch.empty(len(code), self.count, dtype=torch.float32, device="cpu")
         pointers = (tensor.data_ptr() for tensor in (code, indices, values))
         threads = torch.get_num_threads()
         if not native.library().sparse_decode(self.universe, self.count, len(code), *pointers, threads):

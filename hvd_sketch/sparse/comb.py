@@ -17,5 +17,10 @@ def comb(size: int, stride: int, step: int, seed: int) -> slice:
         return slice(0)
     turn, position = divmod(step, stride)
     generator = torch.Generator().manual_seed(seed * _TURNS + turn)  # it takes the lower 32 bits
-    offset = int(torch.randperm(stride, generator=generator)[position])
+    offset = int(torch.randperm(stride, generator=generator, device="cpu")[position])
     return slice(offset, size, stride)
+
+
+def most_of(size: int, stride: int) -> int:
+    """The most coordinates that a `comb` has."""
+    return -(-size // stride) if stride else 0

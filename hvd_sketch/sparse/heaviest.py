@@ -36,8 +36,8 @@ def heaviest_of_shards(vector: Tensor, shards: int, count: int) -> tuple[Tensor,
         return rows, values
     if vector.numel() >= 2**32 or not native.serves(vector):
         return _reference(vector, shards, count)
-    rows = torch.empty(shards, count, dtype=torch.int64)
-    values = torch.empty(shards, count, dtype=torch.float32)
+    rows = torch.empty(shards, count, dtype=torch.int64, device="cpu")
+    values = torch.empty(shards, count, dtype=torch.float32, device="cpu")
     native.library().sparse_heaviest(
         vector.data_ptr(),
         vector.numel(),

@@ -27,4 +27,4 @@ def test_nothing_is_lost_where_products_may_be_rough() -> None:
     compressor = Compression.powersgd(rank=32, start_step=0, clip_norm=None, dense_below=0)
     runs = simulate(compressor, gradients, SHAPES)
     missing = lost(gradients, runs[0].updates, [run.residual for run in runs])
-    assert (missing <= 100 * rounding(gradients, half=False)).all()  # 16 times; with rough products 370 000 times
+    assert (missing <= 100 * rounding(gradients)).all()  # 23 times; with rough products 370 000 times

@@ -45,7 +45,7 @@ def test_nothing_is_lost(size: int) -> None:
     runs = simulate(TensorTopK(ratio=10.0, warmup_steps=4, clip_norm=None), gradients)
     assert all(torch.equal(run.updates, runs[0].updates) for run in runs)
     gone = lost(gradients, runs[0].updates, [run.residual for run in runs])
-    assert (gone <= rounding(gradients, half=False)).all()
+    assert (gone <= rounding(gradients)).all()
 
 
 def test_one_tensor_is_the_ordinary_exchange() -> None:

@@ -165,8 +165,6 @@ def test_gradients_evaluation_and_saving_at_the_wrong_place_are_refused() -> Non
         optimizer: Any = hvd_sketch.DistributedOptimizer(
             sgd(model.parameters()), model.named_parameters(), TOPK, comm=comm, error_feedback=Anticipate()
         )
-        with pytest.raises(RuntimeError, match="no gradient was computed"), optimizer.step_ahead():
-            pass
         with optimizer.step_ahead():
             with pytest.raises(RuntimeError, match="save outside"):
                 optimizer.state_dict()

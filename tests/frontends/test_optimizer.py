@@ -82,16 +82,14 @@ def test_momentum_correction_reads_the_groups_of_a_loaded_state() -> None:
     torch.testing.assert_close(train(optimizer, wrapped, 8), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_momentum_correction_decays_parameters_without_gradient() -> None:
-    """As Horovod does: a missing gradient is zero, and weight decay goes on."""
+def test_momentum_correction_leaves_parameters_without_gradient_alone() -> None:
+    """As plain PyTorch does: also their weight decay."""
     plain, wrapped = net(), net()
 
     def steps(optimizer: Any, model: nn.Sequential) -> Tensor:
         for _ in range(4):
-            optimizer.zero_grad(set_to_none=False)
+            optimizer.zero_grad()
             model[0](torch.ones(2, 30)).square().mean().backward()
-            for parameter in model.parameters():
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             optimizer.step()
         return flat(model)
 
@@ -142,11 +140,10 @@ def test_the_class_and_everything_in_it_is_kept() -> None:
     model = net()
     plain = Scaled(model.parameters(), strength=0.5)
     train(plain, model, 1)
-    optimizer = wrap(plain, model)
+    optimizer: Any = wrap(plain, model)
     assert issubclass(type(optimizer), Scaled)
     assert type(optimizer).__name__ == "Scaled"
     assert type(optimizer).__module__ == "horovod.torch.optimizer"
-    assert type(optimizer).__mro__[1] is Scaled
     assert optimizer.strength == 0.5
     assert optimizer.defaults == plain.defaults
     assert optimizer.param_groups is plain.param_groups
@@ -227,9 +224,8 @@ def test_learning_rate_schedules_from_before_and_after_wrapping_work() -> None:
         after = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0)
         train(optimizer, model, 1)
         after.step()
-    train(optimizer, model, 1)
-    with pytest.warns(UserWarning, match="lr_scheduler"):  # it watches the plain optimizer, as under Horovod
-        before.step()
+        train(optimizer, model, 1)
+        before.step()  # it watches the plain optimizer, which is stepped
     assert optimizer.param_groups[0]["lr"] == 0.5
     moved = flat(model)
     train(optimizer, model, range(2, 3))
@@ -286,14 +282,26 @@ def test_clipping_between_synchronize_and_step_holds() -> None:
     assert torch.equal(optimizer.exchange.memory.residual, kept)
 
 
-def test_zero_grad_refuses_in_horovods_words_while_gradients_wait() -> None:
+@pytest.mark.parametrize("how", ["zero_grad", "discard", "model", "synchronize, zero_grad", "synchronize, model"])
+def test_gradients_that_are_thrown_away_leave_no_trace(how: str) -> None:
     model, optimizer = sketched()
-    loss(model, 0, 0).backward()
-    with pytest.raises(AssertionError, match=r"zero_grad\(\) was called after loss.backward\(\) but before"):
+    reference, expected = sketched()
+    for number in range(4):
+        loss(model, 0, 10 + number).backward()
+        if "synchronize" in how:
+            optimizer.synchronize()
+        if how.endswith("model"):
+            model.zero_grad()
+        elif how == "discard":
+            optimizer.discard()
+        else:
+            optimizer.zero_grad()
+        assert all(parameter.grad is None for parameter in model.parameters())
+        loss(model, 0, number).backward()
+        optimizer.step()
         optimizer.zero_grad()
-    optimizer.step()
-    optimizer.zero_grad()
-    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(flat(model), train(expected, reference, 4))
+    assert torch.equal(optimizer.exchange.memory.residual, expected.exchange.memory.residual)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
@@ -332,12 +340,16 @@ def test_backward_passes_add_up_until_the_exchange() -> None:
         optimizer.step()
         expected.step()
     torch.testing.assert_close(flat(model), flat(reference), rtol=1e-5, atol=1e-6)
-    optimizer.set_backward_passes_per_step(3)
-    optimizer.zero_grad()
-    for part in range(3):
-        loss(model, 0, part).backward()
-    with pytest.raises(AssertionError, match="more than backward_passes_per_step times before call to step"):
-        loss(model, 0, 3).backward()
+
+
+def test_nobody_needs_to_tell_of_several_backward_passes() -> None:
+    """Stock Horovod refuses them then."""
+    told, untold = sketched(backward_passes_per_step=3), sketched()
+    for model, optimizer in (told, untold):
+        for part in range(3):
+            loss(model, 0, part).backward()
+        optimizer.step()
+    assert torch.equal(flat(told[0]), flat(untold[0]))
 
 
 def test_a_step_before_the_last_backward_pass_takes_what_is_there() -> None:
@@ -384,7 +396,7 @@ def test_a_new_parameter_group_is_refused_and_wrapping_again_is_the_remedy() -> 
     plain = torch.optim.SGD(model[2].parameters(), 0.1)
     optimizer = wrap(plain, model)
     train(optimizer, model, 2)
-    with pytest.raises(ConfigurationError, match="add_param_group after DistributedOptimizer.*wrap it again"):
+    with pytest.raises(ConfigurationError, match="add_param_group after .*wrap it again"):
         optimizer.add_param_group({"params": list(model[0].parameters())})
     plain.add_param_group({"params": list(model[0].parameters())})
     optimizer = wrap(plain, model)

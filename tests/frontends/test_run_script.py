@@ -24,7 +24,7 @@ optimizer.zero_grad()
 model(torch.randn(8, 60)).square().mean().backward()
 optimizer.step()
 nonzero = int(torch.cat([p.grad.flatten() for p in model.parameters()]).count_nonzero())
-print("nonzero", nonzero, "of", sum(p.numel() for p in model.parameters()), type(optimizer).__mro__[1].__name__)
+print("nonzero", nonzero, "of", sum(p.numel() for p in model.parameters()), type(optimizer).__name__)
 """
 
 

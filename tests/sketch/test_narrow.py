@@ -63,9 +63,7 @@ def check(device: torch.device, size: int) -> None:
     from hvd_sketch.sketch import narrow_cuda
 
     sketches = NarrowSketches(STRETCHES, device)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(narrow_cuda, "SLICE", size)
-        ours = narrow_cuda.sketch(vector().to(device), -5, 0.3, sketches._places, sketches._edges)
+    ours = narrow_cuda.sketch(vector().to(device), (-5, 0.3), sketches._places, sketches._edges, size, CELLS)
     expected = NarrowSketches(STRETCHES, torch.device("cpu"))(vector(), -5, 0.3)
     assert torch.equal(ours.cpu().view(torch.int32), expected.view(torch.int32))
 

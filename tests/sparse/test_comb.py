@@ -75,4 +75,4 @@ def test_nothing_waits_for_longer_than_two_rounds_of_a_sketch() -> None:
     stride = COMPRESSED / (0.75 * values)
     assert 0.5 * stride < float(longest.max()) < 2.3 * stride
     missing = lost(gradients, runs[0].updates, [run.residual for run in runs])
-    assert bool((missing <= rounding(gradients, half=False)).all())
+    assert bool((missing <= rounding(gradients)).all())

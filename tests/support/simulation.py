@@ -15,7 +15,6 @@ from hvd_sketch.exchange import Exchange
 from hvd_sketch.memory import Momentum
 
 UNIT_ROUNDOFF = 2.0**-24
-HALF_ROUNDOFF = 2.0**-11
 SHAPES: Mapping[str, tuple[int, ...]] = {"a.bias": (40,), "a.weight": (40, 60), "b.norm": (30,), "b.weight": (30, 100)}
 """A model of 5400 compressed and 70 dense coordinates under the default rule."""
 
@@ -98,15 +97,6 @@ def lost(gradients: Tensor, updates: Tensor, residuals: Sequence[Tensor]) -> Ten
     return (gradients.double().sum((0, 1)) - applied - torch.stack(list(residuals)).double().sum(0)).abs()
 
 
-def rounding(gradients: Tensor, *, half: bool) -> Tensor:
-    """A bound on what rounding may lose of each coordinate.
-
-    Every gradient is added to a residual once, what is sent is subtracted once, scaled twice and summed over the
-    ranks: fewer than ranks + 6 float32 operations for each gradient, none on more than all gradients of the
-    coordinate. A sum of W half-precision messages rounds W - 1 times by 2^-11 of the sum of magnitudes; what one rank
-    sends over all steps exceeds its gradients by no more than its own rounding, once.
-    """
-    ranks, steps, _ = gradients.shape
-    magnitude = gradients.double().abs().sum((0, 1))
-    single = steps * (ranks + 6) * UNIT_ROUNDOFF * magnitude
-    return single + (ranks - 1) * HALF_ROUNDOFF * (1 + 2 * HALF_ROUNDOFF) * magnitude if half else single
+def rounding(gradients: Tensor) -> Tensor:
+    """What float32 rounding may lose of each coordinate: a millionth of the sum of magnitudes."""
+    return 1e-6 * gradients.double().abs().sum((0, 1))

@@ -3,29 +3,54 @@
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
 
-from hvd_sketch import wire
+from hvd_sketch import grid, wire
+from hvd_sketch.comm.base import Communicator
 from hvd_sketch.compressors.sketch.plan import SketchPlan
 from hvd_sketch.exchange.update import Part
+from hvd_sketch.grid import Grid
 from hvd_sketch.memory import Memory
+from hvd_sketch.saved import Form, Maybe
 from hvd_sketch.sketch import CountSketch
 from hvd_sketch.sparse.chosen import Chosen
-from hvd_sketch.sparse.comb import comb
+from hvd_sketch.sparse.comb import comb, most_of
 
 _DIGEST = slice(wire.HEADER, wire.HEADER + wire.DIGEST_BITS)
 _VALUES = wire.HEADER + wire.DIGEST_BITS
 
 
-@dataclass
 class Scales:
-    """Powers of two of a message's cells and dense values; None until a sum other than zero was seen."""
+    """The powers of two by which a bucket travels in half precision; they outlive a plan.
 
-    cell: float | None = None
-    dense: float | None = None
+    Attributes:
+        cell: of the table; None until a sum other than zero was seen.
+        comb, dense: of the values that are sent in turn, and of those that are sent in every step.
+    """
+
+    def __init__(self, dense: int, dtype: torch.dtype) -> None:
+        self.cell: float | None = None
+        self.comb, self.dense = Grid(0, dtype), Grid(dense, dtype)
+
+    def forget(self) -> None:
+        """Begin again in float32."""
+        self.cell = self.comb.scales = self.dense.scales = None
+
+    def state(self) -> tuple[float | None, Tensor | None, Tensor | None]:
+        """To be saved: cell, comb, dense."""
+        return self.cell, self.comb.scales, self.dense.scales
+
+    def form(self) -> Form:
+        """What can be restored."""
+        return Maybe(float), self.comb.form(fixed=False), self.dense.form(fixed=True)
+
+    def restore(self, state: tuple[float | None, Tensor | None, Tensor | None], device: torch.device) -> None:
+        """Take up what `state` gave."""
+        self.cell, comb, dense = state
+        self.comb.restore(comb, device)
+        self.dense.restore(dense, device)
 
 
 class SketchBucket:
@@ -33,9 +58,9 @@ class SketchBucket:
 
     In every step, in this order: `pack`, whose message is summed over the ranks, `open`, `choose`, whose
     message is summed as well, `read`, `update`; and `advance` before or after `read`. Sends nothing
-    by itself; `open` and `read` are where the host waits for the device. In half precision cells and
-    values carry a power-of-two scale that follows from the last sum, so all ranks know it (the first
-    is in float32); what rounding cut off stays in the memory.
+    by itself; `open` and `read` are where the host waits for the device. In half precision cells carry a
+    power-of-two scale that follows from the last sum, so all ranks know it (the first is in float32); values
+    travel on a `grid`, so that their sum rounds nothing, and what is rounded off before stays in the memory.
     """
 
     def __init__(
@@ -52,11 +77,8 @@ class SketchBucket:
         self._compressed, self._plan, self._scales = compressed, plan, scales
         self._dense = slice(compressed, gradient.numel())
         self._sketch = CountSketch(compressed, plan.rows, plan.cols, device=device)
-        dense = gradient.numel() - compressed
-        self._first = torch.zeros(wire.HEADER + plan.rows * plan.cols + dense, dtype=dtype, device=device)
-        in_comb = -(-compressed // plan.stride) if plan.stride else 0
-        self._second = torch.zeros(_VALUES + plan.candidates + in_comb, dtype=dtype, device=device)
-        self._dense_update = torch.zeros(dense, dtype=torch.float32, device=device)
+        self._first = torch.zeros(wire.HEADER + plan.rows * plan.cols, dtype=dtype, device=device)
+        scales.comb.resize(most_of(compressed, plan.stride))
         self.energy = self.norm = 0.0
         """Of what the last step sent, squared, and of the memory's sum by the sketch's estimate."""
 
@@ -66,43 +88,46 @@ class SketchBucket:
         self._memory.sketch_carried(self._sketch)
 
     def pack(self, clip: float, ranks: int) -> Tensor:
-        """Round 1: complete the table of what is computed; the message of table and dense values."""
+        """Round 1: complete the table of what is computed; its message."""
         self._clip = clip
         self._sketch.add(self._gradient[: self._compressed], scale=self._memory.gain * clip)
-        self._dense_computed = self._memory.computed(self._gradient, clip, self._dense)
         self._message = self._first.to(self._dtype if self._scales.cell else torch.float32)
-        table, dense = self._lanes()
-        wire.pack(table, self._sketch.table.view(-1), self._scales.cell or 1.0, ranks)
-        wire.pack(dense, self._dense_computed.clone(), self._scales.dense or 1.0, ranks)
-        sent = wire.unpack(dense, self._scales.dense or 1.0, torch.empty_like(self._dense_computed))
-        self._dense_left = self._dense_computed - sent
+        wire.pack(self._message[wire.HEADER :], self._sketch.table.view(-1), self._scales.cell or 1.0, ranks)
         return self._message
 
     def open(self, ranks: int) -> wire.Header:
-        """Read round 1's sum: the table, the dense update, and the header."""
-        table, dense = self._lanes()
-        cells = wire.unpack(table, self._scales.cell or 1.0, self._sketch.table.view(-1))
-        update = wire.unpack(dense, self._scales.dense or 1.0, self._dense_update)
-        sizes = torch.stack([_largest(cells), _largest(update), self._sketch.l2_norm().float()])
-        told = torch.cat([self._message[: wire.HEADER], sizes])
-        *lanes, self._largest_cell, largest_dense, self.norm = told.tolist()
+        """Read round 1's sum: the table and the header."""
+        cells = wire.unpack(self._message[wire.HEADER :], self._scales.cell or 1.0, self._sketch.table.view(-1))
+        sizes = torch.stack([_largest(cells), self._sketch.l2_norm().float()])
+        *lanes, largest, self.norm = torch.cat([self._message[: wire.HEADER], sizes]).tolist()
         header = wire.Header.of(lanes)
-        if header.finite and header.present == ranks:
-            self._rescale(self._largest_cell / ranks, largest_dense / ranks, ranks)
+        self._all_present = header.present == ranks
+        if header.finite and self._all_present:
+            self._scales.cell = wire.shared_scale(largest / ranks, ranks, self._dtype) if largest > 0.0 else None
         return header
 
-    def choose(self, ranks: int, step: int, seed: int) -> Tensor:
-        """Take the heaviest coordinates of the summed table and the step's comb; the message of their exact values."""
-        candidates, _ = self._sketch.top_k(self._plan.candidates)
+    def choose(self, comm: Communicator, step: int, seed: int) -> Tensor:
+        """Take the heaviest coordinates of the summed table and the step's comb.
+
+        Returns:
+            the message of their exact values, and of the dense ones.
+        """
+        candidates, estimates = self._sketch.top_k(self._plan.candidates)
         self._chosen = Chosen(candidates, comb(self._compressed, self._plan.stride, step, seed))
         self._computed = self._memory.computed(self._gradient, self._clip, self._chosen)
-        self._scale = wire.shared_scale(self._largest_cell / ranks, ranks, self._dtype)
-        message, lanes = self._second, self._values()
-        message[_VALUES + self._computed.numel() :] = 0.0  # a comb may have one coordinate less
+        self._dense_computed = self._memory.computed(self._gradient, self._clip, self._dense)
+        self._each = grid.scales_of(estimates.abs_().div_(comm.size), comm.size)
+        self._second = message = self._new_message(comm.size)
         wire.write_header(message, True)
-        wire.write_digest(message[_DIGEST], candidates, _fingerprint(*astuple(self._scales), self._scale))
-        wire.pack(lanes, self._computed.clone(), self._scale, ranks)
-        self._left = self._computed - wire.unpack(lanes, self._scale, torch.empty_like(self._computed))
+        wire.write_digest(message[_DIGEST], self._drawn(), _number(self._scales.cell))
+        fetched, in_turn, dense = self._lanes(comm.size)
+        few = candidates.numel()
+        sent = (
+            grid.put(fetched, self._computed[:few], self._each, comm),
+            self._scales.comb.put(in_turn, self._computed[few:], comm),
+        )
+        self._left = self._computed - torch.cat(sent)
+        self._dense_left = self._dense_computed - self._scales.dense.put(dense, self._dense_computed, comm)
         return message
 
     def advance(self, seed: int) -> None:
@@ -111,19 +136,23 @@ class SketchBucket:
         self._memory.advance(self._gradient, self._clip, self._sketch, self._chosen, self._left)
         self._memory.keep(self._dense, self._dense_left, mask=False)
 
-    def read(self) -> bool:
+    def read(self, comm: Communicator) -> bool:
         """Read round 2's sum: False if ranks chose differently. Of more candidates than k, drop the others."""
-        self._sums = wire.unpack(self._values(), self._scale, torch.empty_like(self._computed))
+        fetched, in_turn, dense = self._lanes(comm.size)
+        few, count, learn = self._each.numel(), self._computed.numel(), self._all_present
+        agreed = wire.digests_agree(self._second[_DIGEST], self._second[1])
+        in_comb = self._scales.comb.take(in_turn, count - few, comm, learn=learn)
+        self._sums = torch.cat([grid.take(fetched, self._each), in_comb])
+        self._dense_update = self._scales.dense.take(dense, self._dense_computed.numel(), comm, learn=learn)
         if self._plan.k < self._plan.candidates:
             self._drop_lightest()
-        agreed = wire.digests_agree(self._second[_DIGEST], self._second[1])
         agreed_by_all, sent = torch.stack([agreed.float(), torch.linalg.vector_norm(self._sums)]).tolist()
         self.energy = sent**2
         return bool(agreed_by_all)
 
     def put_back(self, *, advanced: bool) -> None:
         """Instead of `update`, when ranks have seen different sums: the memory gets the whole step, unsent."""
-        self._scales.cell = self._scales.dense = None
+        self._scales.forget()
         if not advanced:
             self._memory.absorb(self._gradient, self._clip)
             return
@@ -147,26 +176,31 @@ class SketchBucket:
         self._chosen = Chosen(self._chosen.indices[kept], self._chosen.comb)
         self._sums, self._left = self._sums[lanes], self._left[lanes]
 
-    def _values(self) -> Tensor:
-        return self._second[_VALUES : _VALUES + self._computed.numel()]
+    def _new_message(self, ranks: int) -> Tensor:
+        """Of round 2, in half precision where all of its scales are known."""
+        grids = (self._scales.comb, self._scales.dense)
+        halves = all(each.dtype(ranks) == torch.float16 for each in grids)
+        lanes = _VALUES + self._plan.candidates + sum(each.lanes(ranks) for each in grids)
+        dtype = torch.float16 if halves else torch.float32
+        return torch.empty(lanes, dtype=dtype, device=self._gradient.device)
 
-    def _lanes(self) -> tuple[Tensor, Tensor]:
-        cells = self._sketch.table.numel()
-        return self._message[wire.HEADER : wire.HEADER + cells], self._message[wire.HEADER + cells :]
+    def _lanes(self, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of round 2's message: what was fetched, the comb's, the dense ones."""
+        sizes = (self._plan.candidates, self._scales.comb.lanes(ranks), self._scales.dense.lanes(ranks))
+        fetched, in_turn, dense = self._second[_VALUES:].split(sizes)
+        return fetched, in_turn, dense
 
-    def _rescale(self, cell: float, dense: float, ranks: int) -> None:
-        """Scales of the next step's message, from means that all ranks know; none from zeros."""
-        known = cell > 0.0 and (dense > 0.0 or self._dense.stop == self._dense.start)
-        self._scales.cell = wire.shared_scale(cell, ranks, self._dtype) if known else None
-        self._scales.dense = wire.shared_scale(dense, ranks, self._dtype) if known else None
+    def _drawn(self) -> Tensor:
+        """What must be the same on all ranks in round 2: coordinates, and the bits of all scales of values."""
+        given = [scales.scales for scales in (self._scales.comb, self._scales.dense) if scales.scales is not None]
+        bits = torch.cat([self._each, *given]).view(torch.int32).long()
+        bits[: self._each.numel()].bitwise_xor_(self._chosen.indices << 32)
+        return bits
 
 
-def _fingerprint(*scales: float | None) -> int:
-    """A number that tells powers of two apart, nine bits for each."""
-    number = 0
-    for scale in scales:
-        number = number << 9 | (0 if scale is None else math.frexp(scale)[1] + 256)
-    return number
+def _number(scale: float | None) -> int:
+    """One that tells powers of two apart."""
+    return 0 if scale is None else math.frexp(scale)[1] + 256
 
 
 def _largest(values: Tensor) -> Tensor:

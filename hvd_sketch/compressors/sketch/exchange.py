@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
@@ -13,9 +14,10 @@ from hvd_sketch import wire
 from hvd_sketch.comm.base import Pending
 from hvd_sketch.compressors.sketch.bucket import Scales, SketchBucket
 from hvd_sketch.compressors.sketch.plan import SketchPlan
-from hvd_sketch.errors import RankMismatchError
+from hvd_sketch.errors import ConfigurationError, RankMismatchError
 from hvd_sketch.exchange import Exchange, Setting
 from hvd_sketch.exchange.base import Factor, Finite
+from hvd_sketch.saved import Form
 
 
 class SketchExchange(Exchange):
@@ -23,10 +25,10 @@ class SketchExchange(Exchange):
 
     With computed memory v_i on rank i, table sketch S and W ranks::
 
-        round 1   T = sum_i S(v_i)                    allreduce of rows * cols cells + dense part
+        round 1   T = sum_i S(v_i)                    allreduce of rows * cols cells
                   C = the P k coordinates of largest |estimate from T|       same on every rank
                   D = every R-th coordinate, from an offset drawn anew       same on every rank
-        round 2   x_j = sum_i v_i[j], j in C and D    allreduce of P k + compressed / R exact values
+        round 2   x_j = sum_i v_i[j], j in C and D    allreduce of P k + compressed / R exact values + dense part
                   update = x at the k largest of C and at D, divided by W;  v_i loses what it sent
 
     D, which the paper does not have, is what bounds the time that a coordinate waits.
@@ -40,9 +42,9 @@ class SketchExchange(Exchange):
     others. Its clip factor then follows from the norms that are known, and for the buckets that are not
     there yet from the last step's.
 
-    In half precision cells and values carry a shared power-of-two scale, and what rounding cut
-    off stays in the memory. Buckets and signs are drawn anew in every step.
-    A digest of C rides in round 2: if ranks chose differently, all raise `RankMismatchError`, and
+    In half precision cells carry a shared power-of-two scale and values travel on a `hvd_sketch.grid`;
+    what is rounded off stays in the memory. Buckets and signs are drawn anew in every step.
+    A digest of C and of the scales rides in round 2: if ranks chose differently, all raise `RankMismatchError`, and
     the memory holds the step's gradients, unsent.
     """
 
@@ -52,7 +54,8 @@ class SketchExchange(Exchange):
         self._seed, self._dtype = seed, dtype
         self._prepared: SketchPlan | None = None
         self._buckets: list[SketchBucket] = []
-        self._scales = [Scales() for _ in layout.buckets]
+        dense = [where.stop - where.start - size for where, size in zip(layout.buckets, layout.sizes, strict=True)]
+        self._scales = [Scales(coordinates, dtype) for coordinates in dense]
         self._norms = [0.0 for _ in layout.buckets]
         self._positions = [layout.positions(where) for where in layout.buckets]
         self._firsts: list[Pending] = []  # round 1 of so many buckets has started
@@ -69,17 +72,24 @@ class SketchExchange(Exchange):
     ) -> None:
         """As for every `Exchange`; the gradient may be the last one that a bucket waits for."""
         super().submit(position, gradient, factor, parameter, weight_decay)
-        if self._starts_early and self.agreed and self.plan is not None:
+        if self.streams and self.agreed and self.plan is not None:
+            self._start_complete()
+
+    def submit_many(self, gradients: Mapping[int, Tensor], factor: float = 1.0) -> None:
+        """As for every `Exchange`; they may be the last ones that a bucket waits for."""
+        super().submit_many(gradients, factor)
+        if self.streams and self.agreed and self.plan is not None:
             self._start_complete()
 
     @property
-    def gathers(self) -> bool:
-        """Not where the first buckets travel while backward computes the rest."""
-        return super().gathers and not self._starts_early
-
-    @property
-    def _starts_early(self) -> bool:
+    def streams(self) -> bool:
+        """Where there are several buckets, and a hook of backward may communicate."""
         return len(self._norms) > 1 and self.comm.starts_in_backward(self.gradient.device)
+
+    def has_begun(self, position: int) -> bool:
+        """Where round 1 of a bucket that has some of it has started."""
+        begun = len(self._firsts)
+        return begun > 0 and self.layout.slots[position].offset < self.layout.buckets[begun - 1].stop
 
     def run(self) -> None:
         """As for every `Exchange`."""
@@ -87,6 +97,8 @@ class SketchExchange(Exchange):
             super().run()
         finally:
             self._firsts.clear()
+            if self.absent:
+                self._carried = ()  # the table has what was set aside
             self._norms = [norm if math.isfinite(norm) else 0.0 for norm in self._norms]
             self._prepare()
 
@@ -99,12 +111,17 @@ class SketchExchange(Exchange):
 
     def own_state(self) -> dict[str, Any]:
         """The scales of each bucket."""
-        return {"scales": [(scales.cell, scales.dense) for scales in self._scales]}
+        return {"scales": [scales.state() for scales in self._scales]}
+
+    def own_form(self) -> Form:
+        """The same of each bucket."""
+        return {"scales": [scales.form() for scales in self._scales]}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Restore them."""
-        for scales, (cell, dense) in zip(self._scales, state["scales"], strict=True):
-            scales.cell, scales.dense = cell, dense
+        for scales, saved in zip(self._scales, state["scales"], strict=True):
+            scales.restore(saved, self.gradient.device)
+        self._prepared = None
         self._prepare()
 
     def _prepare(self) -> None:
@@ -130,7 +147,12 @@ class SketchExchange(Exchange):
         header = headers[-1]  # made when all gradients were there, so it speaks for the whole step
         if header.void:
             _wait(seconds)
-        if not self.rounds.heed(header):
+        try:
+            taken = self.rounds.heed(header)
+        except ConfigurationError:
+            _wait(seconds)
+            raise
+        if not taken:
             return False
         self._finish(seconds, all_applied=plan.k == plan.candidates)
         return True
@@ -164,7 +186,7 @@ class SketchExchange(Exchange):
 
     def _start_second(self, number: int) -> Pending:
         with self.stats.phase("select"):
-            message = self._buckets[number].choose(self.comm.size, self.step, self._seed)
+            message = self._buckets[number].choose(self.comm, self.step, self._seed)
         with self.stats.phase("exchange"):
             return self.comm.start_allreduce(message, self.rounds.name_of(f"values{number}"))
 
@@ -174,7 +196,7 @@ class SketchExchange(Exchange):
             self._advance()
         with self.stats.phase("exchange"):
             _wait(seconds)
-        if not all(bucket.read() for bucket in self._buckets):
+        if not all(bucket.read(self.comm) for bucket in self._buckets):
             for bucket in self._buckets:
                 bucket.put_back(advanced=all_applied)
             self._carried = ()

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from hvd_sketch import wire
+import torch
+
+from hvd_sketch import grid, wire
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.budget import unreachable
 from hvd_sketch.layout import Layout
+from hvd_sketch.sparse.comb import most_of
 
 
 @dataclass(frozen=True)
@@ -40,33 +43,44 @@ class SketchPlan:
         return [SketchPlan(self.rows, cols, k, fetched, self.stride) for cols, k, fetched in zip(*shares, strict=True)]
 
 
-def sketch_plan(
-    layout: Layout,
-    ratio: float,
-    *,
-    rows: int,
-    table_share: float,
-    in_turn: float,
-    oversampling: float,
-    lane_bytes: int,
-) -> SketchPlan:
+@dataclass(frozen=True)
+class Shares:
+    """How a step's bytes are divided.
+
+    Attributes:
+        rows: of the table.
+        table: share of the bytes that the table has.
+        in_turn: share of the values that are of the comb.
+        oversampling: candidates for each one applied.
+    """
+
+    rows: int
+    table: float
+    in_turn: float
+    oversampling: float
+
+
+def sketch_plan(layout: Layout, ratio: float, ranks: int, dtype: torch.dtype, shares: Shares) -> SketchPlan:
     """Spend ``4 * total / ratio`` bytes: dense part first, then table and exact values by share.
 
     An allreduce moves every byte of its message alike, so the ratio of messages is the ratio
     of bytes sent; each bucket has its headers. Of the values a part is of the comb, all others of
-    candidates, of which k is capped at the number of compressed coordinates.
+    candidates, of which k is capped at the number of compressed coordinates. Values, exact ones and dense ones, are
+    in float32 where ranks are too many for a `grid`.
 
     Raises:
         ConfigurationError: when the dense part alone, or a table of one tile, does not fit.
     """
-    overhead = len(layout.buckets) * (2 * wire.HEADER + wire.DIGEST_BITS) + layout.dense
-    lanes = int(4 * layout.total / ratio) // lane_bytes - overhead
-    cols = int(lanes * table_share) // rows
-    values = lanes - rows * cols
-    stride = -(-layout.compressed // int(values * in_turn)) if values * in_turn >= 1 else 0
-    candidates = values - (sum(-(-size // stride) for size in layout.sizes) if stride else 0)
-    k = int(candidates / oversampling)
+    cell, value = dtype.itemsize, grid.itemsize(ranks, dtype)
+    headers = cell * wire.HEADER + value * (wire.HEADER + wire.DIGEST_BITS)
+    overhead = len(layout.buckets) * headers + value * grid.lanes(layout.dense, ranks, dtype)
+    left = int(4 * layout.total / ratio) - overhead
+    cols = int(left * shares.table) // (cell * shares.rows)
+    values = (left - cell * shares.rows * cols) // value
+    stride = -(-layout.compressed // int(values * shares.in_turn)) if values * shares.in_turn >= 1 else 0
+    candidates = values - sum(grid.lanes(most_of(size, stride), ranks, dtype) for size in layout.sizes)
+    k = int(candidates / shares.oversampling)
     if cols < 1 or k < 1:
-        raise unreachable(layout, ratio, overhead + 2 * rows, lane_bytes)
+        raise unreachable(layout, ratio, overhead + cell * shares.rows + value)
     k = min(k, layout.compressed)
-    return SketchPlan(rows, cols, k, min(candidates, layout.compressed), stride)
+    return SketchPlan(shares.rows, cols, k, min(candidates, layout.compressed), stride)

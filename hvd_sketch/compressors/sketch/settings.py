@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hvd_sketch.compressors.base import Bucketed
 from hvd_sketch.compressors.sketch.exchange import SketchExchange
-from hvd_sketch.compressors.sketch.plan import SketchPlan, sketch_plan
+from hvd_sketch.compressors.sketch.plan import Shares, SketchPlan, sketch_plan
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange, Setting
 from hvd_sketch.layout import Layout
@@ -36,7 +36,8 @@ class Sketch(Bucketed):
             with `Anticipate`, and with nothing else: what is sent because it is its turn is old, and without a step
             ahead that did more harm than good.
         oversampling: candidates fetched for each one applied (P in the paper).
-        half: cells and values travel as float16; what rounding cuts off stays in the memory.
+        half: cells and values travel as float16, values on more than 128 ranks as float32; what is rounded off
+            stays in the memory.
         seed: of the hash functions; equal on all ranks.
     """
 
@@ -88,16 +89,15 @@ class Sketch(Bucketed):
 
     def fit(self, layout: Layout, ratio: float, ranks: int) -> SketchPlan:
         """See `sketch_plan`."""
+        table = self.table_share or (_SHARE_IN_TURN if self.in_turn else _SHARE)
         return sketch_plan(
-            layout,
-            ratio,
-            rows=self.rows,
-            table_share=self.table_share or (_SHARE_IN_TURN if self.in_turn else _SHARE),
-            in_turn=self.in_turn,
-            oversampling=self.oversampling,
-            lane_bytes=2 if self.half else 4,
+            layout, ratio, ranks, self._dtype, Shares(self.rows, table, self.in_turn, self.oversampling)
         )
 
     def build(self, setting: Setting) -> Exchange:
         """A `SketchExchange`."""
-        return SketchExchange(setting, self.seed, torch.float16 if self.half else torch.float32)
+        return SketchExchange(setting, self.seed, self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.float16 if self.half else torch.float32

@@ -50,9 +50,9 @@ class DmSGD(Gossip):
         super().__init__(optimizer, model, comm, graph, lazy=False, same_start=same_start)
         self._before = self._flat.new()
 
-    def advance(self) -> None:
+    def advance(self, **keywords: Any) -> None:
         self._flat.read(self._before)
-        self.optimizer.step()
+        self.optimizer.step(**keywords)
         self._flat.read(self._live)
         if not math.isfinite(torch.linalg.vector_norm(self._live.vector, math.inf)):
             self._live.vector.copy_(self._before.vector)
@@ -101,7 +101,7 @@ class DecentLaM(Gossip):
         super().__init__(optimizer, model, comm, graph, lazy=True, same_start=same_start)
         self._mixed, self._gradient = self._flat.new(), self._flat.new()
 
-    def advance(self) -> None:
+    def advance(self, **keywords: Any) -> None:
         self._flat.read(self._live)
         self._read_gradient(self._gradient)
         self._mixed.vector.copy_(self._live.vector)
@@ -114,7 +114,7 @@ class DecentLaM(Gossip):
             torch._foreach_div_([self._gradient.views[position] for position in positions], rate)
         self._flat.write_gradients(self._gradient)
         with _without_weight_decay(self.optimizer):
-            self.optimizer.step()
+            self.optimizer.step(**keywords)
 
     def _rates(self) -> list[tuple[float, list[int]]]:
         return [(nonzero_rate(g), at) for g, at in zip(self.param_groups, self._flat.groups, strict=True) if at]

@@ -53,9 +53,9 @@ class InfNormCode:
     def __init__(self, quantizer: InfNorm, count: int, dtype: torch.dtype, seed: int) -> None:
         self._bits, self._levels, self._count = quantizer.bits, 2 ** (quantizer.bits - 1) - 1, count
         blocks = -(-count // quantizer.block)
-        self._values = torch.zeros(blocks, quantizer.block, dtype=dtype)
+        self._values = torch.zeros(blocks, quantizer.block, dtype=dtype, device="cpu")
         self._random = torch.empty_like(self._values)
-        self._integers = torch.empty(self._values.numel(), dtype=torch.int8)
+        self._integers = torch.empty(self._values.numel(), dtype=torch.int8, device="cpu")
         self._generator = torch.Generator().manual_seed(seed)
         self._scale_bytes = 4 * blocks
         self.message_bytes = self._scale_bytes + packed_bytes(self._values.numel(), quantizer.bits)

@@ -96,14 +96,14 @@ class LEAD(Gossip):
         self._alpha, self._gamma = sent.alpha, sent.gamma
         count, seed = self._flat.layout.total, sent.seed * 2**20 + self._collectives.rank
         self._code = InfNormCode(sent.quantization, count, self._flat.dtype, seed)
-        self._message = torch.empty(self._code.message_bytes, dtype=torch.uint8)
+        self._message = torch.empty(self._code.message_bytes, dtype=torch.uint8, device="cpu")
         self._gradient = self._flat.new()
         self._seen, self._seen_mixed, self._dual, self._sent, self._mixed, self._scratch = (
-            torch.zeros(count, dtype=self._flat.dtype) for _ in range(6)
+            torch.zeros(count, dtype=self._flat.dtype, device="cpu") for _ in range(6)
         )
         self._begun = False
 
-    def advance(self) -> None:
+    def advance(self, **keywords: Any) -> None:
         rate = self._rate()
         x = self._live.vector
         self._flat.read(self._live)

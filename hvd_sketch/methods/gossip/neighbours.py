@@ -28,7 +28,7 @@ class Neighbourhood:
         self._comm = comm
         self._rows = graph.neighbours[comm.rank]
         self._graph_comm = mpi_comm and mpi_comm.Create_dist_graph_adjacent(list(self._rows), list(self._rows))
-        self._received = torch.empty(0)
+        self._received = torch.empty(0, dtype=torch.float32, device="cpu")
         self.bytes_sent = 0
 
     def exchange(self, message: Tensor, name: str) -> Tensor:
@@ -41,7 +41,7 @@ class Neighbourhood:
         if self._graph_comm is None:
             return self._comm.allgather(message, name)[list(self._rows)]
         if self._received.shape != (len(self._rows), message.numel()) or self._received.dtype != message.dtype:
-            self._received = torch.empty(len(self._rows), message.numel(), dtype=message.dtype)
+            self._received = torch.empty(len(self._rows), message.numel(), dtype=message.dtype, device="cpu")
         self._graph_comm.Neighbor_allgather(
             message.view(torch.uint8).numpy(), self._received.view(-1).view(torch.uint8).numpy()
         )

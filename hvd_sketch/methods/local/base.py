@@ -17,6 +17,7 @@ from hvd_sketch.comm import as_communicator, default_communicator
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.methods.decentralized import Decentralized
 from hvd_sketch.methods.flat import Flat, LayoutRule, whole
+from hvd_sketch.saved import Equal, Form, unfit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ class LocalSteps(Decentralized):
             agreed,
             same_start=rhythm.same_start,
             layout=rhythm.layout,
-            device=next(model.parameters(), torch.empty(0)).device,
+            device=next((p.device for p in model.parameters()), torch.device("cpu")),
         )
         self._period, self._clip_norm = rhythm.period, rhythm.clip_norm
         self._steps = 0
@@ -106,8 +107,7 @@ class LocalSteps(Decentralized):
         """A copy of what belongs to this rank: its model, its optimizer's state and the method's."""
         self._flat.read(self._live)
         return {
-            "rank": self._collectives.rank,
-            "size": self._collectives.size,
+            **self._identity(),
             "steps": self._steps,
             "model": self._live.vector.clone(),
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
@@ -115,38 +115,48 @@ class LocalSteps(Decentralized):
         }
 
     def load_memory_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore this rank's part, after ``load_state_dict``.
+        """Restore this rank's part, after ``load_state_dict``, all of it or nothing.
 
         Raises:
-            ConfigurationError: when it is another rank's, or of another number of ranks.
+            ConfigurationError: when it is another rank's, or of another number of ranks, model or method.
         """
-        for key, here in (("rank", self._collectives.rank), ("size", self._collectives.size)):
-            if state[key] != here:
-                raise ConfigurationError(
-                    f"rank {self._collectives.rank}: the saved state has {key}={state[key]}, here it is {here}; load "
-                    "each rank's own, or flush() before saving and load rank 0's model and optimizer alone"
-                )
+        groups = [dict] * len(self.optimizer.param_groups)
+        form = {
+            **{name: Equal(value) for name, value in self._identity().items()},
+            "steps": int,
+            "model": self._live.vector,
+            "optimizer": {"state": dict, "param_groups": groups},
+            **self._own_form(),
+        }
+        problem = unfit(state, form)
+        if problem is not None:
+            raise ConfigurationError(f"rank {self._collectives.rank}: {problem}")
+        self.optimizer.load_state_dict(state["optimizer"])
         self._steps = state["steps"]
         self._live.vector.copy_(state["model"])
         self._flat.write(self._live)
-        self.optimizer.load_state_dict(state["optimizer"])
         self._load_own_state(state)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a saved state belongs to."""
+        ranks, parameters = self._collectives, self._flat.layout.describe()
+        return {"method": type(self).__name__, "rank": ranks.rank, "size": ranks.size, "parameters": parameters}
 
     @abstractmethod
     def _meet(self) -> None:
         """Exchange; the parameters are this rank's own before it."""
 
-    def advance(self) -> None:
-        self._local_step()
+    def advance(self, **keywords: Any) -> None:
+        self._local_step(**keywords)
         self._steps += 1
         if self._steps % self._period == 0:
             with self._exchanging():
                 self._meet()
 
-    def _local_step(self) -> None:
+    def _local_step(self, **keywords: Any) -> None:
         limit = math.inf if self._clip_norm is None else self._clip_norm
         if math.isfinite(float(torch.nn.utils.clip_grad_norm_(self._flat.parameters, limit))):
-            self.optimizer.step()
+            self.optimizer.step(**keywords)
         else:
             self.stats.skipped += 1
 
@@ -160,6 +170,10 @@ class LocalSteps(Decentralized):
         return
 
     def _own_state(self) -> dict[str, Any]:
+        return {}
+
+    def _own_form(self) -> dict[str, Form]:
+        """What `_own_state` looks like; see `hvd_sketch.saved`."""
         return {}
 
     def _load_own_state(self, state: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.methods.displacement import displacement_exchange, layout_rule
 from hvd_sketch.methods.local.base import LocalSteps, Rhythm
+from hvd_sketch.saved import Form
 
 
 class CSER(LocalSteps):
@@ -91,10 +92,10 @@ class CSER(LocalSteps):
                 )
         return displacement_exchange(compression, layout, self._collectives, self._flat.device)
 
-    def advance(self) -> None:
+    def advance(self, **keywords: Any) -> None:
         before, after = self._before.vector, self._live.vector
         self._flat.read(self._before)
-        self._local_step()
+        self._local_step(**keywords)
         self._flat.read(self._live)
         rest = torch.sub(before, after, out=after)
         if self.gradient_exchange is not None:
@@ -134,6 +135,9 @@ class CSER(LocalSteps):
     def _own_state(self) -> dict[str, Any]:
         exchanges = [exchange.state_dict() for exchange in self._exchanges()]
         return {"errors": self._errors.clone(), "exchanges": exchanges}
+
+    def _own_form(self) -> dict[str, Form]:
+        return {"errors": self._errors, "exchanges": [exchange.state_form() for exchange in self._exchanges()]}
 
     def _load_own_state(self, state: dict[str, Any]) -> None:
         self._errors.copy_(state["errors"])

@@ -10,8 +10,10 @@ import torch
 
 from hvd_sketch.compressors.compression import Compression
 from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.exchange import Exchange
 from hvd_sketch.methods.displacement import displacement_exchange, layout_rule
 from hvd_sketch.methods.local.base import LocalSteps, Rhythm
+from hvd_sketch.saved import Form
 
 MomentumSync = Literal["keep", "reset", "average"]
 
@@ -85,6 +87,8 @@ class LocalSGD(LocalSteps):
         RankMismatchError: alike on all ranks, when models or settings differ.
     """
 
+    exchange: Exchange
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
@@ -101,7 +105,8 @@ class LocalSGD(LocalSteps):
         rhythm = Rhythm(period=period, clip_norm=clip_norm, same_start=same_start, layout=layout)
         settings = {"compression": repr(compression), "outer": str(self._outer)}
         super().__init__(optimizer, model, comm, rhythm, settings)
-        self.exchange = displacement_exchange(compression, self._flat.layout, self._collectives, self._flat.device)
+        exchange = displacement_exchange(compression, self._flat.layout, self._collectives, self._flat.device)
+        self._own(exchange=exchange)
         self._velocity = torch.zeros_like(self._live.vector) if self._outer.outer_momentum else None
         self._anchor = self._present()
 
@@ -155,6 +160,10 @@ class LocalSGD(LocalSteps):
     def _own_state(self) -> dict[str, Any]:
         state = {"exchange": self.exchange.state_dict(), "anchor": self._anchor.vector.clone()}
         return state if self._velocity is None else {**state, "velocity": self._velocity.clone()}
+
+    def _own_form(self) -> dict[str, Form]:
+        form = {"exchange": self.exchange.state_form(), "anchor": self._anchor.vector}
+        return form if self._velocity is None else {**form, "velocity": self._velocity}
 
     def _load_own_state(self, state: dict[str, Any]) -> None:
         self.exchange.load_state_dict(state["exchange"])

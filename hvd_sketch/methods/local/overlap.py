@@ -10,6 +10,7 @@ import torch
 from hvd_sketch.comm.base import Pending
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.methods.local.base import LocalSteps, Rhythm
+from hvd_sketch.saved import Form
 
 
 class AnchorOptions(TypedDict, total=False):
@@ -85,10 +86,10 @@ class OverlapLocalSGD(LocalSteps):
         self._velocity = torch.zeros_like(self._anchor)
         self._pending: Pending | None = None
 
-    def advance(self) -> None:
+    def advance(self, **keywords: Any) -> None:
         if self._pending is not None:
             self._pending.poll()
-        super().advance()
+        super().advance(**keywords)
 
     def _meet(self) -> None:
         self._arrive()
@@ -114,6 +115,9 @@ class OverlapLocalSGD(LocalSteps):
     def _own_state(self) -> dict[str, Any]:
         self._arrive()
         return {"anchor": self._anchor.clone(), "velocity": self._velocity.clone()}
+
+    def _own_form(self) -> dict[str, Form]:
+        return {"anchor": self._anchor, "velocity": self._velocity}
 
     def _load_own_state(self, state: dict[str, Any]) -> None:
         self._arrive()

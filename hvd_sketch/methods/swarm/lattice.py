@@ -102,8 +102,8 @@ class LatticeCode:
         self.bits = bits
         self.payload_bytes = packed_bytes(count, bits)
         chunk = min(count, _CHUNK)
-        self._integers = torch.empty(chunk, dtype=torch.int16 if bits == 16 else torch.int8)
-        self._scratch = torch.empty(2, chunk, dtype=dtype)
+        self._integers = torch.empty(chunk, dtype=torch.int16 if bits == 16 else torch.int8, device="cpu")
+        self._scratch = torch.empty(2, chunk, dtype=dtype, device="cpu")
 
     def encode(self, values: Tensor, exponent: int, payload: Tensor, snapshot: Tensor) -> int:
         """Write the colours of finite ``values`` to ``payload`` (uint8) and their lattice indices to ``snapshot``.

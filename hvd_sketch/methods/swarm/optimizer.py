@@ -163,9 +163,9 @@ class SwarmSGD(Decentralized):
         else:
             self._leave()
 
-    def advance(self) -> None:
+    def advance(self, **keywords: Any) -> None:
         self._check()
-        self.optimizer.step()
+        self.optimizer.step(**keywords)
         self._steps_left -= 1
         if self._steps_left == 0:
             self._steps_left = self.settings.steps(self._random)
@@ -234,7 +234,7 @@ class SwarmSGD(Decentralized):
         self.stats.bytes_sent = self._courier.bytes_sent
 
     def _wait_for_all(self, *, ending: bool = False) -> None:
-        share = torch.full((1,), float(ending), dtype=self._flat.dtype)
+        share = torch.full((1,), float(ending), dtype=self._flat.dtype, device="cpu")
         self._average(share)
         if float(share) != float(ending):
             raise RuntimeError(

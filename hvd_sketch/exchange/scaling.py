@@ -1,0 +1,69 @@
+"""Loss scales of mixed precision: which one the gradients carry, and telling scalers of a step that was void."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import torch
+from torch.amp import GradScaler
+from torch.amp.grad_scaler import OptState
+
+
+class LossScale:
+    """The scale that an optimizer's gradients carry when they are exchanged.
+
+    Inside ``scaler.step(optimizer)`` the scaler tells it. Before that, when gradients are synchronized by
+    hand, it is that of the scaler that was given, or else of the only one in use, unless
+    ``scaler.unscale_(optimizer)`` has been called. That one is looked for once, at the first time.
+    """
+
+    def __init__(self, scaler: GradScaler | None) -> None:
+        self._told = None if scaler is None else weakref.ref(scaler)
+        self._found: weakref.ref[GradScaler] | None = None
+        self._looked = False
+
+    def __reduce__(self) -> Any:
+        return LossScale, (None,)
+
+    def in_step(self, optimizer: torch.optim.Optimizer) -> float:
+        """Inside `step`: what the scaler that calls it, if one does, left on the optimizer."""
+        left = vars(optimizer)
+        if "found_inf" in left:
+            return 1.0 if left["grad_scale"] is None else float(left["grad_scale"])
+        return _scale_of(None if self._told is None else self._told(), optimizer)
+
+    def by_hand(self, optimizer: torch.optim.Optimizer) -> float:
+        """Outside of it."""
+        if self._told is None and not self._looked:
+            used = [scaler for scaler in _scalers() if scaler.is_enabled() and scaler._scale is not None]
+            self._found, self._looked = weakref.ref(used[0]) if len(used) == 1 else None, True
+        known = self._told or self._found
+        return _scale_of(None if known is None else known(), optimizer)
+
+
+def _scale_of(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> float:
+    """What gradients that backward computed from ``scaler.scale(loss)`` carry, unless they were unscaled."""
+    if scaler is None or not scaler.is_enabled() or scaler._scale is None:
+        return 1.0
+    state = _state_of(scaler, optimizer)
+    return 1.0 if state is not None and state["stage"] is not OptState.READY else float(scaler.get_scale())
+
+
+def tell_scalers(optimizer: torch.optim.Optimizer) -> None:
+    """Make the scaler that steps this optimizer, if one does, lower its scale, although gradients here are finite."""
+    for scaler in _scalers() if "found_inf" in vars(optimizer) else ():
+        state = _state_of(scaler, optimizer)
+        for found in () if state is None else state["found_inf_per_device"].values():
+            found.fill_(1.0)
+
+
+def _scalers() -> list[GradScaler]:
+    return [found for found in gc.get_objects() if issubclass(type(found), GradScaler)]
+
+
+def _state_of(scaler: GradScaler, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    """What a scaler knows of an optimizer in this step."""
+    states: dict[int, dict[str, Any]] = scaler._per_optimizer_states
+    return states.get(id(optimizer))
