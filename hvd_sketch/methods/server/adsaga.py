@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.errors import ConfigurationError
-from hvd_sketch.methods.flat import FlatParameters, whole
+from hvd_sketch.methods.flat import HOST, FlatParameters, whole
 from hvd_sketch.methods.server.codes import Whole
 from hvd_sketch.methods.server.connection import ServerSetting, connect
 from hvd_sketch.methods.server.member import Member
@@ -98,7 +98,7 @@ class ADSAGA(Member):
             raise ConfigurationError(f"ADSAGA: on_lost must be 'keep' or 'remove', got {on_lost!r}")
         self.model = model
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        parameters = FlatParameters(named, whole(named.items()), torch.device("cpu"))
+        parameters = FlatParameters(named, whole(named.items()), HOST)
         setting = ServerSetting("ADSAGA", server, server_works, patience=patience, restarts=restarts)
         rule = Saga(step, on_lost)
         connection = connect(setting, parameters, model, comm, rule, samples=components, log=log, on_change=on_change)
@@ -124,7 +124,7 @@ class ADSAGA(Member):
 
     def work(self, steps: int) -> Iterator[int]:
         """So many components of this worker, drawn at random; none on a dedicated server, which serves here."""
-        draws = (int(torch.randint(self._components, (1,), generator=self._generator)) for _ in range(steps))
+        draws = (int(torch.randint(self._components, (1,), generator=self._generator, device="cpu")) for _ in range(steps))
         return self._engine.work(draws)
 
     @torch.no_grad()
@@ -204,7 +204,7 @@ def _rate(smoothness: float | None, rate: float | None) -> float:
 
 
 def _table(components: int, parameters: FlatParameters) -> Tensor:
-    table = torch.zeros(components, parameters.layout.total, dtype=parameters.dtype)
+    table = torch.zeros(components, parameters.layout.total, dtype=parameters.dtype, device=HOST)
     if table.nbytes > _LARGE_TABLE:
         warnings.warn(
             f"ADSAGA: the table of {components} gradients takes {table.nbytes / 2**30:.1f} GiB; larger blocks as "

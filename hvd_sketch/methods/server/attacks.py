@@ -90,10 +90,11 @@ class Replay(Local):
 
     def __init__(self, after: int = 1) -> None:
         super().__init__()
-        self._left, self._first = after, torch.empty(0)
+        self._left = after
+        self._first: Tensor | None = None
 
     def __call__(self, update: Tensor) -> Tensor:
-        if not self._first.numel():
+        if self._first is None:
             self._first = update.clone()
         self._left -= 1
         return update if self._left >= 0 else self._first.clone()

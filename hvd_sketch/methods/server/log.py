@@ -41,7 +41,7 @@ class Event(NamedTuple):
     number: int = 0
     code: int = 0
     at: float = 0.0
-    payload: Tensor = torch.empty(0, dtype=torch.uint8)
+    payload: Tensor = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 class Log:

@@ -56,7 +56,7 @@ class Header(NamedTuple):
 
     def write(self, *payload: Tensor) -> Tensor:
         """The message (uint8): this header, a checksum over everything, and the payload's parts (uint8)."""
-        message = torch.cat([torch.empty(HEADER, dtype=torch.uint8), *payload])
+        message = torch.cat([torch.empty(HEADER, dtype=torch.uint8, device="cpu"), *payload])
         message.numpy()[:HEADER] = bytearray(self._pack(0))
         message.numpy()[:HEADER] = bytearray(self._pack(zlib.crc32(message.numpy().data)))
         return message

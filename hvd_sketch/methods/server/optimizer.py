@@ -18,12 +18,12 @@ from hvd_sketch.methods.server.member import Member
 from hvd_sketch.methods.server.rules.base import Rule
 from hvd_sketch.methods.server.rules.plain import Plain
 from hvd_sketch.methods.server.worker import MemoryUse, Transform, Work
-from hvd_sketch.methods.wrapper import WrappedOptimizer
+from hvd_sketch.methods.wrapper import Method
 
 Item = TypeVar("Item")
 
 
-class AsyncSGD(Member, WrappedOptimizer):
+class AsyncSGD(Member, Method):
     """Training with a server, asynchronous unless the rule says otherwise.
 
     A rank holds the model x. Every other rank is a worker: it takes H local steps from the model
@@ -102,7 +102,7 @@ class AsyncSGD(Member, WrappedOptimizer):
         log: Path | str | None = None,
         on_change: Callable[[int], None] | None = None,
     ) -> None:
-        WrappedOptimizer.__init__(self, optimizer)
+        Method.__init__(self, optimizer)
         name = type(self).__name__
         if period < 1:
             raise ConfigurationError(f"{name}: period must be at least 1 step, got {period}")
@@ -111,7 +111,7 @@ class AsyncSGD(Member, WrappedOptimizer):
         if memory not in get_args(MemoryUse):
             raise ConfigurationError(f"{name}: memory must be one of {get_args(MemoryUse)}, got {memory!r}")
         setting = ServerSetting(name, server, server_works, up, down, patience, restarts)
-        self.model = model
+        self._own(model=model)
         self._period, self._proximal = period, proximal
         self._clip_norm: float | None = getattr(up, "clip_norm", None)
         parameters = FlatModel(optimizer, model, setting.layout)
@@ -126,7 +126,7 @@ class AsyncSGD(Member, WrappedOptimizer):
         """The batches, on a worker; none on a dedicated server, which serves here until no worker is left."""
         return self._engine.work(batches)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, **keywords: Any) -> Any:
         """One local step, and after every ``period`` of them a push; a closure is evaluated once, before.
 
         Raises:
@@ -135,7 +135,7 @@ class AsyncSGD(Member, WrappedOptimizer):
         """
         self._check_step()
         self._counted.steps += 1
-        return super().step(closure)
+        return super().step(closure, **keywords)
 
     def flush(self) -> None:
         """Push all that is not sent yet, whole, and go on from the server's model."""
@@ -159,12 +159,12 @@ class AsyncSGD(Member, WrappedOptimizer):
         self.optimizer.load_state_dict(state["optimizer"])
         self._work.load_state_dict(state)
 
-    def advance(self) -> None:
+    def advance(self, **keywords: Any) -> None:
         """One local step, and after every ``period`` of them a push."""
         limit = math.inf if self._clip_norm is None else self._clip_norm
         if math.isfinite(float(torch.nn.utils.clip_grad_norm_(self._flat.parameters, limit))):
             self._pull_back()
-            self.optimizer.step()
+            self.optimizer.step(**keywords)
         else:
             self._counted.skipped += 1
         self._steps_since += 1

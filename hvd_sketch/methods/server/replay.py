@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hvd_sketch.compressors import Compression
-from hvd_sketch.methods.flat import FlatParameters
+from hvd_sketch.methods.flat import HOST, FlatParameters
 from hvd_sketch.methods.server.codes import Whole
 from hvd_sketch.methods.server.connection import ServerSetting
 from hvd_sketch.methods.server.log import read_log
@@ -46,7 +46,7 @@ def replay(
     """
     setting = ServerSetting("replay", up=up, down=down)
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    parameters = FlatParameters(named, setting.layout(named.items()), torch.device("cpu"))
+    parameters = FlatParameters(named, setting.layout(named.items()), HOST)
     sent = setting.code("down", parameters)
     start = parameters.new()
     store = Store(

@@ -38,7 +38,7 @@ class SparseCode(Code):
     def encode(self, vector: Tensor, step: int) -> Tensor:
         count = self._plan(step)
         lanes = vector if count is None else vector[self._layout.compressed :]
-        parts = [torch.tensor([count or 0], dtype=torch.int32), _take(lanes, slice(None))]
+        parts = [torch.tensor([count or 0], dtype=torch.int32, device="cpu"), _take(lanes, slice(None))]
         if count is not None:
             parts += self._choose(vector[: self._layout.compressed], count, step)
         return torch.cat([part.view(torch.uint8) for part in parts])
@@ -124,7 +124,7 @@ class Comb(SparseCode):
         teeth = self._teeth(step)
         assert teeth is not None
         return [
-            torch.tensor([teeth.start, teeth.step], dtype=torch.int32),
+            torch.tensor([teeth.start, teeth.step], dtype=torch.int32, device="cpu"),
             _take(vector, slice(teeth.start, teeth.stop, teeth.step)),
         ]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hvd_sketch.layout import Layout
-from hvd_sketch.methods.flat import Flat, FlatParameters
+from hvd_sketch.methods.flat import HOST, Flat, FlatParameters
 
 Validate = Callable[[nn.Module, int], Tensor]
 """The loss of a model, a scalar that can be differentiated, on validation sample number n = 0, 1, …
@@ -46,7 +46,7 @@ class Validation:
         self._validate = validate
         self._model = copy.deepcopy(served.model).cpu()
         named = dict(self._model.named_parameters())
-        self._parameters = FlatParameters(named, served.layout, torch.device("cpu"))
+        self._parameters = FlatParameters(named, served.layout, HOST)
         self._flat = self._parameters.new()
 
     def loss(self, model: Tensor, number: int) -> float:

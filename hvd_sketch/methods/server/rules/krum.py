@@ -48,7 +48,7 @@ class MultiKrum(Gathered):
     def scores(self, updates: Tensor) -> Tensor:
         """Of the rows of ``(workers, d)``, float64."""
         count = len(updates)
-        distances = torch.zeros(count, count, dtype=torch.float64)
+        distances = torch.zeros(count, count, dtype=torch.float64, device="cpu")
         for i in range(count):  # a product of all would round differences of large vectors away
             distances[i] = (updates - updates[i]).square().sum(1, dtype=torch.float64)
         distances.fill_diagonal_(torch.inf)

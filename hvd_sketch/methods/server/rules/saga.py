@@ -36,7 +36,7 @@ class Saga(Rule):
     def start(self, served: Served) -> None:
         super().start(served)
         count = served.layout.total
-        self.average = torch.zeros(count, dtype=torch.float64)
+        self.average = torch.zeros(count, dtype=torch.float64, device="cpu")
         self._sums = {worker: torch.zeros_like(self.average) for worker in served.workers}
         self._counted = set(served.workers)
 

@@ -70,7 +70,7 @@ class ZenoPlus(Rule):
         self.rate, self.tells = rate, tell
         self._validate, self._refresh, self._rho, self._epsilon = validate, refresh, rho, epsilon
         self._clip, self._raw_norm, self._unit, self._max_staleness = clip, raw_norm, unit, max_staleness
-        self._direction, self._arrivals = torch.empty(0), 0
+        self._direction, self._arrivals = torch.empty(0, dtype=torch.float32, device="cpu"), 0
 
     def start(self, served: Served) -> None:
         super().start(served)
