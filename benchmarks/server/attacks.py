@@ -1,31 +1,32 @@
 """Ten workers, of which some are hostile: every rule under every attack.
 
-``mpirun -np 11 --map-by slot:OVERSUBSCRIBE --bind-to none python -m benchmarks.server.attacks --seeds 0 1``
+``python -m benchmarks.server.attacks --seeds 0 1``
 
-Rank 0 is the server. Hostile workers are the last ones. Those that know everything read the last update of every
-honest worker from shared memory. Every worker pushes as often, so all rules see the same number of gradients.
+In one process and on a clock of its own: the server's store and the workers' side of the protocol are those of real
+ranks, without the messages between them. A worker takes a time of its own for every push, up to a fifth more or less
+than the others, so pushes arrive in a random order and stale. Hostile workers are the last ones. Those that know
+everything read the last update of every honest worker. Every worker pushes as often, so all rules see the same number
+of gradients.
 """
 
 from __future__ import annotations
 
 import argparse
+import heapq
 import math
-import os
-import tempfile
+import random
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from mpi4py import MPI
 from torch import Tensor
 
-import hvd_sketch as hvd
 from benchmarks.server import rows
 from benchmarks.server.digits import CLASSES, Digits, accuracy, loss_of, network, split
 from benchmarks.server.rows import Row
+from hvd_sketch.methods.flat import FlatModel
 from hvd_sketch.methods.server import (
     Krum,
     Mean,
@@ -47,11 +48,15 @@ from hvd_sketch.methods.server.attacks import (
     flip_labels,
     little_enough,
 )
+from hvd_sketch.methods.server.codes import Whole
+from hvd_sketch.methods.server.message import Header, Kind
+from hvd_sketch.methods.server.store import Replies, Store
+from hvd_sketch.methods.server.validation import Served
+from hvd_sketch.methods.server.worker import Transform, Work
 
-WORLD = MPI.COMM_WORLD
-WORKERS = WORLD.size - 1
-PUSHES, PERIOD, BATCH = 120, 4, 64  # of each worker
-RATES = {"plain": 0.05, "Zeno++": 0.1, "ZenoPS async": 0.1}
+WORKERS = 10
+PUSHES, PERIOD, BATCH = 40, 4, 64  # of each worker
+RATES = {"plain": 0.03, "Zeno++": 0.2, "ZenoPS async": 0.1}
 SYNCHRONOUS_RATE = 0.3
 """The workers' learning rates: a mean of ten allows more than ten pushes one after the other."""
 HOSTILE = (0, 2, 4, 6, 8)
@@ -74,55 +79,112 @@ ATTACKS = ("label flip", "sign x 10", "Gaussian", "ALIE", "IPM")
 
 
 class Honest:
-    """What honest workers sent last, in memory that all ranks of this machine share."""
+    """What honest workers sent last."""
 
-    def __init__(self, path: Path, count: int, worker: int) -> None:
-        self._rows = np.memmap(path, np.float32, "r+", shape=(WORKERS, count))
-        self._worker = worker
+    def __init__(self, count: int) -> None:
+        self._rows = torch.zeros(WORKERS, count)
 
-    def __call__(self, update: Tensor) -> Tensor:
-        """Put an honest update down."""
-        self._rows[self._worker] = update.numpy()
-        return update
+    def of(self, worker: int) -> Transform:
+        """Puts an honest update down."""
 
-    def of(self, honest: int) -> Callable[[], Tensor]:
+        def keep(update: Tensor) -> Tensor:
+            self._rows[worker] = update
+            return update
+
+        return keep
+
+    def first(self, count: int) -> Callable[[], Tensor]:
         """Those of the first workers."""
-        return lambda: torch.from_numpy(np.array(self._rows[:honest]))
+        return lambda: self._rows[:count].clone()
 
 
-def attack_of(name: str, honest: Honest, hostile: int, seed: int) -> Callable[[Tensor], Tensor]:
+def attack_of(name: str, honest: Honest, hostile: int, seed: int) -> Transform:
     """What a hostile worker does to its updates; flipped labels are in its data."""
     z = little_enough(WORKERS, hostile) if hostile <= WORKERS // 2 else MAJORITY_Z
-    attacks: dict[str, Callable[[Tensor], Tensor]] = {
+    attacks: dict[str, Transform] = {
         "label flip": lambda update: update,
         "sign x 10": SignFlip(10.0),
         "Gaussian": Gaussian(200.0, seed),
-        "ALIE": ALittleIsEnough(honest.of(WORKERS - hostile), z),
-        "IPM": InnerProduct(honest.of(WORKERS - hostile), 0.5),
+        "ALIE": ALittleIsEnough(honest.first(WORKERS - hostile), z),
+        "IPM": InnerProduct(honest.first(WORKERS - hostile), 0.5),
     }
     return attacks[name]
 
 
-def run(cell: Row, shared: Path) -> Row:
+class Worker:
+    """One worker's side of the protocol.
+
+    Args:
+        cell: of the table.
+        number: 0 to 9.
+        honest: what the others sent.
+    """
+
+    def __init__(self, cell: Row, number: int, honest: Honest) -> None:
+        hostile, attack, seed = cell["hostile"], cell["attack"], cell["seed"]
+        is_hostile = number >= WORKERS - hostile
+        self._data = split().workers.at(slice(number, None, WORKERS))
+        if is_hostile and attack == "label flip":
+            self._data = Digits(self._data.images, flip_labels(self._data.labels, CLASSES))
+        self._model, self._rank, self.left = network(seed), number + 1, PUSHES
+        self._sgd = torch.optim.SGD(self._model.parameters(), lr=RATES.get(cell["rule"], SYNCHRONOUS_RATE))
+        parameters = FlatModel(self._sgd, self._model)
+        outgoing = attack_of(attack, honest, hostile, number) if is_hostile else honest.of(number)
+        whole = Whole(parameters.layout.total, parameters.dtype)
+        self._work = Work(parameters, whole, None, memory="reset", outgoing=[outgoing])
+        self._generator = torch.Generator().manual_seed(1000 * seed + number)
+        self._version = 0
+
+    def adopt(self, message: Tensor) -> None:
+        """Take the server's answer."""
+        header, payload, _ = Header.read(message)
+        self._version = header.number
+        self._work.adopt(header, payload)
+
+    def push(self, store: Store, at: float) -> Replies:
+        """Some local steps, and what the server says to them."""
+        for _ in range(PERIOD):
+            self._sgd.zero_grad()
+            loss_of(self._model, self._data.batch(self._generator, BATCH)).backward()
+            self._sgd.step()
+        with torch.no_grad():
+            code, payload, _ = self._work.update()
+        self.left -= 1
+        return store.push(self._rank, Header(Kind.PUSH, self._version, code), payload, True, at)
+
+
+def run(cell: Row) -> Row:
     """Train once; what the server's model reads correctly, and whom the rule refused."""
     data, model = split(), network(cell["seed"])
-    worker, hostile = WORLD.rank - 1, cell["hostile"]
-    is_hostile = worker >= WORKERS - hostile
-    mine = data.workers.at(slice(max(worker, 0), None, WORKERS))
-    if is_hostile and cell["attack"] == "label flip":
-        mine = Digits(mine.images, flip_labels(mine.labels, CLASSES))
-    honest = Honest(shared, sum(parameter.numel() for parameter in model.parameters()), max(worker, 0))
-    outgoing = attack_of(cell["attack"], honest, hostile, WORLD.rank) if is_hostile else honest
-    rule = RULES[cell["rule"]](lambda network, number: loss_of(network, data.trusted))
-    sgd = torch.optim.SGD(model.parameters(), lr=RATES.get(cell["rule"], SYNCHRONOUS_RATE))
-    optimizer = hvd.AsyncSGD(sgd, model, WORLD, rule=rule, period=PERIOD, outgoing=[outgoing], patience=120.0)
-    generator = torch.Generator().manual_seed(1000 * cell["seed"] + WORLD.rank)
-    with optimizer:
-        for _ in optimizer.work(range(PUSHES * PERIOD)):
-            optimizer.zero_grad()
-            loss_of(model, mine.batch(generator, BATCH)).backward()
-            optimizer.step()
-    return {"accuracy": accuracy(model, data.test), **verdicts(optimizer.stats, hostile)}
+    parameters = FlatModel(torch.optim.SGD(model.parameters()), model)
+    rule, start = RULES[cell["rule"]](lambda network, number: loss_of(network, data.trusted)), parameters.new()
+    parameters.read(start)
+    honest, ranks = Honest(parameters.layout.total), range(1, WORKERS + 1)
+    workers = {rank: Worker(cell, rank - 1, honest) for rank in ranks}
+    served = Served(parameters.layout, model, dict.fromkeys(ranks, 1))
+    store = Store(start.vector, rule, served, up=Whole(parameters.layout.total, parameters.dtype), down=None)
+    exchange(store, workers, random.Random(cell["seed"]))
+    parameters.write(start)
+    return {"accuracy": accuracy(model, data.test), **verdicts(store.stats, cell["hostile"])}
+
+
+def exchange(store: Store, workers: dict[int, Worker], pace: random.Random) -> None:
+    """Let all workers push until they are done, by a clock of its own."""
+    due: list[tuple[float, int]] = []
+
+    def deliver(replies: Replies, now: float) -> None:
+        for rank, message in replies:
+            workers[rank].adopt(message)
+            if workers[rank].left:
+                heapq.heappush(due, (now + pace.uniform(0.8, 1.2), rank))
+            else:
+                deliver(store.leave(rank, False, now), now)
+
+    for rank in workers:
+        deliver(store.join(rank, 0, True, 0.0), 0.0)
+    while due:
+        now, rank = heapq.heappop(due)
+        deliver(workers[rank].push(store, now), now)
 
 
 def verdicts(stats: ServerStats, hostile: int) -> Row:
@@ -164,19 +226,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=rows.RESULTS)
     options = parser.parse_args()
     warnings.simplefilter("ignore", RuntimeWarning)
-    todo: list[Row] = WORLD.bcast(rows.missing("attack", cells(options.seeds), options.results))
-    with tempfile.NamedTemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as file:
-        file.truncate(WORKERS * sum(p.numel() for p in network(0).parameters()) * 4)
-        shared = Path(WORLD.bcast(file.name))
-        for cell in todo:
-            measured = run(cell, shared)
-            if WORLD.rank == 0:
-                rows.add("attack", cell, measured, options.results)
-                print(cell, measured, flush=True)
-        WORLD.barrier()
-    if WORLD.rank == 0:
-        for cell in rows.missing("trusted alone", [{"seed": seed} for seed in options.seeds], options.results):
-            rows.add("trusted alone", cell, trusted_alone(cell["seed"]), options.results)
+    for cell in rows.missing("attack", cells(options.seeds), options.results):
+        rows.add("attack", cell, run(cell), options.results)
+    for cell in rows.missing("trusted alone", [{"seed": seed} for seed in options.seeds], options.results):
+        rows.add("trusted alone", cell, trusted_alone(cell["seed"]), options.results)
 
 
 if __name__ == "__main__":

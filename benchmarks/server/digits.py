@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ class Split(NamedTuple):
     test: Digits
 
 
+@cache
 def split() -> Split:
     """The same for everybody."""
     loaded = load_digits()
