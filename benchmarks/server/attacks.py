@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.server import rows
 from benchmarks.server.digits import CLASSES, Digits, accuracy, loss_of, network, split
 from benchmarks.server.rows import Row
+from hvd_sketch.layout import Layout
 from hvd_sketch.methods.flat import FlatModel
 from hvd_sketch.methods.server import (
     Krum,
@@ -52,10 +54,10 @@ from hvd_sketch.methods.server.codes import Whole
 from hvd_sketch.methods.server.message import Header, Kind
 from hvd_sketch.methods.server.store import Replies, Store
 from hvd_sketch.methods.server.validation import Served
-from hvd_sketch.methods.server.worker import Transform, Work
+from hvd_sketch.methods.server.worker import Transform
 
 WORKERS = 10
-PUSHES, PERIOD, BATCH = 40, 4, 64  # of each worker
+PUSHES, PERIOD, BATCH = 60, 4, 64  # of each worker
 RATES = {"plain": 0.03, "Zeno++": 0.2, "ZenoPS async": 0.1}
 SYNCHRONOUS_RATE = 0.3
 """The workers' learning rates: a mean of ten allows more than ten pushes one after the other."""
@@ -111,46 +113,70 @@ def attack_of(name: str, honest: Honest, hostile: int, seed: int) -> Transform:
     return attacks[name]
 
 
-class Worker:
-    """One worker's side of the protocol.
+class Crew:
+    """The workers' side of the protocol; those that have work to do take their local steps together.
 
     Args:
         cell: of the table.
-        number: 0 to 9.
-        honest: what the others sent.
+        layout: of the parameters.
     """
 
-    def __init__(self, cell: Row, number: int, honest: Honest) -> None:
+    def __init__(self, cell: Row, layout: Layout) -> None:
         hostile, attack, seed = cell["hostile"], cell["attack"], cell["seed"]
-        is_hostile = number >= WORKERS - hostile
-        self._data = split().workers.at(slice(number, None, WORKERS))
-        if is_hostile and attack == "label flip":
-            self._data = Digits(self._data.images, flip_labels(self._data.labels, CLASSES))
-        self._model, self._rank, self.left = network(seed), number + 1, PUSHES
-        self._sgd = torch.optim.SGD(self._model.parameters(), lr=RATES.get(cell["rule"], SYNCHRONOUS_RATE))
-        parameters = FlatModel(self._sgd, self._model)
-        outgoing = attack_of(attack, honest, hostile, number) if is_hostile else honest.of(number)
-        whole = Whole(parameters.layout.total, parameters.dtype)
-        self._work = Work(parameters, whole, None, memory="reset", outgoing=[outgoing])
-        self._generator = torch.Generator().manual_seed(1000 * seed + number)
-        self._version = 0
+        self._layout, self._rate = layout, RATES.get(cell["rule"], SYNCHRONOUS_RATE)
+        shares = [split().workers.at(slice(number, None, WORKERS)) for number in range(WORKERS)]
+        if attack == "label flip":
+            shares = [
+                Digits(share.images, flip_labels(share.labels, CLASSES)) if number >= WORKERS - hostile else share
+                for number, share in enumerate(shares)
+            ]
+        honest = Honest(layout.total)
+        self._shares = shares
+        self._outgoing = [
+            attack_of(attack, honest, hostile, number) if number >= WORKERS - hostile else honest.of(number)
+            for number in range(WORKERS)
+        ]
+        self._generator = torch.Generator().manual_seed(seed)
+        self._begun: dict[int, Tensor] = {}
+        self._updates: dict[int, Tensor] = {}
+        self._versions: dict[int, int] = {}
+        self.left = dict.fromkeys(range(WORKERS), PUSHES)
 
-    def adopt(self, message: Tensor) -> None:
-        """Take the server's answer."""
+    def adopt(self, number: int, message: Tensor) -> None:
+        """A worker takes the server's answer."""
         header, payload, _ = Header.read(message)
-        self._version = header.number
-        self._work.adopt(header, payload)
+        self._versions[number] = header.number
+        self._begun[number] = payload.view(torch.float32)
 
-    def push(self, store: Store, at: float) -> Replies:
-        """Some local steps, and what the server says to them."""
+    def push(self, number: int) -> tuple[Header, Tensor]:
+        """What a worker sends after its local steps."""
+        if number not in self._updates:
+            self._work()
+        update = self._outgoing[number](self._updates.pop(number))
+        self.left[number] -= 1
+        return Header(Kind.PUSH, self._versions[number], Whole.number), update.view(torch.uint8)
+
+    def _work(self) -> None:
+        """The local steps of all that have a model to begin at."""
+        numbers = sorted(self._begun)
+        begun = torch.stack([self._begun.pop(number) for number in numbers])
+        models = begun.clone().requires_grad_()
         for _ in range(PERIOD):
-            self._sgd.zero_grad()
-            loss_of(self._model, self._data.batch(self._generator, BATCH)).backward()
-            self._sgd.step()
-        with torch.no_grad():
-            code, payload, _ = self._work.update()
-        self.left -= 1
-        return store.push(self._rank, Header(Kind.PUSH, self._version, code), payload, True, at)
+            batches = [self._shares[number].batch(self._generator, BATCH) for number in numbers]
+            (gradients,) = torch.autograd.grad(self._loss(models, batches), models)
+            models.data.sub_(gradients, alpha=self._rate)
+        self._updates |= dict(zip(numbers, begun - models.detach(), strict=True))
+
+    def _loss(self, models: Tensor, batches: list[Digits]) -> Tensor:
+        """The sum of the losses of all models, each on its own batch."""
+        slots = {slot.name: models[:, slot.offset : slot.stop] for slot in self._layout.slots}
+        here = torch.stack([batch.images for batch in batches])
+        for layer, size in (("0", here.shape[2]), ("2", -1)):
+            weight, bias = slots[f"{layer}.weight"], slots[f"{layer}.bias"]
+            inner = here if layer == "0" else here.relu()
+            here = torch.baddbmm(bias.unsqueeze(1), inner, weight.view(len(models), bias.shape[1], size).mT)
+        labels = torch.cat([batch.labels for batch in batches])
+        return F.cross_entropy(here.flatten(0, 1), labels, reduction="sum") / BATCH
 
 
 def run(cell: Row) -> Row:
@@ -159,32 +185,30 @@ def run(cell: Row) -> Row:
     parameters = FlatModel(torch.optim.SGD(model.parameters()), model)
     rule, start = RULES[cell["rule"]](lambda network, number: loss_of(network, data.trusted)), parameters.new()
     parameters.read(start)
-    honest, ranks = Honest(parameters.layout.total), range(1, WORKERS + 1)
-    workers = {rank: Worker(cell, rank - 1, honest) for rank in ranks}
-    served = Served(parameters.layout, model, dict.fromkeys(ranks, 1))
+    served = Served(parameters.layout, model, dict.fromkeys(range(WORKERS), 1))
     store = Store(start.vector, rule, served, up=Whole(parameters.layout.total, parameters.dtype), down=None)
-    exchange(store, workers, random.Random(cell["seed"]))
+    exchange(store, Crew(cell, parameters.layout), random.Random(cell["seed"]))
     parameters.write(start)
     return {"accuracy": accuracy(model, data.test), **verdicts(store.stats, cell["hostile"])}
 
 
-def exchange(store: Store, workers: dict[int, Worker], pace: random.Random) -> None:
+def exchange(store: Store, crew: Crew, pace: random.Random) -> None:
     """Let all workers push until they are done, by a clock of its own."""
     due: list[tuple[float, int]] = []
 
     def deliver(replies: Replies, now: float) -> None:
-        for rank, message in replies:
-            workers[rank].adopt(message)
-            if workers[rank].left:
-                heapq.heappush(due, (now + pace.uniform(0.8, 1.2), rank))
+        for number, message in replies:
+            crew.adopt(number, message)
+            if crew.left[number]:
+                heapq.heappush(due, (now + pace.uniform(0.8, 1.2), number))
             else:
-                deliver(store.leave(rank, False, now), now)
+                deliver(store.leave(number, False, now), now)
 
-    for rank in workers:
-        deliver(store.join(rank, 0, True, 0.0), 0.0)
+    for number in range(WORKERS):
+        deliver(store.join(number, 0, True, 0.0), 0.0)
     while due:
-        now, rank = heapq.heappop(due)
-        deliver(workers[rank].push(store, now), now)
+        now, number = heapq.heappop(due)
+        deliver(store.push(number, *crew.push(number), True, now), now)
 
 
 def verdicts(stats: ServerStats, hostile: int) -> Row:
