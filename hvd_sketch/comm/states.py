@@ -18,9 +18,9 @@ def broadcast_state(comm: Communicator, state: Any, root: int, name: str) -> Any
     file = io.BytesIO()
     if comm.rank == root:
         torch.save(state, file)
-    length = torch.tensor([file.getbuffer().nbytes], dtype=torch.int64)
+    length = torch.tensor([file.getbuffer().nbytes], dtype=torch.int64, device="cpu")
     comm.broadcast(length, root, f"{name}.length")
-    payload = torch.empty(int(length), dtype=torch.uint8)
+    payload = torch.empty(int(length), dtype=torch.uint8, device="cpu")
     if comm.rank == root:
         payload.copy_(torch.frombuffer(file.getbuffer(), dtype=torch.uint8))
     comm.broadcast(payload, root, f"{name}.state")

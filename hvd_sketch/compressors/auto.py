@@ -28,7 +28,7 @@ class Auto(Bucketed):
     its ranks is not cut into buckets.
     """
 
-    dense_below: int = 0
+    dense_below: int | None = 0
 
     def exchange(
         self,

@@ -32,14 +32,19 @@ class Compressor(ABC):
         clip_norm: each rank's gradient is scaled down to this L2 norm before it enters the
             memory; None to leave it. An unclipped spike stays in the memory for many steps.
         momentum: momentum correction, for an inner optimizer that has none.
-        dense_below: tensors of fewer elements, and all 1-D ones, are sent whole; 0 to compress all.
+        dense_below: tensors of fewer elements, and all 1-D ones, are sent whole; 0 to compress all. None for 0 where
+            gradients are anticipated, and 1024 elsewhere.
         exclude: shell-style patterns of parameter names that are sent whole as well.
+        anticipate: whether gradients are taken where the unsent ones will have taken the model, as
+            `hvd_sketch.Anticipate` does, unless ``error_feedback`` is given. None for yes where that is possible: for
+            SGD, Adam and AdamW, op=Average, without momentum correction. True to insist.
     """
 
     clip_norm: float | None = 1.0
     momentum: Momentum | None = None
-    dense_below: int = 1024
+    dense_below: int | None = None
     exclude: tuple[str, ...] = ()
+    anticipate: bool | None = None
 
     def __post_init__(self) -> None:
         if self.clip_norm is not None and not self.clip_norm > 0.0:
@@ -49,7 +54,14 @@ class Compressor(ABC):
 
     def is_dense(self, name: str, parameter: Tensor) -> bool:
         """Whether a parameter is sent whole in every step."""
-        return small_or_named(self.dense_below, self.exclude)(name, parameter)
+        return small_or_named(self._smallest, self.exclude)(name, parameter)
+
+    @property
+    def _smallest(self) -> int:
+        """The size of the smallest tensor that is compressed."""
+        if self.dense_below is None:
+            return 0 if self.anticipate else 1024
+        return self.dense_below
 
     def layout(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Layout:
         """Which coordinates of these parameters are compressed and which are sent whole.
@@ -61,7 +73,7 @@ class Compressor(ABC):
         if layout.compressed == 0:
             raise ConfigurationError(
                 f"nothing to compress: all {layout.total} parameters are 1-D, smaller than "
-                f"dense_below={self.dense_below} or excluded; lower dense_below or use Compression.none"
+                f"dense_below={self._smallest} or excluded; lower dense_below or use Compression.none"
             )
         return layout
 

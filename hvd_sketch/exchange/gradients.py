@@ -173,6 +173,12 @@ def watch(optimizer: _Watches, parameters: Iterable[Tensor]) -> None:
         parameter.register_post_accumulate_grad_hook(_hook_of(reference))
 
 
+def watches(optimizer: _Watches, parameter: Tensor) -> bool:
+    """Whether it is this optimizer that is told."""
+    reference = _watching.get(parameter)
+    return reference is not None and reference() is optimizer
+
+
 def _hook_of(reference: weakref.ref[Any]) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
         optimizer = reference()

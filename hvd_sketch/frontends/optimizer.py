@@ -15,6 +15,7 @@ from hvd_sketch.compatibility import check_groups, check_momentum, correction_of
 from hvd_sketch.compressors import Compression, Compressor, HalfPrecision, NoCompression
 from hvd_sketch.error_feedback.ahead import AheadOptimizer
 from hvd_sketch.error_feedback.base import ErrorFeedback, Wrapping, check_error_feedback
+from hvd_sketch.error_feedback.default import Default, settle
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import DenseExchange, Exchange
 from hvd_sketch.frontends.link import Link
@@ -49,7 +50,7 @@ def DistributedOptimizer(
     backward_passes_per_step: int = 1,
     op: int = Average,
     *,
-    error_feedback: None = None,
+    error_feedback: Default | None = Default.OF_COMPRESSION,
     **options: Unpack[Options],
 ) -> HorovodOptimizer: ...
 
@@ -62,7 +63,7 @@ def DistributedOptimizer(
     backward_passes_per_step: int = 1,
     op: int = Average,
     *,
-    error_feedback: None = None,
+    error_feedback: Default | None = Default.OF_COMPRESSION,
     **options: Unpack[Options],
 ) -> ExchangingOptimizer: ...
 
@@ -96,7 +97,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     grad_scaler: torch.amp.GradScaler | None = None,
     momentum_correction: bool = False,
     momentum_masking: bool = True,
-    error_feedback: ErrorFeedback | None = None,
+    error_feedback: ErrorFeedback | Default | None = Default.OF_COMPRESSION,
 ) -> HorovodOptimizer | AheadOptimizer:
     """Wrap an optimizer so that its steps use the gradients of all ranks.
 
@@ -127,7 +128,8 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
             sparsifying compressor both are the same, and this changes nothing.
         momentum_masking: with the above, clear the momentum of what was sent.
         error_feedback: `StepAhead` or `Anticipate` takes gradients where what is unsent is already
-            applied; the result is then an `AheadOptimizer`, to be used as it says.
+            applied, in an unchanged training loop: see `AheadOptimizer`, which the result is then. None for
+            none. The default is the compressor's own, see its ``anticipate``.
 
     Raises:
         ConfigurationError: when a setting cannot work, before any communication.
@@ -135,10 +137,11 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     _check_arguments(optimizer, backward_passes_per_step, op, gradient_predivide_factor, process_set, comm)
     if num_groups != 0:
         warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=2)
-    if error_feedback is not None:
-        check_error_feedback(
-            error_feedback, optimizer, compression, averages=op == Average, corrects=momentum_correction
-        )
+    compression, feedback = settle(
+        compression, optimizer, error_feedback, averages=op == Average, corrects=momentum_correction
+    )
+    if feedback is not None:
+        check_error_feedback(feedback, optimizer, compression, averages=op == Average, corrects=momentum_correction)
     if comm is None and has_horovod() and not isinstance(compression, Compressor):
         return _stock_optimizer(
             optimizer,
@@ -166,9 +169,9 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         correction=correction,
         attributes={"op": op, "process_set": process_set, "_groups": groups, "sparse_as_dense": sparse_as_dense},
     )
-    if error_feedback is None:
+    if feedback is None:
         return ExchangingOptimizer(optimizer, named, wiring)
-    return error_feedback.wrap(
+    return feedback.wrap(
         Wrapping(
             optimizer=optimizer,
             named=named,

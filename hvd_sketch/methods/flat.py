@@ -38,7 +38,11 @@ class FlatParameters:
         self.parameters = [named[slot.name] for slot in layout.slots]
         double = any(parameter.dtype == torch.float64 for parameter in self.parameters)
         self.dtype = torch.float64 if double else torch.float32
-        self._values = [parameter.detach() for parameter in self.parameters]
+
+    @property
+    def _values(self) -> list[Tensor]:
+        """The parameters' memory, whatever a script has put there, beside autograd and its count of versions."""
+        return [parameter.data for parameter in self.parameters]
 
     def new(self) -> Flat:
         """A vector of zeros."""

@@ -119,6 +119,7 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
         yield staging_cuda.gather, pointers, {"kind": kind, "piece": 1 << 14, "lanes": 1024}
 
 
+@pytest.mark.slow
 @compiles
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_all_kernels_compile(tmp_path: Path, capability: int) -> None:

@@ -196,11 +196,13 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
         yield cuda_kernels.estimate_all, {**table, "to": "*fp32"}, shape
         for lower in (False, True):
             digits = {**table, "counts": "*i64", "limit": "*i64"}
-            yield cuda_kernels.count_digits, digits, {**shape, "lower": lower, "low_bits": 15}
+            counts = {"lower": lower, "low_bits": 15, "copies": 8, "bins": 1 << (15 if lower else 16)}
+            yield cuda_kernels.count_digits, digits, {**shape, **counts}
         yield cuda_kernels.weigh, counted, shape
         yield cuda_kernels.write, {**counted, "ties": "*i64", "indices": "*i64", "estimates": "*fp32"}, shape
 
 
+@pytest.mark.slow
 @compiles
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_all_kernels_compile_and_nothing_is_fused_or_flushed(tmp_path: Path, capability: int) -> None:

@@ -53,7 +53,7 @@ class CSER(LocalSteps):
             that of ``errors``) clips every local gradient.
         errors: C1, a member of `Compression`; it must leave the same parameters whole as C2.
         period: H, in steps.
-        same_start: begin with rank 0's parameters and buffers on every rank.
+        same_start: begin with rank 0's parameters and saved buffers on every rank.
 
     Raises:
         ConfigurationError: for settings that cannot work.

@@ -58,7 +58,7 @@ class OverlapLocalSGD(LocalSteps):
         comm: an mpi4py communicator or one of ours; Horovod where it is installed if None.
         period: H, in steps.
         clip_norm: each gradient is scaled down to this L2 norm before the step; None to leave it.
-        same_start: begin with rank 0's parameters and buffers on every rank.
+        same_start: begin with rank 0's parameters and saved buffers on every rank.
         pull: p, above 0 to 1; 0.6 when not given.
         anchor_momentum: b, 0 for none; 0.7 when not given.
 

@@ -69,7 +69,7 @@ class SwarmSGD(Decentralized):
         model: what it trains.
         comm: an mpi4py intracommunicator, ``MPI.COMM_WORLD`` by default.
         graph: complete, ring, torus, hypercube, or a networkx graph over the ranks.
-        same_start: begin with rank 0's parameters and buffers on every rank.
+        same_start: begin with rank 0's parameters and saved buffers on every rank.
         on_meeting: called with every finished `Meeting`, in either thread; for timelines.
         local_steps: H, or `Geometric` with H on average; 1 when not given.
         quantization: a `Lattice`; full precision when not given.
