@@ -124,7 +124,9 @@ class ADSAGA(Member):
 
     def work(self, steps: int) -> Iterator[int]:
         """So many components of this worker, drawn at random; none on a dedicated server, which serves here."""
-        draws = (int(torch.randint(self._components, (1,), generator=self._generator, device="cpu")) for _ in range(steps))
+        draws = (
+            int(torch.randint(self._components, (1,), generator=self._generator, device="cpu")) for _ in range(steps)
+        )
         return self._engine.work(draws)
 
     @torch.no_grad()
