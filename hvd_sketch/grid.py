@@ -110,7 +110,9 @@ class Grid:
 
     def form(self, *, fixed: bool) -> Form:
         """What scales to `restore` look like."""
-        return Maybe(torch.empty(_blocks(self._entries), dtype=torch.float32) if fixed else Vector(torch.float32))
+        if not fixed:
+            return Maybe(Vector(torch.float32))
+        return Maybe(torch.empty(_blocks(self._entries), dtype=torch.float32, device="cpu"))
 
     def put(self, lanes: Tensor, values: Tensor, comm: Communicator) -> Tensor:
         """Write at most as many values as there are entries; returns what is sent of them, float32."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange, Part, Setting
 from hvd_sketch.exchange.budget import unreachable
 from hvd_sketch.exchange.sparse import SparseExchange, dense_nbytes
+from hvd_sketch.gpu import Recorded
 from hvd_sketch.layout import Layout
 from hvd_sketch.sparse.chosen import Chosen
 from hvd_sketch.sparse.heaviest import heaviest
@@ -75,28 +77,41 @@ class TopKExchange(SparseExchange):
                 "use sketch"
             )
         super().__init__(setting, dtype)
+        self._planned: tuple[Any, int] = (None, 0)
+        self._where = slice(0, self.layout.compressed)
 
     def choose(self, plan: Any) -> Tensor:
         """Which coordinates of the memory's compressed part to send (int64), as many on every rank."""
-        return heaviest(self.memory.residual[: self.layout.compressed], plan)
+        return heaviest(self.memory.residual[self._where], plan)
 
     def send_chosen(self, plan: Any) -> list[Part]:
         """Allgather every rank's pairs, and sum them."""
+        if self._planned != (plan, self.comm.size):
+            self._planned = plan, self.comm.size
+            self._paired = Recorded(partial(self._pair, plan), self.gradient.device)
+            self._summed = Recorded(self._sum, self.gradient.device)
         with self.stats.phase("select"):
-            chosen = self.choose(plan)
-            residual = self.memory.residual[: self.layout.compressed]
-            values = residual.index_select(0, chosen)
-            pairs = torch.cat([chosen.to(torch.int32), values.view(torch.int32)])
+            chosen, pairs, sent = self._paired()
         with self.stats.phase("exchange"):
             pending = self.comm.start_allgather(pairs, self.rounds.name_of("pairs"))
         with self.stats.phase("memory"):
-            self.stats.note_captured(values, residual)
             self.memory.keep(Chosen(chosen), 0.0, mask=True)
+            self.stats.note_sent(sent, self.memory.residual[self._where])
         with self.stats.phase("exchange"):
             gathered = pending.wait()
         with self.stats.phase("memory"):
-            indices, values = gathered.view(self.comm.size, 2, -1).unbind(1)
-            where = slice(0, self.layout.compressed)
-            update = self.update[where].zero_()
-            add(update, 1, 0, indices.to(torch.int64), values.contiguous().view(torch.float32))
-            return [Part(where, update.mul_(1.0 / self.divisor))]
+            (update,) = self._summed(gathered)
+            return [Part(self._where, update)]
+
+    def _pair(self, plan: Any) -> tuple[Tensor, ...]:
+        """What is chosen, as coordinates and as pairs, and its norm."""
+        chosen, residual = self.choose(plan), self.memory.residual[self._where]
+        values = residual.index_select(0, chosen)
+        pairs = torch.cat([chosen.to(torch.int32), values.view(torch.int32)])
+        return chosen, pairs, torch.linalg.vector_norm(values)
+
+    def _sum(self, gathered: Tensor) -> tuple[Tensor, ...]:
+        indices, values = gathered.view(self.comm.size, 2, -1).unbind(1)
+        update = self.update[self._where].zero_()
+        add(update, 1, 0, indices.to(torch.int64), values.contiguous().view(torch.float32))
+        return (update.mul_(1.0 / self.divisor),)

@@ -3,49 +3,33 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from abc import abstractmethod
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from hvd_sketch import wire
-from hvd_sketch.comm.states import broadcast_state
-from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.absent import Absent, gather_absent
-from hvd_sketch.exchange.agreement import Answers, agree, newcomers
-from hvd_sketch.exchange.rounds import Rounds
+from hvd_sketch.exchange.log import Log
+from hvd_sketch.exchange.progress import Progress, Saved
 from hvd_sketch.exchange.setting import Setting
 from hvd_sketch.exchange.staging import Staging
 from hvd_sketch.exchange.update import Part, Update
 from hvd_sketch.exchange.void import tell_void
-from hvd_sketch.memory import Memory
-from hvd_sketch.saved import Equal, Form, unfit
-from hvd_sketch.sketch import geometry
-from hvd_sketch.stats import Stats
 
 Factor = float | Tensor
 Finite = bool | Tensor
 
 
-_NOT_BEGUN = "not-begun"
-
-
-class Observer(Protocol):
-    """Learns from every step of an exchange, on all ranks in the same order; may communicate."""
+class Observer(Saved, Protocol):
+    """Learns from every step of an exchange that counts, on all ranks in the same order; may communicate."""
 
     def observe(self, exchange: Exchange) -> None: ...
 
-    def state_dict(self) -> dict[str, Any]: ...
 
-    def state_form(self) -> Form: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Exchange(ABC):
+class Exchange(Progress):
     """Collects a step's gradients, runs the collectives, and holds the resulting update.
 
     `submit` each gradient as it becomes ready, in any order; then `run` once, on all ranks;
@@ -53,23 +37,17 @@ class Exchange(ABC):
     update is the mean over the ranks (the sum with ``average=False``) of what was sent.
 
     When any rank's gradient holds a NaN or an infinity, the step is void: the update is NaN everywhere
-    on all ranks, and memory, step number and observers are as they were. A parameter that no rank has
+    on all ranks, and memory, step number and schedules are as they were. A parameter that no rank has
     a gradient for is left alone: its update is zero, and what is kept of it stays.
 
     An algorithm is a subclass with one method, `send`, which is given the step's plan. A step
     without a plan, and a flush, send everything in one dense message.
 
     Attributes:
-        layout, comm, average: as in the `Setting`.
-        stats: what it cost.
-        step: number of the coming step; void ones and those that not all ranks took part in do not count.
         void: whether the last step was.
-        observers: who learns from every step.
-        describe_values: a digest of the parameters' values for ranks to compare in the first step;
-            set by who knows them.
+        observers: who learns from every step that counts.
+        log: what rank 0 tells of it.
         gradient: the step's gradients, float32, of the layout's size.
-        memory: what was not sent.
-        rounds: the collectives.
         frozen: positions of the parameters that do not require a gradient for now.
         only_decay: positions of those that were handed in for their weight decay, and have no gradient.
         staging: which gradients have arrived, and their norms.
@@ -78,23 +56,17 @@ class Exchange(ABC):
     _dense_dtype = torch.float32
 
     def __init__(self, setting: Setting) -> None:
-        self.layout, self.comm, self.average = setting.layout, setting.comm, setting.average
-        self.stats = Stats()
-        self.step, self.void = 0, False
+        super().__init__(setting)
+        self.void = False
+        self.log = Log(setting.label)
         self.observers: list[Observer] = []
-        self.describe_values: Callable[[], str] = str
         self.staging = Staging(setting.layout, setting.device)
         self.gradient = self.staging.vector
-        self.memory = Memory(setting.layout.total, setting.device, setting.momentum)
-        self.rounds = Rounds(setting.comm, self.stats)
-        self._setting, self._agreed = setting, setting.name
-        self._agreed_size, self._loaded, self._refused = 0, False, False
-        self._update = Update(setting.layout, setting.device)
-        self._plans: list[Any] = []
-        self._everything: Tensor | None = None
-        self._absent, self._missing = Absent(setting.layout), set[int]()
         self.frozen: Collection[int] = ()
         self.only_decay: Collection[int] = ()
+        self._update = Update(setting.layout, setting.device)
+        self._everything: Tensor | None = None
+        self._absent, self._missing = Absent(setting.layout), set[int]()
         self.rounds.on_incomplete = self._leave_alone
         self._told_void = self._forced_void = False
 
@@ -134,16 +106,6 @@ class Exchange(ABC):
         finally:
             self._forced_void = False
 
-    def snapshot(self) -> Callable[[], None]:
-        """Remember memory and counters; what is returned goes back to them, once."""
-        state = self.state_dict()
-        return partial(self._restore, state)
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        agreed = self._agreed_size
-        self.load_state_dict(state)
-        self._agreed_size = agreed
-
     def submit_all(self, vector: Tensor) -> None:
         """Hand in the whole vector, in the layout's order, in place of one `submit` a slot."""
         self.staging.put_all(vector)
@@ -159,36 +121,35 @@ class Exchange(ABC):
         """
         self._update.hold()
         self._absent.clear()
-        with self.stats.counting(self.comm):
-            self._missing = {*self.staging.close(), *self.only_decay}
-            self.rounds.incomplete = bool(self._missing or self.frozen)
-            if not self.agreed:
+        self._missing = {*self.staging.close(), *self.only_decay}
+        self.rounds.incomplete = bool(self._missing or self.frozen)
+        if not self.agreed:
+            with self.stats.counting(self.comm):
+                self._told_void = False
                 self._agree()
+            self.log.begin_step(self.stats)
+        with self.stats.counting(self.comm):
             clip, finite = (1.0, False) if self._forced_void else self.measure()
             self.stats.clip = clip
             self.void = not self._send(clip, finite)
             if self.void:
                 self._make_void()
+        compressed = self.plan is not None and not self.void and not self.rounds.flushes
         self._plans.clear()
         self.stats.steps += 1
         self.stats.dense_bytes += self.comm.allreduce_bytes(4 * self.layout.total)
         if self._absent.positions and not self.void:
             self._absent.put_back(self.memory, self.update)
-        self.step += self.rounds.all_present
-        for observer in self.observers:
+        counts = self.rounds.all_present and not self.void
+        self.step += counts
+        for observer in self.observers if counts else ():
             observer.observe(self)
+        self.log.end_step(self, compressed=compressed)
 
     @property
     def absent(self) -> tuple[int, ...]:
         """The positions of the slots that the last step left alone, because no rank had a gradient."""
         return self._absent.positions
-
-    @property
-    def plan(self) -> Any:
-        """The sizes of the coming step's messages, None when it sends everything; solved once a step."""
-        if not self._plans:
-            self._plans.append(self._setting.plan(self.step, self.comm.size))
-        return self._plans[0]
 
     @abstractmethod
     def send(self, plan: Any, clip: Factor, finite: Finite) -> bool:
@@ -233,15 +194,6 @@ class Exchange(ABC):
             return 1.0
         return min(1.0, limit / norm)
 
-    @property
-    def agreed(self) -> bool:
-        """Whether the ranks, as many as there are now, have compared what they train."""
-        return self._agreed_size == self.comm.size
-
-    def agree_on(self, settings: str) -> None:
-        """Add to what must be equal on all ranks, before the first step."""
-        self._agreed += f" {settings}"
-
     def average_memory(self) -> None:
         """Replace every rank's residual by the mean over the ranks: what is kept in total stays the same."""
         self.rounds.sum_values(self.memory.residual, "memory")
@@ -275,80 +227,6 @@ class Exchange(ABC):
         All ranks flush when any of them asks for it.
         """
         self.rounds.ask_to_flush()
-
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's memory and counters: tensors, numbers and strings only."""
-        return {
-            **self._identity(),
-            "memory": self.memory.state_dict(),
-            **self._common_state(),
-        }
-
-    def state_form(self) -> Form:
-        """What a state that can be loaded here looks like; see `hvd_sketch.saved`."""
-        observers = [{"kind": Equal(type(o).__name__), "state": o.state_form()} for o in self.observers]
-        return {
-            **{name: Equal(value) for name, value in self._identity().items()},
-            "cuts": [Equal(cut) for cut in self.layout.cuts],
-            "memory": self.memory.state_form(),
-            "step": int,
-            "observers": observers,
-            **self.own_form(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore this rank's memory, all of it or nothing.
-
-        Where some ranks have loaded one and others have not begun, the others take over step, schedule and
-        scales in the next `run`; their memory is empty.
-
-        Raises:
-            ConfigurationError: when the state belongs to another rank, number of ranks, model, algorithm or
-                schedule, or is damaged. The next `run` raises on all ranks if others have loaded theirs. Call
-                `flush` and do one more step before saving to change the number of ranks.
-        """
-        problem = unfit(state, self.state_form())
-        self._agreed_size, self._refused = 0, problem is not None
-        if problem is not None:
-            raise ConfigurationError(f"rank {self.comm.rank}: {problem}")
-        self.memory.load_state_dict(state["memory"])
-        self._load_common_state(state)
-
-    def _identity(self) -> dict[str, Any]:
-        """What a saved state belongs to."""
-        return {
-            "exchange": type(self).__name__,
-            "rank": self.comm.rank,
-            "size": self.comm.size,
-            "parameters": self.layout.describe(),
-            "compressed": self.layout.compressed,
-            "cuts": list(self.layout.cuts),
-        }
-
-    def _common_state(self) -> dict[str, Any]:
-        """What is the same on all ranks."""
-        observers = [{"kind": type(o).__name__, "state": o.state_dict()} for o in self.observers]
-        return {"step": self.step, "observers": observers, **self.own_state()}
-
-    def _load_common_state(self, state: dict[str, Any]) -> None:
-        for observer, saved in zip(self.observers, state["observers"], strict=True):
-            observer.load_state_dict(saved["state"])
-        self.step, self._loaded = state["step"], True
-        self._agreed_size = 0
-        self._plans.clear()
-        self.load_own_state(state)
-
-    def own_state(self) -> dict[str, Any]:
-        """What an algorithm keeps beside the memory, the same on all ranks: tensors, numbers and strings only."""
-        return {}
-
-    def own_form(self) -> Form:
-        """What `own_state` looks like; see `hvd_sketch.saved`. Unless told, anything will do that has its names."""
-        return dict.fromkeys(self.own_state(), object)
-
-    def load_own_state(self, state: dict[str, Any]) -> None:
-        """Restore what `own_state` returned."""
-        return
 
     def reset(self) -> None:
         """Forget the memory, and the gradients handed in since the last `run`."""
@@ -396,36 +274,3 @@ class Exchange(ABC):
         if not self._told_void:
             tell_void(self.rounds, self.layout, self.gradient, self.step)
             self._told_void = True
-
-    def _agree(self) -> None:
-        """Compare settings, parameters and their values; on a difference, tell every rank what differs."""
-        setting, self._told_void = self._setting, False
-        mine = {
-            "settings": f"{self._agreed} average={setting.average} momentum_correction={setting.momentum} "
-            f"sketch_geometry={geometry.VERSION}",
-            "step": self._progress(),
-            "parameters": self.layout.describe(),
-            "compressed": str(self.layout.compressed),
-            "values": self.describe_values(),
-        }
-        contributors = agree(self.comm, mine, self.rounds.name_of, self._welcome)
-        self._agreed_size = self.comm.size if contributors == self.comm.size else 0
-        self._plans.clear()
-
-    def _progress(self) -> str:
-        """How far training has come, one word."""
-        if self._refused:
-            return f"{self.step},saved-memory-refused"
-        return f"{self.step}" if self._loaded or self.stats.steps else _NOT_BEGUN
-
-    def _welcome(self, told: Sequence[Answers]) -> bool:
-        """Let ranks that have not begun take over what is common from those that have, if nothing else differs."""
-        new = newcomers(told, "step", _NOT_BEGUN)
-        if not new:
-            return False
-        root = next(rank for rank in range(self.comm.size) if rank not in new)
-        mine = self._common_state() if self.comm.rank == root else None
-        common = broadcast_state(self.comm, mine, root, self.rounds.name_of("common"))
-        if self.comm.rank in new:
-            self._load_common_state(common)
-        return True
