@@ -44,6 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     """Measure and write; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recall", description=str(__doc__).partition("\n")[0])
     parser.add_argument("--dim", type=float, default=2e6, help="coordinates of the vectors that are drawn")
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="of the runs")
     parser.add_argument("--draws", type=int, default=10, help="how often vector, cells and signs are drawn")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--report", action="store_true", help="only write the table again, from the rows in --out")
@@ -51,17 +52,20 @@ def main(arguments: Sequence[str]) -> int:
     if options.report:
         write(json.loads(options.out.read_text()))
         return 0
-    rows = list(tqdm(measure(int(options.dim), options.draws), total=len(ROWS) * (2 * len(WIDTHS) + 3), unit="row"))
-    options.out.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    rows: list[Row] = []
+    total = len(ROWS) * (2 * len(options.widths) + len(GRADIENTS))
+    for row in tqdm(measure(int(options.dim), options.widths, options.draws), total=total, unit="row"):
+        rows.append(row)
+        options.out.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     if options.out == RESULTS:
         write(rows)
     return 0
 
 
-def measure(dim: int, draws: int) -> Iterator[Row]:
+def measure(dim: int, widths: Sequence[int], draws: int) -> Iterator[Row]:
     """All rows, one after the other."""
     for name, make in (("runs", runs), ("hot runs", hot_runs)):
-        for width in WIDTHS:
+        for width in widths:
             yield from _recall({"vector": name, "width": width}, partial(make, dim, width), draws)
     for name, gradient in GRADIENTS.items():
         vectors = [gradient(draw) for draw in range(draws)]
