@@ -43,7 +43,7 @@ def main() -> None:
             folder,
             per_device_train_batch_size=32,
             num_train_epochs=1,
-            learning_rate=3e-3,
+            learning_rate=1e-3,
             use_cpu=True,
             report_to=[],
             save_strategy="no",
