@@ -153,6 +153,12 @@ def _check(named: Sequence[tuple[str, Tensor]]) -> None:
                 "prefix the names of each model so that they differ"
             )
     for name, parameter in named:
+        if hasattr(parameter, "placements"):  # a DTensor
+            raise ConfigurationError(
+                f"parameter {name!r} is sharded ({parameter.placements}): fully_shard sums its gradient shard by shard "
+                "inside backward, and leaves none to compress; wrap the model in DistributedDataParallel instead, and "
+                "call hvd_sketch.ddp.register"
+            )
         if parameter.dtype not in _FLOATING:
             raise ConfigurationError(
                 f"parameter {name!r} has dtype {parameter.dtype}; only real floating point can be compressed: "
