@@ -157,7 +157,7 @@ def alltoall_async(
 
     def finish() -> Any:
         received = _first_of_each(arriving.wait().view(padded.shape), counts)
-        return received if splits is None else (received, torch.tensor(counts, dtype=torch.int32))
+        return received if splits is None else (received, torch.tensor(counts, dtype=torch.int32, device="cpu"))
 
     return Handle(finish)
 
