@@ -82,6 +82,19 @@ class Stats:
         """With everything measured."""
         return {**vars(self), "_captured": self.captured_energy, "_clip": self.clip}
 
+    def as_dict(self) -> dict[str, int | float]:
+        """All of it as plain numbers, for a logger of yours; seconds are by phase, as ``seconds_exchange``."""
+        return {
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "bytes_sent": self.bytes_sent,
+            "dense_bytes": self.dense_bytes,
+            "ratio": self.ratio,
+            "captured_energy": self.captured_energy,
+            "clip": self.clip,
+            **{f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()},
+        }
+
     @contextmanager
     def counting(self, comm: Communicator) -> Iterator[None]:
         """Add the bytes that this rank sends inside to ``bytes_sent``."""

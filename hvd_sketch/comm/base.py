@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -16,6 +15,18 @@ from hvd_sketch.comm.pending import Pending
 from hvd_sketch.comm.staged import HostStaging
 
 __all__ = ["Communicator", "Pending"]
+
+
+_makers: list[Callable[[], Communicator]] = []
+
+
+def made_by(maker: Callable[[], Communicator]) -> None:
+    """From now on, what is loaded from a pickle is made so."""
+    _makers.append(maker)
+
+
+def _made_again() -> Communicator:
+    return _makers[-1]()
 
 
 class Communicator(ABC):
@@ -38,7 +49,7 @@ class Communicator(ABC):
 
     def __reduce__(self) -> Any:
         """What is loaded from a pickle has whatever ranks there are then."""
-        return importlib.import_module("hvd_sketch.comm").default_communicator, ()
+        return _made_again, ()
 
     @property
     @abstractmethod

@@ -94,9 +94,7 @@ class MomentsObserver:
         exchange.observers.append(self)
 
     def observe(self, exchange: Exchange) -> None:
-        """Measure, when it is time; a void step has nothing to measure."""
-        if exchange.void:
-            return
+        """Measure, when it is time."""
         self._count += 1
         if self._count - self._measured >= min(self._settings.interval, 1 + self._measured // _GROWTH):
             self._measure(exchange)

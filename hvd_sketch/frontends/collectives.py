@@ -116,7 +116,7 @@ def grouped_reducescatter(tensors: Sequence[Tensor], *arguments: Any, **keywords
 
 def barrier(process_set: Any = None) -> None:
     """Wait until all ranks are here."""
-    handles.allreduce_async(torch.zeros(1, device="cpu"), op=Sum, process_set=process_set).wait()
+    handles.allreduce_async(torch.zeros(1, dtype=torch.float32, device="cpu"), op=Sum, process_set=process_set).wait()
 
 
 class _Allreduce(torch.autograd.Function):
@@ -140,7 +140,7 @@ class _Allgather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         mean = handles.allreduce_async(gradients[0], process_set=ctx.process_set).wait()
-        counts = handles.allgather_async(torch.tensor([ctx.count], device="cpu")).wait().tolist()
+        counts = handles.allgather_async(torch.tensor([ctx.count], dtype=torch.int64, device="cpu")).wait().tolist()
         return mean.split(counts)[world().rank], None
 
 

@@ -107,7 +107,9 @@ def allgather_async(tensor: Tensor, name: str | None = None, process_set: Any = 
     if tensor.dim() == 0:
         raise ConfigurationError("allgather puts tensors behind each other along a dimension, and this one has none")
     rest = tensor.shape[1:]
-    counts = [int(count) for count in comm.allgather(torch.tensor([len(tensor)], device="cpu"), _NAME)]
+    counts = [
+        int(count) for count in comm.allgather(torch.tensor([len(tensor)], dtype=torch.int64, device="cpu"), _NAME)
+    ]
     padded = tensor.new_zeros(max(counts), *rest)
     padded[: len(tensor)] = tensor.detach()
     rows = comm.start_allgather(padded.view(-1), _NAME)
@@ -148,7 +150,7 @@ def alltoall_async(
             f"alltoall: {len(tensor)} rows cannot be sent to {comm.size} ranks in parts of {own}; give splits that "
             "add up to the rows, or a multiple of the ranks' number of rows"
         )
-    table = comm.allgather(torch.tensor(own, device="cpu"), _NAME)
+    table = comm.allgather(torch.tensor(own, dtype=torch.int64, device="cpu"), _NAME)
     most, counts = int(table.max()), table[:, comm.rank].tolist()
     padded = tensor.new_zeros(comm.size, most, *tensor.shape[1:])
     for row, part in zip(padded, tensor.detach().split(own), strict=True):

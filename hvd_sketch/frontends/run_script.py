@@ -17,8 +17,12 @@ from hvd_sketch.frontends.substitute import substitute
 _COMPRESSIONS = ("none", "fp16", "auto", "sketch", "topk", "sharded")
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Parse our own options, put our optimizer in Horovod's place, and hand over to the script."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse our own options, put our optimizer in Horovod's place, and hand over to the script.
+
+    Args:
+        arguments: by default the command line's; this is the command ``hvd-sketch``.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.check:

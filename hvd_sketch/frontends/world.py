@@ -22,7 +22,7 @@ def world() -> Communicator:
 
 
 def init(comm: Any = None, process_sets: Any = None) -> None:
-    """Connect to the other processes: mpi4py under a launcher, else this process alone.
+    """Connect to the other processes, by torch.distributed under torchrun and by mpi4py under mpirun; else none.
 
     Args:
         comm: an mpi4py communicator that all of this process's ranks are in, to check its size.
@@ -39,7 +39,7 @@ def init(comm: Any = None, process_sets: Any = None) -> None:
 
 
 def shutdown() -> None:
-    """Forget the communicator; MPI itself ends with the process."""
+    """Forget the communicator; MPI and torch.distributed end with the process."""
     world.cache_clear()
 
 
@@ -60,12 +60,16 @@ def size() -> int:
 
 def local_rank() -> int:
     """This process's number on its host."""
-    return int(os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", os.environ.get("MPI_LOCALRANKID", "0")))
+    return _told_by_launcher("0", "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 
 
 def local_size() -> int:
     """Number of processes on this host."""
-    return int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", os.environ.get("MPI_LOCALNRANKS", "1")))
+    return _told_by_launcher("1", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+
+
+def _told_by_launcher(alone: str, *variables: str) -> int:
+    return int(next((os.environ[variable] for variable in variables if variable in os.environ), alone))
 
 
 def broadcast_object(obj: Any = None, root_rank: int = 0, name: str | None = None, process_set: Any = None) -> Any:
