@@ -299,7 +299,7 @@ class Outcome:
         )
         self.joined = [
             [
-                uneven_epochs(partial(make, ratio=10.0, warmup_steps=6), (4, 6), 3, use_stock=use)
+                uneven_epochs(partial(make, ratio=10.0, warmup_steps=6), (2, 4), 3, use_stock=use)
                 for use in (True, False)
             ]
             for make in (Compression.sketch, Compression.topk, Compression.auto)
