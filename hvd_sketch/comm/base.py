@@ -101,13 +101,17 @@ class Communicator(ABC):
         return 2 * (self.size - 1) * nbytes // self.size
 
     def allgather_object(self, value: Any, name: str) -> list[Any]:
-        """Every rank's picklable value, by rank; for small things and rare moments."""
-        payload = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(torch.int32)
+        """Every rank's picklable value, by rank; for small things and rare moments, among ranks that are trusted."""
+        return [pickle.loads(told) for told in self.allgather_bytes(pickle.dumps(value), name)]
+
+    def allgather_bytes(self, content: bytes, name: str) -> list[bytes]:
+        """Every rank's bytes, of any length above 0, by rank."""
+        payload = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(torch.int32)
         lengths = self.allgather(torch.tensor([payload.numel()], dtype=torch.int64, device="cpu"), f"{name}.length")
         padded = torch.zeros(int(lengths.max()), dtype=torch.int32, device="cpu")
         padded[: payload.numel()] = payload
         rows = self.allgather(padded, f"{name}.payload").to(torch.uint8)
-        return [pickle.loads(row[: int(length)].numpy().tobytes()) for row, length in zip(rows, lengths, strict=True)]
+        return [row[: int(length)].numpy().tobytes() for row, length in zip(rows, lengths, strict=True)]
 
     def _post(
         self, post: Callable[[Tensor, str], Pending], tensor: Tensor, name: str, into: Tensor | None = None

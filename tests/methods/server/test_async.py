@@ -444,7 +444,7 @@ def test_the_proximal_term_pulls_back_to_the_servers_model() -> None:
         ({"proximal": -1.0}, "proximal must be at least 0"),
         ({"memory": "all"}, "memory must be one of"),
         ({"patience": 0.0}, "patience must be a positive number"),
-        ({"samples": 0}, "samples must be at least 1"),
+        ({"samples": 0}, "of a worker must be at least 1, rank 0 has 0"),
         ({"server": 1}, "server must be a rank below 1"),
         ({"server_works": False}, "cannot be a server without workers"),
         ({"up": Compression.sketch(ratio=2.0, dense_below=0)}, "Sketch cannot choose"),

@@ -33,15 +33,7 @@ EVENTS = [  # time, tier, its model, rounds, the server's model
 
 
 def tiers_of(tiers: Any = TIERS, **arguments: Any) -> Tiers:
-    settings: dict[str, Any] = {
-        "clients": None,
-        "weights": "mirror",
-        "published": False,
-        "retier": None,
-        "forget": 30,
-        "seed": 0,
-    }
-    return Tiers(tiers, **{**settings, **arguments})
+    return Tiers(tiers, **arguments)
 
 
 def run_round(server: Server, tier: int, at: float) -> None:

@@ -35,7 +35,7 @@ from hvd_sketch.methods.server import (
     ZenoPSAsync,
 )
 from hvd_sketch.methods.server.codes import Whole
-from hvd_sketch.methods.server.log import Event, Happened, Log, read_log
+from hvd_sketch.methods.server.log import Log, read_log
 from hvd_sketch.methods.server.message import Note
 from hvd_sketch.methods.server.store import Store
 from tests.methods.server.support import Server, Vector, after_round, round_of, served, vector
@@ -89,9 +89,8 @@ def train(server: Server, pushes: int) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_replayed_log_gives_the_same_model_to_the_bit(tmp_path: Path, name: str) -> None:
-    log, start = Log(tmp_path / "log"), torch.zeros(6, dtype=torch.float64)
-    log.write(Event(Happened.START, payload=start.view(torch.uint8)))
-    recorded = Server(RULES[name](), start, WORKERS, record=log.write)
+    start = torch.zeros(6, dtype=torch.float64)
+    recorded = Server(RULES[name](), start, WORKERS, log=Log(tmp_path / "log"))
     train(recorded, 60)
     code, workers = Whole(6, torch.float64), served(Vector(start), dict.fromkeys(WORKERS, 1))
     again = Store(torch.ones_like(start), RULES[name](), workers, up=code, down=None)
