@@ -206,8 +206,8 @@ def cells(seeds: list[int]) -> list[Row]:
     """Without hostile workers there is no attack."""
     return [
         {"rule": rule, "attack": attack, "hostile": hostile, "seed": seed}
-        for seed in seeds
         for hostile in HOSTILE
+        for seed in seeds
         for attack in (ATTACKS if hostile else ATTACKS[1:2])
         for rule in RULES
     ]

@@ -34,7 +34,7 @@ from hvd_sketch.methods.server.store import Replies, Store
 from hvd_sketch.methods.server.validation import Served
 
 WORKERS, SLOW = 8, 0
-HORIZON, MOMENTS, BATCH = 400.0, 20, 32
+HORIZON, MOMENTS, BATCH = 200.0, 20, 32
 FACTORS, RATES = (1.0, 5.0, 20.0), (0.05, 0.1, 0.2, 0.4, 0.8)
 TUNED_AT = {"factor": 5.0, "seed": 99}
 

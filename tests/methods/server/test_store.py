@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hvd_sketch import Compression
+from hvd_sketch.methods.server import replay
 from hvd_sketch.methods.server.codes import Code
 from hvd_sketch.methods.server.log import Happened, Log, read_log
 from hvd_sketch.methods.server.message import Header, Kind
@@ -204,3 +205,42 @@ def test_fuzzing_covers_what_is_read() -> None:
     update: Tensor = torch.ones(COUNT)
     assert server.push(1, update) == [1]
     assert server.store.version == 1
+
+
+def test_who_is_done_has_no_push_left() -> None:
+    """Or a round would wait for one that said it was done."""
+    server = Server(Mean(), vector(0.0), (1, 2))
+    server.store.leave(2, False, 0.0)
+    with pytest.raises(ProtocolError, match="without having been sent a model"):
+        server.push(2, vector(1.0))
+    assert server.push(1, vector(1.0)) == [1]
+
+
+@pytest.mark.parametrize("value", [1e20, -3e38])
+def test_values_whose_squares_are_infinite_are_never_applied(value: float) -> None:
+    """They could make the model infinite, and the lengths and angles that rules judge by."""
+    server = Server(Plain(), torch.zeros(2))
+    assert server.push(1, torch.tensor([0.0, value])) == [1]
+    assert (server.model.tolist(), server.store.stats.workers[1].void) == ([0.0, 0.0], 1)
+
+
+def test_the_log_of_a_resumed_server_is_replayed_from_what_it_had_loaded(tmp_path: Path) -> None:
+    before = random_server(FedAsync(), up=None, down=None, pushes=20)
+    state = before.store.state_dict()
+    model = Vector(torch.zeros(COUNT))
+    resumed = Store(
+        torch.zeros(COUNT),
+        Plain(),
+        served(model, dict.fromkeys((1, 2, 5), 1)),
+        up=topk(),
+        down=None,
+        log=Log(tmp_path / "log"),
+    )
+    resumed.load_state_dict(state)
+    resumed.begin()
+    resumed.join(2, 0, True, 0.0)
+    resumed.push(2, Header(Kind.PUSH, resumed.version), torch.ones(COUNT).view(torch.uint8), True, 1.0)
+    again = replay(tmp_path / "log", model, Plain(), dict.fromkeys((1, 2, 5), 1), state)
+    assert again.version == resumed.version == 21
+    assert torch.equal(again.model, resumed.model)
+    assert again.stats.workers == resumed.stats.workers
