@@ -379,8 +379,8 @@ def _innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The one that frameworks put their own around."""
     if type(optimizer).__module__ == HOROVODS_MODULE:
         raise ConfigurationError(
-            "the optimizer is a DistributedOptimizer, which exchanges by itself; give the plain one to the hook, or use "
-            "DistributedOptimizer without DistributedDataParallel"
+            "the optimizer is a DistributedOptimizer, which exchanges by itself; give the plain one to the hook, or "
+            "use DistributedOptimizer without DistributedDataParallel"
         )
     inner = getattr(optimizer, "optimizer", None)
     return _innermost(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
