@@ -20,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes long; left out by --quick")
+    config.addinivalue_line("markers", "interpreted: runs on Triton's interpreter")
     ranks.quick = bool(config.getoption("--quick"))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hvd_sketch import stock
 from hvd_sketch.comm.base import Communicator
-from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.errors import ConfigurationError, NothingGainedError
 from hvd_sketch.exchange import Exchange, Setting
 from hvd_sketch.layout import Layout, small_or_named
 from hvd_sketch.memory import Momentum
@@ -64,6 +64,11 @@ class Compressor(ABC):
         return small_or_named(self._smallest, self.exclude)(name, parameter)
 
     @property
+    def wants_anticipation(self) -> bool:
+        """Whether gradients are to be anticipated where that is possible."""
+        return self.anticipate is not False
+
+    @property
     def _smallest(self) -> int:
         """The size of the smallest tensor that is compressed."""
         if self.dense_below is None:
@@ -78,7 +83,7 @@ class Compressor(ABC):
         """
         layout = Layout.of(named_parameters, self.is_dense, self.parts())
         if layout.compressed == 0:
-            raise ConfigurationError(
+            raise NothingGainedError(
                 f"nothing to compress: all {layout.total} parameters are 1-D, smaller than "
                 f"dense_below={self._smallest} or excluded; lower dense_below or use Compression.none"
             )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hvd_sketch.compatibility import without_momentum
 from hvd_sketch.exchange import Exchange
-from hvd_sketch.exchange.gradients import Gradients, watch
+from hvd_sketch.exchange.gradients import Gradients, shared_state, take_over, watch
 from hvd_sketch.exchange.scaling import LossScale, tell_scalers
 from hvd_sketch.layout import describe_values
 from hvd_sketch.memory import Momentum
@@ -228,6 +228,14 @@ class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
     def load_memory_state_dict(self, state: dict[str, Any]) -> None:
         """Restore this rank's memory, after ``load_state_dict``; see `Exchange.load_state_dict`."""
         self.exchange.load_state_dict(state)
+
+    def shared_state(self) -> dict[str, Any]:
+        """Parameters and the optimizer's state, the same on all ranks; not copied."""
+        return shared_state(list(self._named.values()), self.optimizer)
+
+    def take_over(self, state: dict[str, Any]) -> None:
+        """Go on with another rank's `shared_state`; what is unsent here stays."""
+        take_over(state, list(self._named.values()), self.optimizer)
 
     def flush(self) -> None:
         """Send everything in the next step, so that a checkpoint after it needs no memory."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from hvd_sketch.compatibility import check_steps_once
 from hvd_sketch.errors import ConfigurationError
 
 HOROVODS_MODULE = "horovod.torch.optimizer"
@@ -60,11 +61,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
         return made
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ConfigurationError(
-                "LBFGS evaluates its closure several times a step, and only the first gradient would be exchanged; "
-                "use an optimizer that steps once per gradient"
-            )
+        check_steps_once(optimizer)
         if type(optimizer).__module__ == HOROVODS_MODULE:
             raise ConfigurationError("the optimizer is already a DistributedOptimizer; wrap the plain one")
         self._own(optimizer=optimizer)
