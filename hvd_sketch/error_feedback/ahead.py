@@ -89,6 +89,10 @@ class AheadOptimizer(WrappedOptimizer):
 
         def load_memory_state_dict(self, state: dict[str, Any]) -> None: ...
 
+        def shared_state(self) -> dict[str, Any]: ...
+
+        def take_over(self, state: dict[str, Any]) -> None: ...
+
     def _look_ahead(self, ahead: Ahead, named: Mapping[str, Tensor]) -> None:
         """From now on."""
         names = {parameter: name for name, parameter in named.items()}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,16 @@ class Flat(NamedTuple):
 
     vector: Tensor
     views: list[Tensor]
+
+    @classmethod
+    def of(cls, vector: Tensor, shapes: Sequence[Sequence[int]]) -> Flat:
+        """Views of a vector, one behind the other."""
+        parts = vector.split([math.prod(shape) for shape in shapes])
+        return cls(vector, [part.view(tuple(shape)) for part, shape in zip(parts, shapes, strict=True)])
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles would not share the memory."""
+        return Flat.of, (self.vector, [tuple(view.shape) for view in self.views])
 
 
 LayoutRule = Callable[[Iterable[tuple[str, Tensor]]], Layout]
@@ -102,7 +113,7 @@ class FlatParameters:
 
     def _flat(self, device: torch.device, *, pinned: bool = False) -> Flat:
         vector = torch.zeros(self.layout.total, dtype=self.dtype, device=device, pin_memory=pinned)
-        return Flat(vector, [vector[slot.offset : slot.stop].view(slot.shape) for slot in self.layout.slots])
+        return Flat.of(vector, [slot.shape for slot in self.layout.slots])
 
 
 class FlatModel(FlatParameters):
