@@ -74,8 +74,8 @@ and coding: no errors (second run).
 
 ## Where the host waits
 
-Counted from the code as it is now: `sharded`, `topk` and `stride` to read the first message's header; `powersgd` for it
-and for its digest; `sketch` for the gradient's norm and for each of its two sums. Beside these: with a
+Counted from the code as it is now: `sharded`, `topk` and `stride` to read the first message's header; `powersgd` for
+it and for its digest; `sketch` for the gradient's norm and for each of its two sums. Beside these: with a
 `torch.amp.GradScaler`, once a step, for its scale; the grids of half precision until their first scales are known;
 `FactoredMoments` where it measures; gradients that are not handed in together (weight decay under
 `momentum_correction`, sparse ones), for their norm. Whatever travels through host memory is waited for by the network.
@@ -117,6 +117,7 @@ Not measured, and so not known:
 - a model under `torch.compile` (on a processor it is compiled once and trains as it does uncompiled); backward on
   several streams (each message follows all of them, tested with a stand-in); a CUDA graph of the user's around an
   exchange is refused, which was never seen there;
-- the one copy through pinned memory by which `SwarmSGD`, `DmSGD`, `DecentLaM` and `LEAD` keep their vectors on the host;
+- the one copy through pinned memory by which `SwarmSGD`, `DmSGD`, `DecentLaM` and `LEAD`, whose vectors are on the
+  host, read and write a GPU's parameters;
 - compute-sanitizer over the other kernels, and its race and initialisation checks.
 """
