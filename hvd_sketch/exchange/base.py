@@ -18,6 +18,7 @@ from hvd_sketch.exchange.setting import Setting
 from hvd_sketch.exchange.staging import Staging
 from hvd_sketch.exchange.update import Part, Update
 from hvd_sketch.exchange.void import tell_void
+from hvd_sketch.gpu import refuse_capture
 
 Factor = float | Tensor
 Finite = bool | Tensor
@@ -117,8 +118,10 @@ class Exchange(Progress):
             RankMismatchError: alike on all ranks, when they differ in settings or parameters, and
                 the memory is then as before the step; or in what they selected, and the memory
                 then holds the step's gradient too, unsent.
-            ConfigurationError: alike on all ranks, when any of them called `fail_together`.
+            ConfigurationError: alike on all ranks, when any of them called `fail_together`; or while the caller
+                captures a CUDA graph.
         """
+        refuse_capture(self.gradient.device)
         self._update.hold()
         self._absent.clear()
         self._missing = {*self.staging.close(), *self.only_decay}
