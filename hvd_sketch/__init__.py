@@ -17,6 +17,7 @@ from hvd_sketch.error_feedback.anticipate import Anticipate
 from hvd_sketch.error_feedback.factored_moments import FactoredMoments
 from hvd_sketch.error_feedback.step_ahead import StepAhead
 from hvd_sketch.errors import ConfigurationError, RankMismatchError
+from hvd_sketch.frontends.join import join
 from hvd_sketch.frontends.optimizer import Average, DistributedOptimizer, Sum
 from hvd_sketch.memory import Momentum
 from hvd_sketch.methods.gossip.decentlam import DecentLaM, DmSGD
@@ -24,6 +25,7 @@ from hvd_sketch.methods.gossip.lead import LEAD
 from hvd_sketch.methods.local.cser import CSER
 from hvd_sketch.methods.local.local_sgd import LocalSGD
 from hvd_sketch.methods.local.overlap import OverlapLocalSGD
+from hvd_sketch.methods.server import ADSAGA, AsyncSGD, FedAT
 from hvd_sketch.methods.swarm import SwarmSGD
 from hvd_sketch.schedules.accordion import Accordion
 from hvd_sketch.schedules.accordion_batch import AccordionBatch
@@ -35,8 +37,8 @@ from hvd_sketch.stock import exchange_of
 
 if TYPE_CHECKING:
     from hvd_sketch import ddp
+    from hvd_sketch.frontends.collectives import allreduce
     from hvd_sketch.frontends.world import (
-        allreduce,
         broadcast_object,
         broadcast_optimizer_state,
         broadcast_parameters,
@@ -50,11 +52,13 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "ADSAGA",
     "CSER",
     "LEAD",
     "Accordion",
     "AccordionBatch",
     "Anticipate",
+    "AsyncSGD",
     "Average",
     "Communicator",
     "Compression",
@@ -65,6 +69,7 @@ __all__ = [
     "DmSGD",
     "EnergyTarget",
     "FactoredMoments",
+    "FedAT",
     "Guard",
     "LocalSGD",
     "Momentum",
@@ -84,6 +89,7 @@ __all__ = [
     "exchange_of",
     "init",
     "is_initialized",
+    "join",
     "local_rank",
     "local_size",
     "rank",
@@ -101,7 +107,7 @@ if not TYPE_CHECKING:  # a type checker would take any name for one of ours
         if name == "ddp":  # not every PyTorch has it
             return importlib.import_module("hvd_sketch.ddp")
         source = importlib.import_module(
-            "horovod.torch" if chosen_backend() == "horovod" else "hvd_sketch.frontends.world"
+            "horovod.torch" if chosen_backend() == "horovod" else "hvd_sketch.frontends.without_horovod"
         )
         try:
             return getattr(source, name)

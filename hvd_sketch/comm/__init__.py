@@ -8,7 +8,7 @@ import sys
 from typing import Any, Literal
 
 from hvd_sketch.comm import torch as of_torch
-from hvd_sketch.comm.base import Communicator, Pending
+from hvd_sketch.comm.base import Communicator, Pending, made_by
 from hvd_sketch.comm.single import SingleProcess
 from hvd_sketch.errors import ConfigurationError
 
@@ -20,6 +20,7 @@ __all__ = [
     "chosen_backend",
     "default_communicator",
     "has_horovod",
+    "is_installed",
 ]
 
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE")
@@ -29,10 +30,11 @@ Backend = Literal["horovod", "torch", "mpi", "single"]
 
 def has_horovod() -> bool:
     """Whether Horovod with its PyTorch part is installed; does not import it."""
-    return _installed("horovod")
+    return is_installed("horovod")
 
 
-def _installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; does not import it."""
     try:
         return importlib.util.find_spec(package) is not None
     except ValueError:  # sys.modules[package] is None, which forbids to import it
@@ -79,7 +81,7 @@ def default_communicator(process_set: Any = None) -> Communicator:
         return of_torch.TorchCommunicator()
     if backend == "single":
         return SingleProcess()
-    if not _installed("mpi4py"):
+    if not is_installed("mpi4py"):
         raise ConfigurationError(
             f"{_launched()} processes were launched but neither Horovod nor mpi4py is installed; "
             "install one of them: pip install mpi4py; or launch with torchrun, which needs neither"
@@ -113,3 +115,6 @@ def as_communicator(comm: Any) -> Communicator:
         "comm must be an mpi4py communicator, a process group of torch.distributed, a mesh of one dimension, or a "
         f"hvd_sketch.comm.Communicator, got {comm!r}"
     )
+
+
+made_by(default_communicator)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,18 @@ from hvd_sketch.comm.pending import Pending
 from hvd_sketch.comm.staged import HostStaging
 
 __all__ = ["Communicator", "Pending"]
+
+
+_makers: list[Callable[[], Communicator]] = []
+
+
+def made_by(maker: Callable[[], Communicator]) -> None:
+    """From now on, what is loaded from a pickle is made so."""
+    _makers.append(maker)
+
+
+def _made_again() -> Communicator:
+    return _makers[-1]()
 
 
 class Communicator(ABC):
@@ -29,6 +41,15 @@ class Communicator(ABC):
     """
 
     bytes_sent: int = 0
+    muted: bool = False
+    """Whether this rank adds zeros to every sum, for it has joined."""
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
+
+    def __reduce__(self) -> Any:
+        """What is loaded from a pickle has whatever ranks there are then."""
+        return _made_again, ()
 
     @property
     @abstractmethod
@@ -57,6 +78,8 @@ class Communicator(ABC):
     def start_allreduce(self, tensor: Tensor, name: str) -> Pending:
         """Begin to `allreduce`."""
         self.bytes_sent += self.allreduce_bytes(tensor.nbytes)
+        if self.muted:
+            tensor.zero_()
         return self._post(self.post_allreduce, tensor, name, tensor)
 
     def allgather(self, tensor: Tensor, name: str) -> Tensor:
@@ -101,13 +124,20 @@ class Communicator(ABC):
         return 2 * (self.size - 1) * nbytes // self.size
 
     def allgather_object(self, value: Any, name: str) -> list[Any]:
-        """Every rank's picklable value, by rank; for small things and rare moments."""
-        payload = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(torch.int32)
-        lengths = self.allgather(torch.tensor([payload.numel()], dtype=torch.int64, device="cpu"), f"{name}.length")
-        padded = torch.zeros(int(lengths.max()), dtype=torch.int32, device="cpu")
-        padded[: payload.numel()] = payload
-        rows = self.allgather(padded, f"{name}.payload").to(torch.uint8)
-        return [pickle.loads(row[: int(length)].numpy().tobytes()) for row, length in zip(rows, lengths, strict=True)]
+        """Every rank's value, by rank, as JSON has it; None of a rank that has joined. For small things, rarely.
+
+        Two sums, of the lengths and of the bytes, in which each rank has a row: sums go on where somebody has joined.
+        """
+        text = json.dumps(value).encode()
+        lengths = torch.zeros(self.size, dtype=torch.int64, device="cpu")
+        lengths[self.rank] = len(text)
+        self.allreduce(lengths, f"{name}.length")
+        rows = torch.zeros(self.size, -(-int(lengths.max()) // 4), dtype=torch.int32, device="cpu")
+        own = rows[self.rank].view(torch.uint8)[: int(lengths[self.rank])]
+        own.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8)[: own.numel()])
+        self.allreduce(rows.view(-1), f"{name}.payload")
+        texts = [row[:length].numpy().tobytes() for row, length in zip(rows.view(torch.uint8), lengths, strict=True)]
+        return [json.loads(text) if text else None for text in texts]
 
     def _post(
         self, post: Callable[[Tensor, str], Pending], tensor: Tensor, name: str, into: Tensor | None = None

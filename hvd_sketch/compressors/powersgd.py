@@ -54,7 +54,7 @@ class PowerSGD(Compressor):
 
     def is_dense(self, name: str, parameter: Tensor) -> bool:
         """Also true of a matrix that the product of two factors would not shrink."""
-        if super().is_dense(name, parameter):
+        if parameter.dim() < 2 or super().is_dense(name, parameter):
             return True
         n, m = matrix_shape(tuple(parameter.shape))
         return self.rank * (n + m) >= n * m
@@ -146,6 +146,8 @@ class PowerSGDExchange(Exchange):
         self.memory.keep(compressed, self._computed, mask=True)
         with self.stats.phase("factor"), full_precision():
             (update,) = self._expanded()
+            if self.rounds.all_present:
+                self._right.copy_(self._rights)
         lanes = self._first[self._first.numel() - self.layout.dense :].mul_(1.0 / self.divisor)
         self.hold(Part(compressed, update.mul_(1.0 / self.divisor)), Part(dense, lanes))
         return True
@@ -171,8 +173,7 @@ class PowerSGDExchange(Exchange):
         return ()
 
     def _expand(self) -> tuple[Tensor, ...]:
-        """The sum over the ranks, from its factors; the right ones are kept for the next step."""
-        self._right.copy_(self._rights)
+        """The sum over the ranks, from its factors."""
         update = torch.empty_like(self._computed)
         for matrix, part, left in self._views(update, self._lefts):
             torch.mm(left, self._rights[matrix.right].view(-1, self._rank).t(), out=part)

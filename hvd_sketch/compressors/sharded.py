@@ -107,8 +107,7 @@ class ShardedExchange(SparseExchange):
     double compression (DoubleSqueeze, Tang et al. 2019) without a state of its own, so it
     survives `flush`, a checkpoint, and a change of the number of ranks. All ranks decode the same
     bytes, so the update is bit-identical by construction. Bytes do not grow with W:
-    ``2 (W-1)/W k`` pairs of about 1.25 bytes, and an allreduce of the dense part. Cannot be
-    combined with ``hvd.join``.
+    ``2 (W-1)/W k`` pairs of about 1.25 bytes, and an allreduce of the dense part.
 
     With several buckets every shard is cut into so many parts, each with its share of k, and a part is
     chosen, summed or applied while others are on the wire: up of every part, then down of every part.

@@ -76,17 +76,21 @@ def _accompany(
     settled, feedback = settle(compressor, optimizer, Default.OF_COMPRESSION, averages=averages, corrects=False)
     if not isinstance(feedback, Anticipate):
         return settled, stock.alone
-    return settled, partial(follow, optimizer, feedback.coefficient)
+    return settled, partial(follow, optimizer, feedback)
 
 
 def follow(
-    optimizer: torch.optim.Optimizer, coefficient: float, client: Any, exchange: Exchange, named: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    feedback: Anticipate,
+    client: Any,
+    exchange: Exchange,
+    named: Mapping[str, Tensor],
 ) -> Passes:
     """Anticipate for an optimizer that nobody wraps.
 
     Args:
         optimizer: the user's.
-        coefficient: as in `Anticipate`.
+        feedback: how.
         client: who watches the parameters, see `hvd_sketch.exchange.gradients.watch`.
         exchange: of their gradients.
         named: the parameters.
@@ -94,10 +98,11 @@ def follow(
     Returns:
         what keeps them ahead, to be told when a gradient is computed, and of every step.
     """
+    exchange.log.notes.append(f"error_feedback={feedback}")
     shares, first = CommonShare(), next(iter(named.values()))
     shares.attach(exchange)
     flat = FlatParameters(named, exchange.layout, first.device)
-    ahead = Anticipation(weakref.proxy(optimizer), lambda: exchange, flat, shares, coefficient)
+    ahead = Anticipation(weakref.proxy(optimizer), lambda: exchange, flat, shares, feedback.coefficient)
     moves: Callable[[], bool] = lambda: exchange.step + exchange.stats.steps > 0 and watches(client, first)  # noqa: E731
     return Passes(ahead, {parameter: name for name, parameter in named.items()}, moves)
 

@@ -35,7 +35,8 @@ def agree(
     wire.write_digest(lanes[1:], torch.frombuffer(bytearray(repr(answers).encode()), dtype=torch.uint8))
     comm.allreduce(lanes, name("agree"))
     if not wire.digests_agree(lanes[1:], lanes[0]):
-        told = comm.allgather_object(answers, name("differences"))
+        gathered = comm.allgather_object(dict(answers), name("differences"))
+        told = [told or next(filter(None, gathered)) for told in gathered]  # a rank that has joined differs from none
         if not settle(told):
             raise RankMismatchError(_differences(told))
     return int(lanes[0])

@@ -20,7 +20,9 @@ class Rounds:
     some rank has a problem, or wants everything to be sent.
 
     Attributes:
-        all_present: whether every rank took part in the last step; one that has joined does not.
+        present: how many ranks took part in the last step; one that has joined does not.
+        all_present: whether all did.
+        partial: steps of this rank that some other did not take part in, since somebody last set it to 0.
         flushes: whether the present step sends everything, because some rank asked for it.
         incomplete: whether this rank has no gradient for some parameter.
         on_incomplete: called before a step is taken for which some rank lacks a gradient; may communicate.
@@ -28,6 +30,7 @@ class Rounds:
 
     def __init__(self, comm: Communicator, stats: Stats) -> None:
         self.comm, self._stats = comm, stats
+        self.present, self.partial = 0, 0
         self.all_present, self.flushes = True, False
         self.incomplete = False
         self.on_incomplete: Callable[[], None] = _nothing
@@ -76,7 +79,8 @@ class Rounds:
             self._problem = None
             lines = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
             raise ConfigurationError("hvd_sketch: the step was not taken. " + "\n".join(lines))
-        self.all_present = header.present == self.comm.size
+        self.present, self.all_present = header.present, header.present == self.comm.size
+        self.partial += not self.all_present
         self.flushes = header.finite and header.flush
         taken = header.finite and not header.flush
         if taken and header.incomplete:

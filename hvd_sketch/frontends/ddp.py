@@ -26,7 +26,7 @@ from hvd_sketch.error_feedback.default import Default, follow, settle
 from hvd_sketch.error_feedback.passes import Passes
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
-from hvd_sketch.exchange.gradients import watch
+from hvd_sketch.exchange.gradients import shared_state, take_over, watch
 from hvd_sketch.exchange.scaling import LossScale
 from hvd_sketch.frontends.optimizer import DistributedOptimizer
 from hvd_sketch.layout import describe_values
@@ -96,7 +96,7 @@ class State:
         self._stepping = self._unstepped = self._ever_stepped = self._added_to = False
         self._passes: Passes | None = None
         if isinstance(feedback, Anticipate):
-            self._passes = follow(optimizer, feedback.coefficient, self, self.exchange, trained)
+            self._passes = follow(optimizer, feedback, self, self.exchange, trained)
         self._watch(optimizer)
 
     def flush(self) -> None:
@@ -206,6 +206,14 @@ class State:
         """Called by backward."""
         if self._passes is not None:
             self._passes.took(parameter)
+
+    def shared_state(self) -> dict[str, Any]:
+        """Parameters and the optimizer's state, the same on all ranks; not copied."""
+        return shared_state(self._parameters, self._optimizer())
+
+    def take_over(self, state: dict[str, Any]) -> None:
+        """Go on with another rank's `shared_state`; what is unsent here stays."""
+        take_over(state, self._parameters, self._optimizer())
 
     def _back_at_the_model(self) -> None:
         """End the step ahead, if parameters are."""

@@ -21,9 +21,11 @@ from hvd_sketch.exchange import DenseExchange, Exchange
 from hvd_sketch.frontends.link import Link
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
-from hvd_sketch.methods.exchanging import ExchangingOptimizer, HorovodOptimizer, Wiring
+from hvd_sketch.methods.exchanging import ExchangingOptimizer
+from hvd_sketch.methods.wiring import HorovodOptimizer, Wiring
 
 Average, Sum = 0, 1  # Horovod's own numbers
+_OTHER_OPS = {2: "Adasum", 3: "Min", 4: "Max", 5: "Product"}
 
 Uncompressed = type[NoCompression] | type[HalfPrecision]
 
@@ -204,7 +206,8 @@ def _check_compression(compression: Any, op: int, optimizer: torch.optim.Optimiz
             f"compression={compression!r} is no member of hvd_sketch.Compression: use none, fp16, auto() or another"
         )
     if op not in (Average, Sum):
-        raise ConfigurationError(f"op={op} cannot be combined with compression: only Average and Sum are linear")
+        name = _OTHER_OPS.get(op, str(op))
+        raise ConfigurationError(f"op={name} cannot be combined with compression: only Average and Sum are linear")
     if isinstance(compression, Compressor):
         check_momentum(compression.momentum, optimizer)
 

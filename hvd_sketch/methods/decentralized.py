@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -83,6 +84,19 @@ class Decentralized(Method):
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's; it belongs to this rank. Save the model inside `average_model`."""
         return super().state_dict()
+
+    def finish(self) -> None:
+        """End training, on all ranks; what is under way comes to its end."""
+        return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.finish()
 
     @contextmanager
     def average_model(self) -> Iterator[torch.nn.Module]:

@@ -110,6 +110,12 @@ class WrappedOptimizer(torch.optim.Optimizer):
             "before wrapping, or add them to the plain optimizer, then wrap it again"
         )
 
+    def discard(self) -> None:
+        """Throw the gradients away that were computed; nothing of them is kept anywhere."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's."""
         return self.optimizer.state_dict()

@@ -102,8 +102,9 @@ class SketchBucket:
         *lanes, largest, self.norm = torch.cat([self._message[: wire.HEADER], sizes]).tolist()
         header = wire.Header.of(lanes)
         self._all_present = header.present == ranks
+        self._next_cell = self._scales.cell
         if header.finite and self._all_present:
-            self._scales.cell = wire.shared_scale(largest / ranks, ranks, self._dtype) if largest > 0.0 else None
+            self._next_cell = wire.shared_scale(largest / ranks, ranks, self._dtype) if largest > 0.0 else None
         return header
 
     def choose(self, comm: Communicator, step: int, seed: int) -> Tensor:
@@ -119,7 +120,7 @@ class SketchBucket:
         self._each = grid.scales_of(estimates.abs_().div_(comm.size), comm.size)
         self._second = message = self._new_message(comm.size)
         wire.write_header(message, True)
-        wire.write_digest(message[_DIGEST], self._drawn(), _number(self._scales.cell))
+        wire.write_digest(message[_DIGEST], self._drawn(), _number(self._next_cell))
         fetched, in_turn, dense = self._lanes(comm.size)
         few = candidates.numel()
         sent = (
@@ -137,7 +138,11 @@ class SketchBucket:
         self._memory.keep(self._dense, self._dense_left, mask=False)
 
     def read(self, comm: Communicator) -> bool:
-        """Read round 2's sum: False if ranks chose differently. Of more candidates than k, drop the others."""
+        """Read round 2's sum: False if ranks chose differently. Of more candidates than k, drop the others.
+
+        The step is taken, so the scales of the next one follow from its sums.
+        """
+        self._scales.cell = self._next_cell
         fetched, in_turn, dense = self._lanes(comm.size)
         few, count, learn = self._each.numel(), self._computed.numel(), self._all_present
         agreed = wire.digests_agree(self._second[_DIGEST], self._second[1])

@@ -8,7 +8,7 @@ import random
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -134,6 +134,12 @@ class SwarmSGD(Decentralized):
         self._courier.start()
         atexit.register(self._leave)
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise ConfigurationError(
+            "SwarmSGD cannot be copied or pickled, for a thread answers other nodes in its name; save "
+            "optimizer.state_dict(), and the model inside average_model()"
+        )
+
     def finish(self) -> None:
         """Collective: wait, answering, until all nodes are done, and end the courier.
 
@@ -151,9 +157,6 @@ class SwarmSGD(Decentralized):
         self._courier.stop(away, _LAST_WORDS)
         self._finished = True
         atexit.unregister(self._leave)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
