@@ -17,6 +17,7 @@ from hvd_sketch.error_feedback.anticipate import Anticipate
 from hvd_sketch.error_feedback.factored_moments import FactoredMoments
 from hvd_sketch.error_feedback.step_ahead import StepAhead
 from hvd_sketch.errors import ConfigurationError, RankMismatchError
+from hvd_sketch.frontends.checkpoint import SavedMemory
 from hvd_sketch.frontends.join import join
 from hvd_sketch.frontends.optimizer import Average, DistributedOptimizer, Sum
 from hvd_sketch.memory import Momentum
@@ -75,6 +76,7 @@ __all__ = [
     "Momentum",
     "OverlapLocalSGD",
     "RankMismatchError",
+    "SavedMemory",
     "SingleProcess",
     "Stats",
     "StepAhead",
