@@ -7,3 +7,7 @@ class ConfigurationError(ValueError):
 
 class RankMismatchError(RuntimeError):
     """Ranks disagree about settings, parameters or the selection; raised alike on all ranks."""
+
+
+class RankLostError(RuntimeError):
+    """This rank waits for one that has ended or does not answer; names the rank, the step and the operation."""

@@ -29,6 +29,8 @@ class Communicator(ABC):
     """
 
     bytes_sent: int = 0
+    occupation: str = ""
+    """What the coming collectives are for, such as "step 7", to be told when one of them fails."""
 
     @property
     @abstractmethod
@@ -95,6 +97,10 @@ class Communicator(ABC):
     def starts_in_backward(self, device: torch.device) -> bool:
         """Whether a collective of tensors that live there may start while backward runs."""
         return True
+
+    def in_words(self, what: str) -> str:
+        """An operation for an error: what it is, and what it is for."""
+        return f"{what} of {self.occupation}" if self.occupation else what
 
     def allreduce_bytes(self, nbytes: int) -> int:
         """Bytes one rank sends in a ring allreduce of ``nbytes``."""

@@ -121,6 +121,7 @@ class Exchange(Progress):
         """
         self._update.hold()
         self._absent.clear()
+        self.comm.occupation = f"step {self.step}"
         with self.stats.counting(self.comm):
             self._missing = {*self.staging.close(), *self.only_decay}
             self.rounds.incomplete = bool(self._missing or self.frozen)
