@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
+import json
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
@@ -11,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvd_sketch import wire
 from hvd_sketch.comm.pending import Pending
 from hvd_sketch.comm.staged import HostStaging
+from hvd_sketch.errors import RankMismatchError
 
 __all__ = ["Communicator", "Pending"]
 
@@ -107,13 +110,25 @@ class Communicator(ABC):
         return 2 * (self.size - 1) * nbytes // self.size
 
     def allgather_object(self, value: Any, name: str) -> list[Any]:
-        """Every rank's picklable value, by rank; for small things and rare moments."""
-        payload = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(torch.int32)
-        lengths = self.allgather(torch.tensor([payload.numel()], dtype=torch.int64, device="cpu"), f"{name}.length")
-        padded = torch.zeros(int(lengths.max()), dtype=torch.int32, device="cpu")
+        """Every rank's value, by rank; for small things and rare moments.
+
+        It travels as JSON: numbers, text, None, and lists and dicts of them.
+
+        Raises:
+            RankMismatchError: when what came is not what was sent.
+        """
+        text = json.dumps(value).encode()
+        payload = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        told = torch.tensor([payload.numel(), zlib.crc32(text)] * 3, dtype=torch.int64, device="cpu")
+        told_by_all = [wire.majority(row) for row in self.allgather(told, f"{name}.length").tolist()]
+        padded = torch.zeros(max(length for length, _ in told_by_all), dtype=torch.uint8, device="cpu")
         padded[: payload.numel()] = payload
-        rows = self.allgather(padded, f"{name}.payload").to(torch.uint8)
-        return [pickle.loads(row[: int(length)].numpy().tobytes()) for row, length in zip(rows, lengths, strict=True)]
+        rows = self.allgather(padded, f"{name}.payload")
+        received = [row[:length].numpy().tobytes() for row, (length, _) in zip(rows, told_by_all, strict=True)]
+        for rank, (content, (_, checksum)) in enumerate(zip(received, told_by_all, strict=True)):
+            if zlib.crc32(content) != checksum:
+                raise RankMismatchError(f"rank {self.rank}: what rank {rank} said in {name} was damaged on the way")
+        return [json.loads(content) for content in received]
 
     def _post(
         self, post: Callable[[Tensor, str], Pending], tensor: Tensor, name: str, into: Tensor | None = None

@@ -95,7 +95,7 @@ class PowerSGDExchange(Exchange):
         self._matrices = _places(layout, rank)
         lefts, rights = (self._matrices[-1].left.stop, self._matrices[-1].right.stop) if self._matrices else (0, 0)
         self._first = torch.zeros(wire.HEADER + lefts + layout.dense, dtype=torch.float32, device=device)
-        self._second = torch.zeros(wire.HEADER + wire.DIGEST_BITS + rights, dtype=torch.float32, device=device)
+        self._second = torch.zeros(wire.HEADER + rights, dtype=torch.float32, device=device)
         self._right = torch.zeros(rights, dtype=torch.float32, device=device)
         self._draw_right()
 
@@ -126,7 +126,7 @@ class PowerSGDExchange(Exchange):
 
     def _project(self, computed: Tensor, lefts: Tensor) -> None:
         """Round 2: sum the right factors; ``computed`` becomes what this rank keeps."""
-        rights = self._second[wire.HEADER + wire.DIGEST_BITS :]
+        rights = self._second[wire.HEADER :]
         with self.stats.phase("factor"), full_precision():
             for matrix in self._matrices:
                 n, m = matrix.shape
@@ -135,12 +135,11 @@ class PowerSGDExchange(Exchange):
                 local, own = computed[matrix.coordinates].view(n, m), rights[matrix.right].view(m, self._rank)
                 torch.mm(local.t(), left, out=own)
                 local.addmm_(left, own.t(), alpha=-1.0)
-            wire.write_header(self._second, True)
-            digest = self._second[wire.HEADER : wire.HEADER + wire.DIGEST_BITS]
-            wire.write_digest(digest, lefts)
+            wire.write_header(self._second)
+            wire.write_digest(self._second[wire.DIGEST], lefts)
         with self.stats.phase("exchange"):
             self.comm.allreduce(self._second, self.rounds.name_of("right"))
-        if not wire.digests_agree(digest, self._second[1]):
+        if not wire.read_header(self._second).agreed:
             raise RankMismatchError(
                 f"hvd_sketch: in step {self.step} the ranks made different bases from the same sum, seen on rank "
                 f"{self.comm.rank} and all others; use one build of PyTorch and its linear algebra on all ranks"

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from hvd_sketch import wire
 from hvd_sketch.comm.base import Pending
 from hvd_sketch.compressors.base import Bucketed
 from hvd_sketch.exchange import Exchange, Part, Setting
@@ -57,7 +58,8 @@ class Sharded(Bucketed):
         fitting = range(1, layout.compressed // ranks + 1)  # the least shard
 
         def nbytes(pairs: int) -> int:
-            return sum(codec.nbytes for _, codec in shard_codes(layout.compressed, ranks, pairs, self.buckets))
+            codes = shard_codes(layout.compressed, ranks, pairs, self.buckets)
+            return sum(codec.nbytes + wire.SEAL for _, codec in codes)
 
         count = bisect_right(fitting, budget, key=nbytes)
         if count < 1:
@@ -122,7 +124,7 @@ class ShardedExchange(SparseExchange):
         ups, norms = zip(*(self._start_up(number, *part) for number, part in enumerate(plan)), strict=True)
         self.stats.note_captured(*torch.stack(norms).unbind(1))
         downs = [self._start_down(number, up, *part) for number, (up, part) in enumerate(zip(ups, plan, strict=True))]
-        return [self._read(down, *part) for down, part in zip(downs, plan, strict=True)]
+        return [self._read(number, down, *part) for number, (down, part) in enumerate(zip(downs, plan, strict=True))]
 
     def _start_up(self, number: int, where: slice, codec: SparseCodec) -> tuple[Pending, Tensor]:
         """Choose of every shard's part, send the owners theirs, and keep the rest; norms of choice and part."""
@@ -131,7 +133,7 @@ class ShardedExchange(SparseExchange):
             rows, values = heaviest_of_shards(memory.residual, size, codec.count)
             code, decoded = codec.encode(rows, values)
         with self.stats.phase("exchange"):
-            pending = self.comm.start_alltoall(code, self.rounds.name_of(f"up{number}"))
+            pending = self.comm.start_alltoall(wire.seal(code), self.rounds.name_of(f"up{number}"))
         with self.stats.phase("memory"):
             norms = torch.stack([torch.linalg.vector_norm(values), torch.linalg.vector_norm(memory.residual)])
             left = values.sub_(decoded)
@@ -145,21 +147,29 @@ class ShardedExchange(SparseExchange):
         with self.stats.phase("exchange"):
             received = up.wait()
         with self.stats.phase("select"):
-            rows, values = codec.decode(received)
+            rows, values = self._decode(received, codec, f"up{number}")
             for others in (slice(rank), slice(rank + 1, None)):
                 add(memory.residual, size, rank, rows[others], values[others])
             rows, values = heaviest_of_shards(memory.residual[rank::size], 1, codec.count)
             code, decoded = codec.encode(rows, values)
         with self.stats.phase("exchange"):
-            pending = self.comm.start_allgather(code[0], self.rounds.name_of(f"down{number}"))
+            pending = self.comm.start_allgather(wire.seal(code)[0], self.rounds.name_of(f"down{number}"))
         with self.stats.phase("memory"):
             memory.keep(Rows(size, rank, rows), values.sub_(decoded), mask=True)
         return pending
 
-    def _read(self, down: Pending, where: slice, codec: SparseCodec) -> Part:
+    def _read(self, number: int, down: Pending, where: slice, codec: SparseCodec) -> Part:
         """The update of a part."""
         with self.stats.phase("exchange"):
             gathered = down.wait()
         with self.stats.phase("memory"):
-            rows, values = codec.decode(gathered)
+            rows, values = self._decode(gathered, codec, f"down{number}")
             return Part(where, values.mul_(1.0 / self.divisor), Rows(self.comm.size, 0, rows))
+
+    def _decode(self, received: Tensor, codec: SparseCodec, what: str) -> tuple[Tensor, Tensor]:
+        """Rows and values of every rank's code; of one that is none, or was damaged, all values are zero."""
+        code, intact = wire.open_sealed(received)
+        rows, values, known = codec.decode(code)
+        whole = intact & known
+        self.rounds.note_damage(~whole.all(), f"a code of message {what} of step {self.step} is not what was sent")
+        return rows, values.where(whole.unsqueeze(1), 0.0)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvd_sketch import wire
 from hvd_sketch.compressors.base import Sparsifier
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange, Part, Setting
@@ -40,15 +41,15 @@ class TopK(Sparsifier):
         An allgather sends ``(W-1)`` times a rank's pairs where an allreduce sends ``2 (W-1)/W`` times
         its message, so at equal bytes k falls with the number of ranks W::
 
-            k = 2 (4 total / ratio - dense bytes) / (W * pair bytes)
+            k = (2 (4 total / ratio - dense bytes) / W - checksum bytes) / pair bytes
 
         Raises:
             ConfigurationError: when not one pair fits.
         """
         dense_bytes = dense_nbytes(layout, ranks, self._dtype)
-        k = int(2 * (4 * layout.total / ratio - dense_bytes) / (ranks * _PAIR_BYTES))
+        k = int((2 * (4 * layout.total / ratio - dense_bytes) / ranks - wire.SEAL) / _PAIR_BYTES)
         if k < 1:
-            raise unreachable(layout, ratio, dense_bytes + ranks * _PAIR_BYTES // 2)
+            raise unreachable(layout, ratio, dense_bytes + ranks * (_PAIR_BYTES + wire.SEAL) // 2)
         return min(k, layout.compressed)
 
     def build(self, setting: Setting) -> Exchange:
@@ -86,17 +87,28 @@ class TopKExchange(SparseExchange):
             chosen = self.choose(plan)
             residual = self.memory.residual[: self.layout.compressed]
             values = residual.index_select(0, chosen)
-            pairs = torch.cat([chosen.to(torch.int32), values.view(torch.int32)])
+            pairs = torch.cat([chosen.to(torch.int32), values.view(torch.int32)]).view(torch.uint8).unsqueeze(0)
         with self.stats.phase("exchange"):
-            pending = self.comm.start_allgather(pairs, self.rounds.name_of("pairs"))
+            pending = self.comm.start_allgather(wire.seal(pairs)[0], self.rounds.name_of("pairs"))
         with self.stats.phase("memory"):
             self.stats.note_captured(values, residual)
             self.memory.keep(Chosen(chosen), 0.0, mask=True)
         with self.stats.phase("exchange"):
             gathered = pending.wait()
         with self.stats.phase("memory"):
-            indices, values = gathered.view(self.comm.size, 2, -1).unbind(1)
+            indices, values = self._pairs(gathered)
             where = slice(0, self.layout.compressed)
             update = self.update[where].zero_()
-            add(update, 1, 0, indices.to(torch.int64), values.contiguous().view(torch.float32))
+            add(update, 1, 0, indices, values)
             return [Part(where, update.mul_(1.0 / self.divisor))]
+
+    def _pairs(self, gathered: Tensor) -> tuple[Tensor, Tensor]:
+        """Every rank's indices and values, a row each; of a row that was damaged all values are zero."""
+        content, intact = wire.open_sealed(gathered)
+        indices, values = content.view(torch.int32).view(self.comm.size, 2, -1).unbind(1)
+        ascending = (indices[:, 1:] > indices[:, :-1]).all(1)
+        whole = intact & ascending & (indices[:, 0] >= 0) & (indices[:, -1] < self.layout.compressed)
+        self.rounds.note_damage(~whole.all(), f"pairs of step {self.step} are not what was sent")
+        whole = whole.unsqueeze(1)
+        anywhere = torch.arange(indices.shape[1], dtype=torch.int32, device=indices.device)
+        return indices.where(whole, anywhere).to(torch.int64), values.view(torch.float32).where(whole, 0.0)

@@ -103,6 +103,9 @@ class StepAheadOptimizer(AheadOptimizer, Method):
             device = self._ahead.synchronous.vector.device
             exchange = displacement_exchange(compression, flat.layout, self._wrapping.communicator(), device)
             exchange.agree_on(f"{self._settings} clip_norm={compression.clip_norm}")
+            synchronous = self._ahead.synchronous.views
+            named = {slot.name: view for slot, view in zip(flat.layout.slots, synchronous, strict=True)}
+            exchange.watch(named, lambda: self.param_groups)
             if self._memory is not None:
                 exchange.load_state_dict(self._memory)
             self._exchange = exchange

@@ -114,9 +114,9 @@ class Exchange(Progress):
         """Exchange the step's gradients; afterwards `update` is the same on all ranks.
 
         Raises:
-            RankMismatchError: alike on all ranks, when they differ in settings or parameters, and
-                the memory is then as before the step; or in what they selected, and the memory
-                then holds the step's gradient too, unsent.
+            RankMismatchError: alike on all ranks, when they differ in settings, parameters, the last update or
+                the optimizer's numbers, and the memory is then as before the step; or in what they selected,
+                and the memory then holds the step's gradient too, unsent.
             ConfigurationError: alike on all ranks, when any of them called `fail_together`.
         """
         self._update.hold()
@@ -128,6 +128,8 @@ class Exchange(Progress):
             if not self.agreed:
                 self._told_void = False
                 self._agree()
+            if self.comm.size > 1:
+                self.rounds.digest = self.drift.lanes(self.step, self.own_state(), self.gradient.device)
             clip, finite = (1.0, False) if self._forced_void else self.measure()
             self.stats.clip = clip
             self.void = not self._send(clip, finite)
@@ -138,7 +140,10 @@ class Exchange(Progress):
         self.stats.dense_bytes += self.comm.allreduce_bytes(4 * self.layout.total)
         if self._absent.positions and not self.void:
             self._absent.put_back(self.memory, self.update)
-        self.step += self.rounds.all_present and not self.void
+        if self.rounds.all_present and not self.void:
+            self.step += 1
+            if self.comm.size > 1:
+                self.drift.note_update(*self._update.contents())
         for observer in self.observers:
             observer.observe(self)
 
@@ -242,7 +247,7 @@ class Exchange(Progress):
         return self._send_everything(clip, finite)
 
     def _send_everything(self, clip: Factor, finite: Finite) -> bool:
-        """The whole computed vector in one allreduce of ``total + 4`` values."""
+        """The whole computed vector in one allreduce, under a header."""
         if self._everything is None:
             size = wire.HEADER + self.layout.total
             self._everything = torch.empty(size, dtype=self._dense_dtype, device=self.gradient.device)

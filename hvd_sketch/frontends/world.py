@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import os
+import pickle
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -62,7 +64,8 @@ def allreduce(tensor: Tensor, name: str = "allreduce", op: int = 0) -> Tensor:
 
 def broadcast_object(value: Any, root_rank: int = 0, name: str = "object") -> Any:
     """The root's picklable value, on every rank."""
-    return _world().allgather_object(value if rank() == root_rank else None, name)[root_rank]
+    text = base64.b64encode(pickle.dumps(value)).decode() if rank() == root_rank else None
+    return pickle.loads(base64.b64decode(_world().allgather_object(text, name)[root_rank]))
 
 
 def broadcast_parameters(params: Mapping[str, Any] | Iterable[tuple[str, Tensor]], root_rank: int = 0) -> None:

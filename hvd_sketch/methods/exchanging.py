@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +16,6 @@ from hvd_sketch.compatibility import without_momentum
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.exchange.gradients import Gradients, watch
 from hvd_sketch.exchange.scaling import LossScale, tell_scalers
-from hvd_sketch.layout import describe_values
 from hvd_sketch.memory import Momentum
 from hvd_sketch.methods.wrapper import WrappedOptimizer
 
@@ -130,7 +128,7 @@ class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
         if self._parts is None:
             wiring = self._wiring
             exchange = wiring.make_exchange(self._named, wiring.correction)
-            exchange.describe_values = partial(describe_values, self._named)
+            exchange.watch(self._named, lambda: self.param_groups)
             for follower in wiring.followers:
                 follower.attach(exchange)
             if self._memory is not None:
