@@ -1,6 +1,6 @@
 """Train a small character-level transformer on the sources of the Python standard library.
 
-    mpirun -np 2 --bind-to none python examples/char_transformer.py --compression sharded --ratio 40 --anticipate
+    mpirun -np 2 --bind-to none python examples/char_transformer.py --compression sharded --ratio 40
     horovodrun -np 2 python examples/char_transformer.py --compression sketch --ratio 20 --plot curves.png
     python examples/char_transformer.py
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sysconfig
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,6 @@ def train(options: argparse.Namespace) -> harness.Record:
         optimizer,
         named_parameters=model.named_parameters(),
         compression=harness.compression_of(options),
-        error_feedback=harness.error_feedback_of(options),
     )
 
     run = harness.Run(options, model, optimizer, lambda: evaluate(model, validation), "validation loss")
@@ -80,9 +78,8 @@ def train(options: argparse.Namespace) -> harness.Record:
             group["lr"] = options.lr * min(1.0, (step + 1) / LR_WARMUP)
         text, following = random_windows(training, options.batch_size, options.seed, step)
         optimizer.zero_grad()
-        with optimizer.step_ahead() if options.anticipate else nullcontext():
-            loss = F.cross_entropy(model(text).flatten(0, 1), following.flatten())
-            loss.backward()
+        loss = F.cross_entropy(model(text).flatten(0, 1), following.flatten())
+        loss.backward()
         optimizer.step()
     return run.record
 

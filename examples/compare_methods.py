@@ -98,8 +98,7 @@ def train(task: Task, setting: Setting, seed: int, eval_every: int, record: Reco
             group["lr"] = learning_rate(task.lr, step, setting.steps)
         inputs, targets = task.batch(seed * SEED_STRIDE + step)
         optimizer.zero_grad()
-        with optimizer.step_ahead() if hasattr(optimizer, "step_ahead") else nullcontext():
-            loss_of(model(inputs), targets).backward()
+        loss_of(model(inputs), targets).backward()
         optimizer.step()
         if (step + 1) % eval_every == 0 or step + 1 == setting.steps:
             record.steps.append(step + 1)

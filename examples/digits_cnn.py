@@ -10,7 +10,6 @@ The digits come with scikit-learn: 1797 images of 8 x 8 pixels, every fifth of t
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext
 from typing import Any
 
 import harness
@@ -59,7 +58,6 @@ def train(options: argparse.Namespace) -> harness.Record:
         optimizer,
         named_parameters=model.named_parameters(),
         compression=harness.compression_of(options),
-        error_feedback=harness.error_feedback_of(options),
     )
 
     def validate() -> float:
@@ -69,9 +67,8 @@ def train(options: argparse.Namespace) -> harness.Record:
     for step in run.steps():
         chosen = sample(len(training_images), options.batch_size, options.seed, step)
         optimizer.zero_grad()
-        with optimizer.step_ahead() if options.anticipate else nullcontext():
-            loss = F.cross_entropy(model(training_images[chosen]), training_digits[chosen])
-            loss.backward()
+        loss = F.cross_entropy(model(training_images[chosen]), training_digits[chosen])
+        loss.backward()
         optimizer.step()
     return run.record
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import importlib.util
 import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -35,6 +39,100 @@ def available() -> bool:
 def serves(tensor: Tensor) -> bool:
     """Whether kernels can work on this tensor: it is on a GPU, and they are available."""
     return tensor.device.type == "cuda" and available()
+
+
+Places = Sequence[tuple[int, int]]
+"""Where stretches of a vector start and stop."""
+
+
+def pieces_of(places: Places, most: int) -> list[tuple[int, int, int, int]]:
+    """Cut stretches of a vector into pieces of at most so many coordinates, one for each program.
+
+    Returns:
+        of each piece the number of its stretch, how far in that it begins, and where it starts and stops.
+    """
+    return [
+        (number, begin - start, begin, min(stop, begin + most))
+        for number, (start, stop) in enumerate(places)
+        for begin in range(start, stop, most)
+    ]
+
+
+class Addresses:
+    """Tables of where tensors lie, on a device; copied there only when they are not as they were."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._tables: dict[object, tuple[list[int], Tensor]] = {}
+
+    def __call__(self, name: object, addresses: list[int]) -> Tensor:
+        """The table of that name."""
+        told, table = self._tables.get(name, ([-1], None))
+        if table is None or told != addresses:
+            pinned = self._device.type == "cuda"
+            on_host = torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=pinned)
+            table = on_host.to(self._device, non_blocking=True)
+            self._tables[name] = addresses, table
+        return table
+
+
+_recording = threading.Lock()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """One thread at a time, and no garbage collection: a graph that it frees would end a recording."""
+    with _recording:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()
+
+
+class Recorded:
+    """A function of tensors whose launches on a GPU are recorded at its third call and replayed from then on.
+
+    What the host does for some dozens of launches then takes the time of one. The function may depend on nothing but
+    its arguments' values and on tensors that stay where they are, waits for nothing, and returns tensors; those are
+    written to again by the next call. Elsewhere, and while the caller is recording, it is just called.
+    """
+
+    _WARM = 2
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], device: torch.device) -> None:
+        self._function, self._device = function, device
+        self._calls = 0 if device.type == "cuda" else -1
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        """What the function returns."""
+        if self._calls < 0 or torch.cuda.is_current_stream_capturing():
+            return self._function(*arguments)
+        self._calls += 1
+        if self._calls <= self._WARM:
+            return self._function(*arguments)
+        if self._graph is None:
+            self._graph = self._record(arguments)
+        for kept, argument in zip(self._arguments, arguments, strict=True):
+            kept.copy_(argument)
+        self._graph.replay()
+        return self._results
+
+    def _record(self, arguments: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
+        self._arguments = [argument.clone() for argument in arguments]
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with undisturbed(), torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._results = self._function(*self._arguments)
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        return graph
 
 
 def find_digit(counts: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:

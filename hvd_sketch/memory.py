@@ -75,9 +75,11 @@ class Memory:
         if self.velocity is not None:
             sketch.add(self.velocity[:dim], scale=self._factor)
 
-    def computed(self, gradient: Tensor, clip: float | Tensor, where: slice | Places) -> Tensor:
-        """The new v at ``where``, without changing the memory: what could be sent now."""
-        result = _at(self.residual, where) + _at(gradient, where) * (self.gain * clip)
+    def computed(
+        self, gradient: Tensor, clip: float | Tensor, where: slice | Places, into: Tensor | None = None
+    ) -> Tensor:
+        """The new v at ``where``, without changing the memory: what could be sent now; a new tensor or ``into``."""
+        result = torch.mul(_at(gradient, where), self.gain * clip, out=into).add_(_at(self.residual, where))
         if self.velocity is not None:
             result += _at(self.velocity, where) * self._factor
         return result

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ class Stats:
     bytes_sent: int = 0
     dense_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    _captured: tuple[Tensor, Tensor] | float = field(default=float("nan"), repr=False)
+    _captured: Callable[[], float] | float = field(default=float("nan"), repr=False)
     _clip: Tensor | float = field(default=1.0, repr=False)
 
     @property
@@ -44,19 +46,27 @@ class Stats:
 
     @property
     def captured_energy(self) -> float:
-        """See above; waits for a device only when somebody asks."""
-        if isinstance(self._captured, tuple):
-            part, whole = torch.stack(self._captured).tolist()
-            self._captured = (part / whole) ** 2 if whole > 0 else 1.0
+        """See above; waits for a device, and measures what is kept there, only when somebody asks."""
+        if callable(self._captured):
+            self._captured = self._captured()
         return self._captured
 
     @captured_energy.setter
     def captured_energy(self, share: float) -> None:
         self._captured = share
 
-    def note_captured(self, sent: Tensor, memory: Tensor) -> None:
-        """Take the captured energy of a step from what was sent of which memory."""
-        self._captured = torch.linalg.vector_norm(sent), torch.linalg.vector_norm(memory)
+    def note_norms(self, sent: Sequence[Tensor], memory: Sequence[Tensor]) -> None:
+        """Take the captured energy of a step from the norms of what was sent, and of the memory, of all its parts."""
+        self._captured = lambda: _share(_norm(sent), _norm(memory))
+
+    def note_sent(self, sent: Tensor, kept: Tensor) -> None:
+        """Take it from the norm of what was sent, and from the memory that is left without it, until the next step."""
+
+        def share() -> float:
+            norm = float(sent)
+            return _share(norm, math.hypot(norm, float(torch.linalg.vector_norm(kept))))
+
+        self._captured = share
 
     @property
     def clip(self) -> float:
@@ -67,6 +77,23 @@ class Stats:
     @clip.setter
     def clip(self, factor: Tensor | float) -> None:
         self._clip = factor
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With everything measured."""
+        return {**vars(self), "_captured": self.captured_energy, "_clip": self.clip}
+
+    def as_dict(self) -> dict[str, int | float]:
+        """All of it as plain numbers, for a logger of yours; seconds are by phase, as ``seconds_exchange``."""
+        return {
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "bytes_sent": self.bytes_sent,
+            "dense_bytes": self.dense_bytes,
+            "ratio": self.ratio,
+            "captured_energy": self.captured_energy,
+            "clip": self.clip,
+            **{f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()},
+        }
 
     @contextmanager
     def counting(self, comm: Communicator) -> Iterator[None]:
@@ -83,3 +110,11 @@ class Stats:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _norm(parts: Sequence[Tensor]) -> float:
+    return math.hypot(*map(float, parts))
+
+
+def _share(part: float, whole: float) -> float:
+    return (part / whole) ** 2 if whole > 0.0 else 1.0

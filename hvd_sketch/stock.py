@@ -18,7 +18,7 @@ import gc
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,7 +29,7 @@ from hvd_sketch.comm.base import Communicator
 from hvd_sketch.compatibility import check_momentum
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
-from hvd_sketch.exchange.gradients import Gradients
+from hvd_sketch.exchange.gradients import Gradients, shared_state, take_over, watch
 from hvd_sketch.exchange.scaling import LossScale
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
@@ -41,9 +41,39 @@ class Compressing(Protocol):
     @property
     def momentum(self) -> Momentum | None: ...
 
+    @property
+    def anticipate(self) -> bool | None: ...
+
     def layout(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Layout: ...
 
     def exchange(self, layout: Layout, comm: Communicator, *, average: bool, device: torch.device) -> Exchange: ...
+
+
+class Companion(Protocol):
+    """Goes along with the steps of a client."""
+
+    def finish(self) -> None: ...
+
+    def took(self, parameter: Tensor) -> None: ...
+
+
+Follow = Callable[[Any, Exchange, Mapping[str, Tensor]], Companion | None]
+"""Of a client, its exchange and its parameters."""
+Accompany = Callable[[Compressing, torch.optim.Optimizer, bool], tuple[Compressing, Follow]]
+"""Of a compressor, an optimizer, and whether the ranks are averaged."""
+
+
+def alone(client: Any, exchange: Exchange, named: Mapping[str, Tensor]) -> None:
+    """Nobody goes along."""
+    exchange.log.notes.append("error_feedback=None")
+
+
+_accompany: list[Accompany] = [lambda compressor, optimizer, averages: (compressor, alone)]
+
+
+def accompany(by: Accompany) -> None:
+    """From now on, ask this whether a new client is accompanied, and how its compressor is set then."""
+    _accompany.append(by)
 
 
 @dataclass(eq=False)
@@ -74,11 +104,13 @@ class _Client:
         self.optimizer = weakref.ref(optimizer)
         names: dict[Tensor, str] = optimizer._parameter_names  # type: ignore[attr-defined]
         _check(compressor, optimizer)
+        compressor, follow = _accompany[-1](compressor, optimizer, _averages(optimizer))
         self.names = names
         self.parameters = {name: parameter for parameter, name in names.items() if parameter.requires_grad}
         self.exchange = _make_exchange(compressor, optimizer, compressor.layout(self.parameters.items()))
         held = weakref.ref(optimizer)
         self.exchange.watch(self.parameters, lambda: getattr(held(), "param_groups", ()))
+        self.exchange.log.notes.append("stock Horovod")
         self.gradients = Gradients(self.exchange, self.parameters, sparse_as_dense=False, decay_of=None)
         self.tickets: list[Ticket] = []
         self._order = list(self.parameters.values())
@@ -86,6 +118,8 @@ class _Client:
         self._scale = LossScale(None)
         self._depth = 0
         self._undo: Callable[[], None] | None = None
+        self._companion = follow(self, self.exchange, self.parameters)
+        watch(self, self._order)
         optimizer.register_step_pre_hook(_hook_of(weakref.ref(self), 1))
         optimizer.register_step_post_hook(_hook_of(weakref.ref(self), -1))
 
@@ -107,6 +141,19 @@ class _Client:
             self._depth = 0
             self._take_back()
 
+    def gradient_computed(self, parameter: Tensor) -> None:
+        """Called by backward."""
+        if self._companion is not None:
+            self._companion.took(parameter)
+
+    def shared_state(self) -> dict[str, Any]:
+        """Parameters and the optimizer's state, the same on all ranks; not copied."""
+        return shared_state(self.gradients.parameters, self.optimizer())
+
+    def take_over(self, state: dict[str, Any]) -> None:
+        """Go on with another rank's `shared_state`; what is unsent here stays."""
+        take_over(state, self.gradients.parameters, self.optimizer())
+
     def settle(self) -> None:
         """Exchange the gradients of all open tickets, as they are now, and write the updates into them."""
         tickets, self.tickets = self.tickets, []
@@ -120,6 +167,8 @@ class _Client:
     def in_step(self, change: int) -> None:
         """One level deeper in the optimizer's step, or back; at the second one its gradients are final."""
         self._depth += change
+        if self._companion is not None:
+            self._companion.finish()
         if change < 0 or self._depth < 2:
             return
         self._undo = None
@@ -138,6 +187,8 @@ class _Client:
 
     def _run(self, made: set[Tensor]) -> None:
         """Exchange; of these parameters, a gradient of zeros was made by Horovod, which sums sparse ones itself."""
+        if self._companion is not None:
+            self._companion.finish()
         self._check_parameters()
         for parameter in self.parameters.values():
             gradient = parameter.grad
@@ -273,16 +324,20 @@ def exchange_of(compressor: Compressing) -> Exchange:
 
 
 def _make_exchange(compressor: Compressing, optimizer: Any, layout: Layout) -> Exchange:
-    import horovod.torch as hvd
-
     from hvd_sketch.comm.horovod import HorovodCommunicator
 
     return compressor.exchange(
         layout,
         HorovodCommunicator(optimizer.process_set),
-        average=optimizer.op == hvd.Average,
+        average=_averages(optimizer),
         device=next(iter(optimizer._parameter_names)).device,
     )
+
+
+def _averages(optimizer: Any) -> bool:
+    import horovod.torch as hvd
+
+    return bool(optimizer.op == hvd.Average)
 
 
 def _check(compressor: Compressing, optimizer: Any) -> None:

@@ -14,6 +14,7 @@ import hvd_sketch
 ROOT = Path(hvd_sketch.__file__).parent
 FLOORS = (
     ("__init__", "__main__"),
+    ("ddp",),
     ("frontends",),
     ("error_feedback",),
     ("methods",),
@@ -23,7 +24,7 @@ FLOORS = (
     ("exchange",),
     ("memory", "memory_cuda", "layout", "wire", "grid", "saved", "stats", "scope"),
     ("sketch", "sparse", "comm"),
-    ("native", "gpu", "precision"),
+    ("native", "gpu", "precision", "bits"),
     ("errors",),
 )
 HEIGHT = {room: len(FLOORS) - number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import sys
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -51,3 +53,23 @@ def test_the_digit_of_a_rank() -> None:
     value, rank = gpu.find_digit(counts, torch.tensor([[5], [2]]))
     assert value.tolist() == [[2], [0]]
     assert rank.tolist() == [[2], [1]]
+
+
+def test_recordings_of_two_threads_do_not_disturb_each_other() -> None:
+    begun, ended, collected = threading.Event(), threading.Event(), []
+
+    def record() -> None:
+        begun.set()
+        with gpu.undisturbed():
+            collected.append((gc.isenabled(), ended.is_set()))
+
+    other = threading.Thread(target=record)
+    with gpu.undisturbed():
+        other.start()
+        assert begun.wait(10)
+        other.join(0.05)
+        assert not gc.isenabled()
+        ended.set()
+    other.join(10)
+    assert collected == [(False, True)]
+    assert gc.isenabled()

@@ -107,7 +107,9 @@ class Sparsified(Horovod):
 
         compressor = getattr(hvd_sketch.Compression, self._name)(**self._settings)
         self._model, self._step_bytes = model, 0.0
-        distributed: Any = hvd_sketch.DistributedOptimizer(_sgd(model), model.named_parameters(), compressor)
+        distributed: Any = hvd_sketch.DistributedOptimizer(
+            _sgd(model), model.named_parameters(), compressor, error_feedback=None
+        )
         self._optimizer, self._stats = distributed, distributed.exchange.stats
 
     def bytes_sent(self) -> float:

@@ -9,7 +9,10 @@ import pytest
 
 from benchmarks.gpu.measure import Bench
 
-_TESTS = {"kernels": ("tests/sketch", "-k", "gpu"), "exchanges": ("tests/exchange/test_device.py",)}
+_TESTS = {
+    "kernels": ("tests/sketch", "tests/error_feedback", "tests/exchange", "tests/test_gpu.py", "-k", "gpu"),
+    "exchanges": ("tests/exchange/test_device.py",),
+}
 _PROCESSES = 6
 """Of pytest-xdist, where that is installed: much of the time is that of compiling kernels."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -23,7 +25,18 @@ def tell_facts(bench: Bench, d: int) -> None:
         properties = torch.cuda.get_device_properties(bench.device)
         facts |= {"multiprocessors": str(properties.multi_processor_count), "bytes": str(properties.total_memory)}
     note = ", ".join(f"{name} {value}" for name, value in facts.items())
-    bench.record.append({"device": bench.name, "op": "facts", "impl": sys.platform, "d": 0, "note": note})
+    row = {"device": bench.name, "op": "facts", "impl": sys.platform, "d": 0, "note": note}
+    bench.record.append({**row, "when": time.strftime("%Y-%m-%d %H:%M"), "code": _code()})
+
+
+def _code() -> str | None:
+    """When this version was committed, if that is known."""
+    command = ["git", "log", "-1", "--format=%cd", "--date=format:%Y-%m-%d %H:%M"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout
+    except OSError:
+        return None
+    return told.strip() or None
 
 
 def time_rates(bench: Bench, d: int) -> None:

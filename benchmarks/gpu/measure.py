@@ -20,6 +20,8 @@ from benchmarks.gpu.record import Record, Row
 _CACHE_BYTES = 256 << 20
 """More than any second-level cache holds."""
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+_LONGEST = 8
+"""Kernels that are named in a row."""
 Call = Callable[[], object]
 
 
@@ -138,10 +140,13 @@ class Bench:
         if not self._is_gpu:
             return {}
         try:
-            waits, launches = _profiled(function)
+            waits, launched = _profiled(function)
         except RuntimeError as error:
             return {"note": f"not profiled: {error}"}
-        return {"waits": waits - self._own_waits, "launches": launches}
+        longest = sorted(launched.items(), key=lambda item: -item[1][1])[:_LONGEST]
+        kernels = [[name[:60], number, round(micros, 1)] for name, (number, micros) in longest]
+        launches = sum(number for number, _ in launched.values())
+        return {"waits": waits - self._own_waits, "launches": launches, "kernels": kernels}
 
     @cached_property
     def _own_waits(self) -> int:
@@ -149,10 +154,14 @@ class Bench:
         return _profiled(lambda: None)[0]
 
 
-def _profiled(function: Call) -> tuple[int, int]:
+def _profiled(function: Call) -> tuple[int, dict[str, tuple[int, float]]]:
+    """Waits of the host, and of each kernel's name how often it was launched and its microseconds in all."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         function()
         torch.cuda.synchronize()
-    events = profiled.events()
-    launches = sum(event.device_type == DeviceType.CUDA for event in events)
-    return sum(event.name in _WAITS for event in events), launches
+    events, launched = profiled.events(), dict[str, tuple[int, float]]()
+    for event in events:
+        if event.device_type == DeviceType.CUDA:
+            number, micros = launched.get(event.name, (0, 0.0))
+            launched[event.name] = number + 1, micros + event.time_range.elapsed_us()
+    return sum(event.name in _WAITS for event in events), launched

@@ -17,7 +17,8 @@ def parser(description: str, *, steps: int, lr: float, batch_size: int) -> argpa
     add = options.add_argument
     add("--compression", choices=("none", "fp16", "sketch", "sharded", "topk"), default="none", help="what travels")
     add("--ratio", type=float, default=20.0, help="dense bytes over bytes sent, for sketch, sharded and topk")
-    add("--anticipate", action="store_true", help="take gradients where what is unsent will have taken the model")
+    no_step_ahead = "take gradients at the model, not where what is unsent will have taken it"
+    add("--no-anticipate", dest="anticipate", action="store_false", help=no_step_ahead)
     add("--warmup-steps", type=int, default=100, help="steps in which the ratio grows from 1")
     add("--steps", type=int, default=steps, help="optimizer steps")
     add("--lr", type=float, default=lr, help="learning rate, the same for all kinds of compression")
@@ -37,23 +38,18 @@ def compression_of(options: argparse.Namespace) -> Any:
     member = getattr(hvd.Compression, options.compression)
     if options.compression in ("none", "fp16"):
         return member
-    return member(ratio=options.ratio, warmup_steps=options.warmup_steps)
-
-
-def error_feedback_of(options: argparse.Namespace) -> hvd.Anticipate | None:
-    """What `hvd.DistributedOptimizer` is to do about what is unsent, besides keeping it."""
-    return hvd.Anticipate() if options.anticipate else None
+    return member(ratio=options.ratio, warmup_steps=options.warmup_steps, anticipate=options.anticipate)
 
 
 def label_of(options: argparse.Namespace) -> str:
     """What to call a run in the table and the picture."""
     if options.compression in ("none", "fp16"):
         return {"none": "dense", "fp16": "fp16"}[options.compression]
-    return f"{options.compression}, ratio {options.ratio:g}{', anticipating' if options.anticipate else ''}"
+    return f"{options.compression}, ratio {options.ratio:g}{'' if options.anticipate else ', not anticipating'}"
 
 
 def without_compression(options: argparse.Namespace) -> argparse.Namespace:
     """The same run, dense, and without checkpoints."""
     return argparse.Namespace(
-        **{**vars(options), "compression": "none", "anticipate": False, "save": None, "resume": None}
+        **{**vars(options), "compression": "none", "anticipate": True, "save": None, "resume": None}
     )

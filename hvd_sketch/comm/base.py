@@ -7,7 +7,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -18,6 +18,18 @@ from hvd_sketch.comm.staged import HostStaging
 from hvd_sketch.errors import RankMismatchError
 
 __all__ = ["Communicator", "Pending"]
+
+
+_makers: list[Callable[[], Communicator]] = []
+
+
+def made_by(maker: Callable[[], Communicator]) -> None:
+    """From now on, what is loaded from a pickle is made so."""
+    _makers.append(maker)
+
+
+def _made_again() -> Communicator:
+    return _makers[-1]()
 
 
 class Communicator(ABC):
@@ -34,6 +46,15 @@ class Communicator(ABC):
     bytes_sent: int = 0
     occupation: str = ""
     """What the coming collectives are for, such as "step 7", to be told when one of them fails."""
+    muted: bool = False
+    """Whether this rank adds zeros to every sum, for it has joined."""
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
+
+    def __reduce__(self) -> Any:
+        """What is loaded from a pickle has whatever ranks there are then."""
+        return _made_again, ()
 
     @property
     @abstractmethod
@@ -62,6 +83,8 @@ class Communicator(ABC):
     def start_allreduce(self, tensor: Tensor, name: str) -> Pending:
         """Begin to `allreduce`."""
         self.bytes_sent += self.allreduce_bytes(tensor.nbytes)
+        if self.muted:
+            tensor.zero_()
         return self._post(self.post_allreduce, tensor, name, tensor)
 
     def allgather(self, tensor: Tensor, name: str) -> Tensor:
@@ -110,25 +133,28 @@ class Communicator(ABC):
         return 2 * (self.size - 1) * nbytes // self.size
 
     def allgather_object(self, value: Any, name: str) -> list[Any]:
-        """Every rank's value, by rank; for small things and rare moments.
+        """Every rank's value, by rank, as JSON has it; None of a rank that has joined. For small things, rarely.
 
-        It travels as JSON: numbers, text, None, and lists and dicts of them.
+        Two sums, of the lengths and of the bytes, in which each rank has a row: sums go on where somebody has joined.
 
         Raises:
             RankMismatchError: when what came is not what was sent.
         """
         text = json.dumps(value).encode()
-        payload = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        told = torch.tensor([payload.numel(), zlib.crc32(text)] * 3, dtype=torch.int64, device="cpu")
-        told_by_all = [wire.majority(row) for row in self.allgather(told, f"{name}.length").tolist()]
-        padded = torch.zeros(max(length for length, _ in told_by_all), dtype=torch.uint8, device="cpu")
-        padded[: payload.numel()] = payload
-        rows = self.allgather(padded, f"{name}.payload")
-        received = [row[:length].numpy().tobytes() for row, (length, _) in zip(rows, told_by_all, strict=True)]
-        for rank, (content, (_, checksum)) in enumerate(zip(received, told_by_all, strict=True)):
+        told = torch.zeros(self.size, 2, dtype=torch.int64, device="cpu")
+        told[self.rank] = torch.tensor([len(text), zlib.crc32(text)])
+        message = wire.thrice(told.view(-1))
+        self.allreduce(message, f"{name}.length")
+        lengths, checksums = torch.tensor(wire.majority(message.tolist())).view(self.size, 2).t().tolist()
+        rows = torch.zeros(self.size, -(-max(lengths) // 4), dtype=torch.int32, device="cpu")
+        own = rows[self.rank].view(torch.uint8)[: lengths[self.rank]]
+        own.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8)[: own.numel()])
+        self.allreduce(rows.view(-1), f"{name}.payload")
+        texts = [row[:length].numpy().tobytes() for row, length in zip(rows.view(torch.uint8), lengths, strict=True)]
+        for rank, (content, checksum) in enumerate(zip(texts, checksums, strict=True)):
             if zlib.crc32(content) != checksum:
                 raise RankMismatchError(f"rank {self.rank}: what rank {rank} said in {name} was damaged on the way")
-        return [json.loads(content) for content in received]
+        return [json.loads(text) if text else None for text in texts]
 
     def _post(
         self, post: Callable[[Tensor, str], Pending], tensor: Tensor, name: str, into: Tensor | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hvd_sketch import stock
 from hvd_sketch.comm.base import Communicator
-from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.errors import ConfigurationError, NothingGainedError
 from hvd_sketch.exchange import Exchange, Setting
 from hvd_sketch.layout import Layout, small_or_named
 from hvd_sketch.memory import Momentum
@@ -32,14 +32,19 @@ class Compressor(ABC):
         clip_norm: each rank's gradient is scaled down to this L2 norm before it enters the
             memory; None to leave it. An unclipped spike stays in the memory for many steps.
         momentum: momentum correction, for an inner optimizer that has none.
-        dense_below: tensors of fewer elements, and all 1-D ones, are sent whole; 0 to compress all.
+        dense_below: tensors of fewer elements, and all 1-D ones, are sent whole; 0 to compress all. None for 0 where
+            gradients are anticipated, and 1024 elsewhere.
         exclude: shell-style patterns of parameter names that are sent whole as well.
+        anticipate: whether gradients are taken where the unsent ones will have taken the model, as
+            `hvd_sketch.Anticipate` does, unless ``error_feedback`` is given. None for yes where that is possible: for
+            SGD, Adam and AdamW, op=Average, without momentum correction. True to insist.
     """
 
     clip_norm: float | None = 1.0
     momentum: Momentum | None = None
-    dense_below: int = 1024
+    dense_below: int | None = None
     exclude: tuple[str, ...] = ()
+    anticipate: bool | None = None
 
     def __post_init__(self) -> None:
         if self.clip_norm is not None and not self.clip_norm > 0.0:
@@ -47,9 +52,27 @@ class Compressor(ABC):
         if not isinstance(self.exclude, tuple):
             raise ConfigurationError(f"exclude must be a tuple of patterns, got {self.exclude!r}")
 
+    def __str__(self) -> str:
+        """The class, and the settings that are not its defaults."""
+        settings = {entry.name: (getattr(self, entry.name), entry.default) for entry in fields(self) if entry.repr}
+        own = [f"{name}={value!r}" for name, (value, default) in settings.items() if value != default]
+        return f"{type(self).__name__}({', '.join(own)})"
+
     def is_dense(self, name: str, parameter: Tensor) -> bool:
         """Whether a parameter is sent whole in every step."""
-        return small_or_named(self.dense_below, self.exclude)(name, parameter)
+        return small_or_named(self._smallest, self.exclude)(name, parameter)
+
+    @property
+    def wants_anticipation(self) -> bool:
+        """Whether gradients are to be anticipated where that is possible."""
+        return self.anticipate is not False
+
+    @property
+    def _smallest(self) -> int:
+        """The size of the smallest tensor that is compressed."""
+        if self.dense_below is None:
+            return 0 if self.anticipate else 1024
+        return self.dense_below
 
     def layout(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Layout:
         """Which coordinates of these parameters are compressed and which are sent whole.
@@ -59,9 +82,9 @@ class Compressor(ABC):
         """
         layout = Layout.of(named_parameters, self.is_dense, self.parts())
         if layout.compressed == 0:
-            raise ConfigurationError(
+            raise NothingGainedError(
                 f"nothing to compress: all {layout.total} parameters are 1-D, smaller than "
-                f"dense_below={self.dense_below} or excluded; lower dense_below or use Compression.none"
+                f"dense_below={self._smallest} or excluded; lower dense_below or use Compression.none"
             )
         return layout
 
@@ -82,6 +105,7 @@ class Compressor(ABC):
                 device=device,
                 plan=partial(self.plan, layout),
                 name=repr(self),
+                label=str(self),
                 average=average,
                 clip_norm=self.clip_norm,
                 momentum=momentum or self.momentum,
@@ -157,6 +181,11 @@ class Sparsifier(Compressor):
         exchange = super().exchange(layout, comm, average=average, device=device, momentum=momentum)
         if isinstance(self.schedule, AdaptiveSchedule):
             self.schedule.attach(exchange)
+        if self.schedule is not None:
+            kind = getattr(self.schedule, "__name__", type(self.schedule).__name__)
+            exchange.log.notes.append(f"the ratio of a step is that of schedule={kind}")
+        elif self.plan(layout, 0, comm.size) is None:
+            exchange.log.notes.append(f"the ratio is {self.ratio:g} from step {self.warmup_steps} on")
         return exchange
 
     def plan(self, layout: Layout, step: int, ranks: int) -> Any:

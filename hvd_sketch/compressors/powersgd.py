@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvd_sketch import wire
+from hvd_sketch import gpu, wire
 from hvd_sketch.compressors.base import Compressor
 from hvd_sketch.errors import ConfigurationError, RankMismatchError
-from hvd_sketch.exchange import Exchange, Setting
+from hvd_sketch.exchange import Exchange, Part, Setting
 from hvd_sketch.exchange.base import Factor, Finite
+from hvd_sketch.gpu import Recorded
 from hvd_sketch.layout import Layout
 from hvd_sketch.precision import full_precision
 from hvd_sketch.saved import Form
@@ -34,11 +37,13 @@ class PowerSGD(Compressor):
         rank: of the product that stands for each matrix; the compression ratio follows from it.
         start_step: steps before this one are dense.
         seed: of the first right factors; equal on all ranks.
+        dense_below: 1024 in any case: vectors have no factors.
     """
 
     rank: int = 2
     start_step: int = 10
     seed: int = 0
+    dense_below: int | None = 1024
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,7 +54,7 @@ class PowerSGD(Compressor):
 
     def is_dense(self, name: str, parameter: Tensor) -> bool:
         """Also true of a matrix that the product of two factors would not shrink."""
-        if super().is_dense(name, parameter):
+        if parameter.dim() < 2 or super().is_dense(name, parameter):
             return True
         n, m = matrix_shape(tuple(parameter.shape))
         return self.rank * (n + m) >= n * m
@@ -61,6 +66,9 @@ class PowerSGD(Compressor):
     def build(self, setting: Setting) -> Exchange:
         """A `PowerSGDExchange`."""
         return PowerSGDExchange(setting, self.rank, self.seed)
+
+
+_MOST_COLUMNS_ON_GPU = 16
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,15 @@ class PowerSGDExchange(Exchange):
         self._first = torch.zeros(wire.HEADER + lefts + layout.dense, dtype=torch.float32, device=device)
         self._second = torch.zeros(wire.HEADER + rights, dtype=torch.float32, device=device)
         self._right = torch.zeros(rights, dtype=torch.float32, device=device)
+        self._computed = torch.zeros(layout.compressed, dtype=torch.float32, device=device)
+        self._lefts = self._first[wire.HEADER : wire.HEADER + lefts]
+        self._rights = self._second[wire.HEADER :]
+        self._bases = torch.tensor(
+            [(each.left.start, each.shape[0]) for each in self._matrices], dtype=torch.int64, device=device
+        )
+        self._multiplied = Recorded(self._multiply, device)
+        self._projected = Recorded(self._project, device)
+        self._expanded = Recorded(self._expand, device)
         self._draw_right()
 
     def _draw_right(self) -> None:
@@ -105,38 +122,17 @@ class PowerSGDExchange(Exchange):
 
     def send(self, plan: int, clip: Factor, finite: Finite) -> bool:
         """Round 1, whose message has the dense part too, and round 2."""
-        dense = slice(self.layout.compressed, self.layout.total)
+        compressed, dense = slice(0, self.layout.compressed), slice(self.layout.compressed, self.layout.total)
         with self.stats.phase("factor"), full_precision():
-            computed = self.memory.computed(self.gradient, clip, slice(0, self.layout.compressed))
-            lefts = self._first[wire.HEADER : self._first.numel() - self.layout.dense]
-            for matrix in self._matrices:
-                n, m = matrix.shape
-                right = self._right[matrix.right].view(m, self._rank)
-                torch.mm(computed[matrix.coordinates].view(n, m), right, out=lefts[matrix.left].view(n, self._rank))
-            self._first[self._first.numel() - self.layout.dense :] = self.memory.computed(self.gradient, clip, dense)
+            self._multiplied(
+                clip
+                if isinstance(clip, Tensor)
+                else torch.tensor(clip, dtype=torch.float32, device=self.gradient.device)
+            )
         if not self.rounds.sum(self._first, finite, "left"):
             return False
-        self._project(computed, lefts)
-        self.memory.absorb(self.gradient, clip)
-        self.memory.keep(dense, 0.0, mask=False)
-        self.memory.keep(slice(0, self.layout.compressed), computed, mask=True)
-        self.update[dense] = self._first[self._first.numel() - self.layout.dense :]
-        self.update.mul_(1.0 / self.divisor)
-        return True
-
-    def _project(self, computed: Tensor, lefts: Tensor) -> None:
-        """Round 2: sum the right factors; ``computed`` becomes what this rank keeps."""
-        rights = self._second[wire.HEADER :]
         with self.stats.phase("factor"), full_precision():
-            for matrix in self._matrices:
-                n, m = matrix.shape
-                left = lefts[matrix.left].view(n, self._rank)
-                left.copy_(torch.linalg.qr(left).Q)
-                local, own = computed[matrix.coordinates].view(n, m), rights[matrix.right].view(m, self._rank)
-                torch.mm(local.t(), left, out=own)
-                local.addmm_(left, own.t(), alpha=-1.0)
-            wire.write_header(self._second)
-            wire.write_digest(self._second[wire.DIGEST], lefts)
+            self._projected()
         with self.stats.phase("exchange"):
             self.comm.allreduce(self._second, self.rounds.name_of("right"))
         if not wire.read_header(self._second).agreed:
@@ -144,12 +140,56 @@ class PowerSGDExchange(Exchange):
                 f"hvd_sketch: in step {self.step} the ranks made different bases from the same sum, seen on rank "
                 f"{self.comm.rank} and all others; use one build of PyTorch and its linear algebra on all ranks"
             )
+        self.memory.absorb(self.gradient, clip)
+        self.memory.keep(dense, 0.0, mask=False)
+        self.memory.keep(compressed, self._computed, mask=True)
         with self.stats.phase("factor"), full_precision():
-            self._right.copy_(rights)
-            for matrix in self._matrices:
-                n, m = matrix.shape
-                left, right = lefts[matrix.left].view(n, self._rank), rights[matrix.right].view(m, self._rank)
-                torch.mm(left, right.t(), out=self.update[matrix.coordinates].view(n, m))
+            (update,) = self._expanded()
+            if self.rounds.all_present:
+                self._right.copy_(self._rights)
+        lanes = self._first[self._first.numel() - self.layout.dense :].mul_(1.0 / self.divisor)
+        self.hold(Part(compressed, update.mul_(1.0 / self.divisor)), Part(dense, lanes))
+        return True
+
+    def _multiply(self, clip: Tensor) -> tuple[Tensor, ...]:
+        """Round 1's message: the left factors of what is computed, and the dense part of it."""
+        self.memory.computed(self.gradient, clip, slice(0, self.layout.compressed), self._computed)
+        for matrix, computed, left in self._views(self._computed, self._lefts):
+            torch.mm(computed, self._right[matrix.right].view(-1, self._rank), out=left)
+        dense = slice(self.layout.compressed, self.layout.total)
+        self._first[self._first.numel() - self.layout.dense :] = self.memory.computed(self.gradient, clip, dense)
+        return ()
+
+    def _project(self) -> tuple[Tensor, ...]:
+        """Round 2's message: the right factors for the bases of the summed left ones; what is computed loses both."""
+        self._orthonormalize()
+        for matrix, local, left in self._views(self._computed, self._lefts):
+            own = self._rights[matrix.right].view(-1, self._rank)
+            torch.mm(local.t(), left, out=own)
+            local.addmm_(left, own.t(), alpha=-1.0)
+        wire.write_header(self._second)
+        wire.write_digest(self._second[wire.DIGEST], self._lefts)
+        return ()
+
+    def _expand(self) -> tuple[Tensor, ...]:
+        """The sum over the ranks, from its factors."""
+        update = torch.empty_like(self._computed)
+        for matrix, part, left in self._views(update, self._lefts):
+            torch.mm(left, self._rights[matrix.right].view(-1, self._rank).t(), out=part)
+        return (update,)
+
+    def _orthonormalize(self) -> None:
+        if gpu.serves(self._lefts) and self._rank <= _MOST_COLUMNS_ON_GPU:
+            kernels = importlib.import_module("hvd_sketch.compressors.powersgd_cuda")  # with Triton
+            kernels.orthonormalize(self._lefts, self._bases, self._rank)
+            return
+        for _, _, left in self._views(self._computed, self._lefts):
+            left.copy_(torch.linalg.qr(left).Q)
+
+    def _views(self, vector: Tensor, lefts: Tensor) -> Iterator[tuple[_Factors, Tensor, Tensor]]:
+        """Each matrix, its part of a vector, and its left factor."""
+        for matrix in self._matrices:
+            yield matrix, vector[matrix.coordinates].view(matrix.shape), lefts[matrix.left].view(-1, self._rank)
 
     def reset(self) -> None:
         """Also draw the right factors anew."""

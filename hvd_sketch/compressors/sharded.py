@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from hvd_sketch import wire
-from hvd_sketch.comm.base import Pending
+from hvd_sketch.comm.base import Communicator, Pending
 from hvd_sketch.compressors.base import Bucketed
 from hvd_sketch.exchange import Exchange, Part, Setting
 from hvd_sketch.exchange.budget import unreachable
 from hvd_sketch.exchange.sparse import SparseExchange, dense_nbytes
+from hvd_sketch.gpu import Recorded
 from hvd_sketch.layout import Layout
+from hvd_sketch.memory import Memory
 from hvd_sketch.sparse.codec import SparseCodec
 from hvd_sketch.sparse.heaviest import heaviest_of_shards
 from hvd_sketch.sparse.rows import Rows, add
@@ -41,7 +43,7 @@ class Sharded(Bucketed):
             the memory.
     """
 
-    dense_below: int = 0
+    dense_below: int | None = 0
     half: bool = True
 
     def fit(self, layout: Layout, ratio: float, ranks: int) -> Codes:
@@ -107,8 +109,7 @@ class ShardedExchange(SparseExchange):
     double compression (DoubleSqueeze, Tang et al. 2019) without a state of its own, so it
     survives `flush`, a checkpoint, and a change of the number of ranks. All ranks decode the same
     bytes, so the update is bit-identical by construction. Bytes do not grow with W:
-    ``2 (W-1)/W k`` pairs of about 1.25 bytes, and an allreduce of the dense part. Cannot be
-    combined with ``hvd.join``.
+    ``2 (W-1)/W k`` pairs of about 1.25 bytes, and an allreduce of the dense part.
 
     With several buckets every shard is cut into so many parts, each with its share of k, and a part is
     chosen, summed or applied while others are on the wire: up of every part, then down of every part.
@@ -119,57 +120,113 @@ class ShardedExchange(SparseExchange):
         """This rank's shard."""
         return slice(self.comm.rank, self.layout.compressed, self.comm.size)
 
+    def __init__(self, setting: Setting, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(setting, dtype)
+        self._parts: list[ShardedPart] = []
+        self._parted: tuple[Codes, int, int] = ([], 0, 0)
+
     def send_chosen(self, plan: Codes) -> list[Part]:
         """Up of every part, then down of every part."""
-        ups, norms = zip(*(self._start_up(number, *part) for number, part in enumerate(plan)), strict=True)
-        self.stats.note_captured(*torch.stack(norms).unbind(1))
-        downs = [self._start_down(number, up, *part) for number, (up, part) in enumerate(zip(ups, plan, strict=True))]
-        return [self._read(number, down, *part) for number, (down, part) in enumerate(zip(downs, plan, strict=True))]
+        if self._parted != (plan, self.comm.size, self.comm.rank):
+            self._parted = plan, self.comm.size, self.comm.rank
+            self._parts = [ShardedPart(self.memory.part(where), codec, self.comm) for where, codec in plan]
+        ups = [self._start_up(number, part) for number, part in enumerate(self._parts)]
+        self.stats.note_norms(*zip(*(part.norms for part in self._parts), strict=True))
+        downs = [self._start_down(number, *each) for number, each in enumerate(zip(self._parts, ups, strict=True))]
+        wheres = [where for where, _ in plan]
+        read = zip(wheres, self._parts, downs, strict=True)
+        return [self._read(number, *each) for number, each in enumerate(read)]
 
-    def _start_up(self, number: int, where: slice, codec: SparseCodec) -> tuple[Pending, Tensor]:
-        """Choose of every shard's part, send the owners theirs, and keep the rest; norms of choice and part."""
-        size, rank, memory = self.comm.size, self.comm.rank, self.memory.part(where)
+    def _start_up(self, number: int, part: ShardedPart) -> Pending:
         with self.stats.phase("select"):
-            rows, values = heaviest_of_shards(memory.residual, size, codec.count)
-            code, decoded = codec.encode(rows, values)
+            code = part.choose()
         with self.stats.phase("exchange"):
             pending = self.comm.start_alltoall(wire.seal(code), self.rounds.name_of(f"up{number}"))
         with self.stats.phase("memory"):
-            norms = torch.stack([torch.linalg.vector_norm(values), torch.linalg.vector_norm(memory.residual)])
-            left = values.sub_(decoded)
-            for first, others in ((0, slice(rank)), (rank + 1, slice(rank + 1, None))):
-                memory.keep(Rows(size, first, rows[others]), left[others], mask=True)
-        return pending, norms
+            part.give_away()
+        return pending
 
-    def _start_down(self, number: int, up: Pending, where: slice, codec: SparseCodec) -> Pending:
-        """Sum what came for a part of this rank's shard, choose again, tell everybody, and keep the rest."""
-        size, rank, memory = self.comm.size, self.comm.rank, self.memory.part(where)
+    def _start_down(self, number: int, part: ShardedPart, up: Pending) -> Pending:
+        name = self.rounds.name_of(f"up{number}")
         with self.stats.phase("exchange"):
-            received = up.wait()
+            received = self.rounds.unseal(up.wait(), name)
         with self.stats.phase("select"):
-            rows, values = self._decode(received, codec, f"up{number}")
-            for others in (slice(rank), slice(rank + 1, None)):
-                add(memory.residual, size, rank, rows[others], values[others])
-            rows, values = heaviest_of_shards(memory.residual[rank::size], 1, codec.count)
-            code, decoded = codec.encode(rows, values)
+            code = part.combine(received)
+            self.rounds.note_damage(~part.known, f"what came in {name} is no code")
         with self.stats.phase("exchange"):
             pending = self.comm.start_allgather(wire.seal(code)[0], self.rounds.name_of(f"down{number}"))
         with self.stats.phase("memory"):
-            memory.keep(Rows(size, rank, rows), values.sub_(decoded), mask=True)
+            part.give_out()
         return pending
 
-    def _read(self, number: int, down: Pending, where: slice, codec: SparseCodec) -> Part:
-        """The update of a part."""
+    def _read(self, number: int, where: slice, part: ShardedPart, down: Pending) -> Part:
+        name = self.rounds.name_of(f"down{number}")
         with self.stats.phase("exchange"):
-            gathered = down.wait()
+            gathered = self.rounds.unseal(down.wait(), name)
         with self.stats.phase("memory"):
-            rows, values = self._decode(gathered, codec, f"down{number}")
+            rows, values = part.read(gathered)
+            self.rounds.note_damage(~part.known, f"what came in {name} is no code")
             return Part(where, values.mul_(1.0 / self.divisor), Rows(self.comm.size, 0, rows))
 
-    def _decode(self, received: Tensor, codec: SparseCodec, what: str) -> tuple[Tensor, Tensor]:
-        """Rows and values of every rank's code; of one that is none, or was damaged, all values are zero."""
-        code, intact = wire.open_sealed(received)
-        rows, values, known = codec.decode(code)
-        whole = intact & known
-        self.rounds.note_damage(~whole.all(), f"a code of message {what} of step {self.step} is not what was sent")
-        return rows, values.where(whole.unsqueeze(1), 0.0)
+
+class ShardedPart:
+    """The arithmetic on one part of the vector, between its messages: in every step all of these, in this order.
+
+    On a GPU what precedes a message is recorded, and so are its results written to again in the next step.
+
+    Attributes:
+        norms: of what `choose` chose, and of the part.
+        known: whether all that came last were codes; of one that was none, values are zero.
+    """
+
+    def __init__(self, memory: Memory, codec: SparseCodec, comm: Communicator) -> None:
+        self._memory, self._codec, self._size, self._rank = memory, codec, comm.size, comm.rank
+        device = memory.residual.device
+        self._chosen = Recorded(self._choose, device)
+        self._combined = Recorded(self._combine, device)
+        self._decoded = Recorded(self._decode, device)
+
+    def choose(self) -> Tensor:
+        """Choose of every shard; the code for every owner."""
+        self._rows, self._left, code, *norms = self._chosen()
+        self.norms = (norms[0], norms[1])
+        return code
+
+    def give_away(self) -> None:
+        """Lose what the other owners are sent."""
+        for first, others in ((0, slice(self._rank)), (self._rank + 1, slice(self._rank + 1, None))):
+            self._memory.keep(Rows(self._size, first, self._rows[others]), self._left[others], mask=True)
+
+    def combine(self, received: Tensor) -> Tensor:
+        """Sum what came for this rank's shard, and choose of it; the code for everybody."""
+        self._rows, self._left, code, self.known = self._combined(received)
+        return code
+
+    def give_out(self) -> None:
+        """Lose what everybody is sent."""
+        self._memory.keep(Rows(self._size, self._rank, self._rows), self._left, mask=True)
+
+    def read(self, gathered: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and values of every shard, the same on all ranks."""
+        rows, values, self.known = self._decoded(gathered)
+        return rows, values
+
+    def _choose(self) -> tuple[Tensor, ...]:
+        residual = self._memory.residual
+        rows, values = heaviest_of_shards(residual, self._size, self._codec.count)
+        code, decoded = self._codec.encode(rows, values)
+        norms = torch.linalg.vector_norm(values), torch.linalg.vector_norm(residual)
+        return rows, values.sub_(decoded), code, *norms
+
+    def _combine(self, received: Tensor) -> tuple[Tensor, ...]:
+        residual, size, rank = self._memory.residual, self._size, self._rank
+        rows, values, known = self._decode(received)
+        for others in (slice(rank), slice(rank + 1, None)):
+            add(residual, size, rank, rows[others], values[others])
+        rows, values = heaviest_of_shards(residual[rank::size], 1, self._codec.count)
+        code, decoded = self._codec.encode(rows, values)
+        return rows, values.sub_(decoded), code, known
+
+    def _decode(self, received: Tensor) -> tuple[Tensor, ...]:
+        rows, values, known = self._codec.decode(received)
+        return rows, values.where(known.unsqueeze(1), 0.0), known.all()

@@ -8,10 +8,11 @@ import torch
 
 from hvd_sketch import wire
 from hvd_sketch.compressors.base import Sparsifier
-from hvd_sketch.exchange import Exchange, Setting
+from hvd_sketch.exchange import Exchange, Part, Setting
 from hvd_sketch.exchange.base import Factor, Finite
 from hvd_sketch.exchange.budget import unreachable
 from hvd_sketch.layout import Layout
+from hvd_sketch.sparse.chosen import Chosen
 from hvd_sketch.sparse.comb import comb
 
 
@@ -21,9 +22,11 @@ class Stride(Sparsifier):
 
     Attributes:
         seed: of the offsets; equal on all ranks.
+        anticipate: no, unless it is asked for.
     """
 
     seed: int = 0
+    anticipate: bool | None = False
 
     def fit(self, layout: Layout, ratio: float, ranks: int) -> int:
         """Every which coordinate to send, so that ``4 * total / ratio`` bytes hold the dense part as well.
@@ -66,11 +69,13 @@ class StrideExchange(Exchange):
             return False
         with self.stats.phase("memory"):
             self.memory.absorb(self.gradient, clip)
-            self.stats.note_captured(values, self.memory.residual[: self.layout.compressed])
             self.memory.keep(dense, 0.0, mask=False)
             self.memory.keep(chosen, 0.0, mask=True)
-            self.update.zero_()
-            self.update[dense] = message[wire.HEADER : wire.HEADER + self.layout.dense]
-            self.update[chosen] = message[wire.HEADER + self.layout.dense :]
-            self.update.mul_(1.0 / self.divisor)
+            self.stats.note_sent(torch.linalg.vector_norm(values), self.memory.residual[: self.layout.compressed])
+            lanes = message[wire.HEADER :].mul_(1.0 / self.divisor)
+            places = Chosen(torch.empty(0, dtype=torch.int64, device=message.device), chosen)
+            self.hold(
+                Part(slice(0, self.layout.compressed), lanes[self.layout.dense :], places),
+                Part(dense, lanes[: self.layout.dense]),
+            )
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange, Part, Setting
 from hvd_sketch.exchange.budget import unreachable
 from hvd_sketch.exchange.sparse import SparseExchange, dense_nbytes
+from hvd_sketch.gpu import Recorded
 from hvd_sketch.layout import Layout
 from hvd_sketch.sparse.chosen import Chosen
 from hvd_sketch.sparse.heaviest import heaviest
@@ -76,39 +78,47 @@ class TopKExchange(SparseExchange):
                 "use sketch"
             )
         super().__init__(setting, dtype)
+        self._planned: tuple[Any, int] = (None, 0)
+        self._where = slice(0, self.layout.compressed)
 
     def choose(self, plan: Any) -> Tensor:
         """Which coordinates of the memory's compressed part to send (int64), as many on every rank."""
-        return heaviest(self.memory.residual[: self.layout.compressed], plan)
+        return heaviest(self.memory.residual[self._where], plan)
 
     def send_chosen(self, plan: Any) -> list[Part]:
         """Allgather every rank's pairs, and sum them."""
+        if self._planned != (plan, self.comm.size):
+            self._planned = plan, self.comm.size
+            self._paired = Recorded(partial(self._pair, plan), self.gradient.device)
+            self._summed = Recorded(self._sum, self.gradient.device)
         with self.stats.phase("select"):
-            chosen = self.choose(plan)
-            residual = self.memory.residual[: self.layout.compressed]
-            values = residual.index_select(0, chosen)
-            pairs = torch.cat([chosen.to(torch.int32), values.view(torch.int32)]).view(torch.uint8).unsqueeze(0)
+            chosen, pairs, sent = self._paired()
         with self.stats.phase("exchange"):
             pending = self.comm.start_allgather(wire.seal(pairs)[0], self.rounds.name_of("pairs"))
         with self.stats.phase("memory"):
-            self.stats.note_captured(values, residual)
             self.memory.keep(Chosen(chosen), 0.0, mask=True)
+            self.stats.note_sent(sent, self.memory.residual[self._where])
         with self.stats.phase("exchange"):
-            gathered = pending.wait()
+            gathered = self.rounds.unseal(pending.wait(), self.rounds.name_of("pairs"))
         with self.stats.phase("memory"):
-            indices, values = self._pairs(gathered)
-            where = slice(0, self.layout.compressed)
-            update = self.update[where].zero_()
-            add(update, 1, 0, indices, values)
-            return [Part(where, update.mul_(1.0 / self.divisor))]
+            update, known = self._summed(gathered)
+            self.rounds.note_damage(~known, "pairs came that are not in order")
+            return [Part(self._where, update)]
 
-    def _pairs(self, gathered: Tensor) -> tuple[Tensor, Tensor]:
-        """Every rank's indices and values, a row each; of a row that was damaged all values are zero."""
-        content, intact = wire.open_sealed(gathered)
-        indices, values = content.view(torch.int32).view(self.comm.size, 2, -1).unbind(1)
+    def _pair(self, plan: Any) -> tuple[Tensor, ...]:
+        """What is chosen, as coordinates and as pairs, and its norm."""
+        chosen, residual = self.choose(plan), self.memory.residual[self._where]
+        values = residual.index_select(0, chosen)
+        pairs = torch.cat([chosen.to(torch.int32), values.view(torch.int32)]).view(torch.uint8).unsqueeze(0)
+        return chosen, pairs, torch.linalg.vector_norm(values)
+
+    def _sum(self, gathered: Tensor) -> tuple[Tensor, ...]:
+        """The update, and whether all indices are ascending and in range; values of a rank whose are not are zero."""
+        indices, values = gathered.view(torch.int32).view(self.comm.size, 2, -1).unbind(1)
         ascending = (indices[:, 1:] > indices[:, :-1]).all(1)
-        whole = intact & ascending & (indices[:, 0] >= 0) & (indices[:, -1] < self.layout.compressed)
-        self.rounds.note_damage(~whole.all(), f"pairs of step {self.step} are not what was sent")
-        whole = whole.unsqueeze(1)
+        known = ascending & (indices[:, 0] >= 0) & (indices[:, -1] < self.layout.compressed)
         anywhere = torch.arange(indices.shape[1], dtype=torch.int32, device=indices.device)
-        return indices.where(whole, anywhere).to(torch.int64), values.view(torch.float32).where(whole, 0.0)
+        indices = indices.where(known.unsqueeze(1), anywhere)
+        update = self.update[self._where].zero_()
+        add(update, 1, 0, indices.to(torch.int64), values.view(torch.float32).where(known.unsqueeze(1), 0.0))
+        return update.mul_(1.0 / self.divisor), known.all()

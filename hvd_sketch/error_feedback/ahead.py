@@ -5,14 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from hvd_sketch.error_feedback.passes import Passes
 from hvd_sketch.exchange import Exchange
-from hvd_sketch.layout import Layout
+from hvd_sketch.exchange.gradients import watches
 from hvd_sketch.methods.flat import Flat, FlatParameters
 from hvd_sketch.methods.wrapper import WrappedOptimizer
 
@@ -20,19 +22,20 @@ from hvd_sketch.methods.wrapper import WrappedOptimizer
 class Ahead(ABC):
     """Moves parameters from the model x, the same on all ranks, to where gradients are taken, and back.
 
-    Args:
-        named: the parameters, by name.
-        layout: their order in a vector.
-
     Attributes:
         is_ahead: where they are.
         flat: the parameters as vectors; ``synchronous`` holds x while they are ahead.
     """
 
-    def __init__(self, named: Mapping[str, Tensor], layout: Layout) -> None:
-        self.flat = FlatParameters(named, layout, next(iter(named.values())).device)
-        self.synchronous, self.ahead = self.flat.new(), self.flat.new()
+    def __init__(self, flat: FlatParameters) -> None:
+        self.flat = flat
+        self.synchronous = self.flat.new()
         self.is_ahead = False
+
+    @cached_property
+    def ahead(self) -> Flat:
+        """Holds the point ahead."""
+        return self.flat.new()
 
     @abstractmethod
     def point(self, ahead: Flat) -> None:
@@ -40,12 +43,16 @@ class Ahead(ABC):
 
     @torch.no_grad()
     def forth(self) -> None:
-        """Put the parameters from x to the point ahead; both are kept."""
+        """Put the parameters from x to the point ahead."""
+        self.move()
+        self.is_ahead = True
+
+    def move(self) -> None:
+        """Do so, with x kept in ``synchronous`` and the point in ``ahead``."""
         self.flat.read(self.synchronous)
         self.ahead.vector.copy_(self.synchronous.vector)
         self.point(self.ahead)
         self.flat.write(self.ahead)
-        self.is_ahead = True
 
     @torch.no_grad()
     def back(self) -> None:
@@ -55,19 +62,22 @@ class Ahead(ABC):
 
 
 class AheadOptimizer(WrappedOptimizer):
-    """An optimizer whose gradients are taken inside a block::
+    """An optimizer whose gradients are taken ahead of the model x: by itself, see `Passes`, in an unchanged loop.
+
+    Who wants to see it, or has a model without modules, takes them in a block, and what would look at the model
+    there is an error::
 
         with optimizer.step_ahead():
             loss_of(model(batch)).backward()
         optimizer.step()
 
-    Outside of it the parameters are the synchronous model x, the same on all ranks: evaluate
-    and save there. A gradient taken outside, an evaluation or a ``state_dict()`` inside, are
-    errors.
+    In both ways the parameters are x, the same on all ranks, wherever a script evaluates and saves.
     """
 
     _ahead: Ahead
     _names: dict[Tensor, str]
+    _passes: Passes
+    _in_block: bool
 
     if TYPE_CHECKING:  # by the other class that an optimizer of this kind is derived from
 
@@ -79,6 +89,18 @@ class AheadOptimizer(WrappedOptimizer):
         def memory_state_dict(self) -> dict[str, Any]: ...
 
         def load_memory_state_dict(self, state: dict[str, Any]) -> None: ...
+
+        def shared_state(self) -> dict[str, Any]: ...
+
+        def take_over(self, state: dict[str, Any]) -> None: ...
+
+    def _look_ahead(self, ahead: Ahead, named: Mapping[str, Tensor]) -> None:
+        """From now on."""
+        names = {parameter: name for name, parameter in named.items()}
+        self._own(_ahead=ahead, _names=names, _in_block=False, _passes=Passes(ahead, names, self._is_followed))
+
+    def _is_followed(self) -> bool:
+        return self.moves() and watches(self, next(iter(self._names)))
 
     def moves(self) -> bool:
         """Whether the point where gradients are taken is another than x."""
@@ -94,20 +116,24 @@ class AheadOptimizer(WrappedOptimizer):
         if not self.moves():
             yield
             return
-        if self._ahead.is_ahead:
+        if self._in_block:
             raise RuntimeError("step_ahead() inside step_ahead()")
-        self._ahead.forth()
-        try:
-            with ExitStack() as guards:
+        self._passes.finish()
+        with self._passes.suspended(), ExitStack() as guards:
+            self._in_block = True
+            self._ahead.forth()
+            try:
                 self._guard(guards)
                 yield
-        finally:
-            self._ahead.back()
+            finally:
+                self._in_block = False
+                self._ahead.back()
 
     def step(self, closure: Callable[[], Any] | None = None, **keywords: Any) -> Any:
         """One step; a closure is evaluated inside `step_ahead`."""
-        if self._ahead.is_ahead:
+        if self._in_block:
             raise RuntimeError("step() inside step_ahead(): end the block after backward()")
+        self._passes.finish()
 
         def inside() -> Any:
             assert closure is not None
@@ -121,26 +147,23 @@ class AheadOptimizer(WrappedOptimizer):
         self.refuse_saving()
         return super().state_dict()
 
+    def restart(self) -> None:
+        """Begin anew, at x."""
+        self._passes.finish()
+        super().restart()
+
     def refuse_saving(self, *arguments: Any) -> None:
         """Refuse what would save parameters that are stepped ahead.
 
         Raises:
             RuntimeError: inside `step_ahead`.
         """
-        if self._ahead.is_ahead:
+        if self._in_block:
             raise RuntimeError("state_dict() inside step_ahead(), where parameters are stepped ahead; save outside")
 
     def gradient_computed(self, parameter: Tensor) -> None:
-        """Called by backward.
-
-        Raises:
-            RuntimeError: when the gradient is not the one to step with.
-        """
-        if self.moves() and not self._ahead.is_ahead:
-            raise RuntimeError(
-                f"the gradient of {self._names[parameter]!r} was computed at the synchronous model: with "
-                "error_feedback, forward and backward belong inside `with optimizer.step_ahead():`"
-            )
+        """Called by backward."""
+        self._passes.took(parameter)
 
     def _guard(self, guards: ExitStack) -> None:
         """Refuse, while the guards stand, evaluating and saving the model."""
@@ -159,3 +182,13 @@ class AheadOptimizer(WrappedOptimizer):
                 guards.callback(module.register_state_dict_pre_hook(self.refuse_saving).remove)
 
         guards.callback(register_module_forward_pre_hook(check).remove)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what follows the modules, which a copy does anew."""
+        self.refuse_saving()
+        self._passes.finish()
+        return {name: value for name, value in super().__getstate__().items() if name != "_passes"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._own(_passes=Passes(self._ahead, self._names, self._is_followed))

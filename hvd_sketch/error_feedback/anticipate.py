@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hvd_sketch import gpu
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.error_feedback.ahead import Ahead, AheadOptimizer
 from hvd_sketch.error_feedback.base import ErrorFeedback, Wrapping
 from hvd_sketch.error_feedback.common_share import CommonShare, read_errors
 from hvd_sketch.error_feedback.factored_moments import FactoredMoments, MomentsObserver, check_adam
 from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.exchange import Exchange
 from hvd_sketch.methods.exchanging import ExchangingOptimizer, Wiring
-from hvd_sketch.methods.flat import Flat
+from hvd_sketch.methods.flat import Flat, FlatParameters
 
 
 @dataclass(frozen=True)
@@ -78,30 +83,53 @@ class Anticipate(ErrorFeedback):
 
     def wrap(self, wrapping: Wrapping) -> AnticipatingOptimizer:
         """An `AnticipatingOptimizer` over the optimizer that exchanges gradients."""
-        shares, wiring = CommonShare(), wrapping.wiring
+        shares, wiring = CommonShare(), replace(wrapping.wiring, note=f"error_feedback={self}")
         if self.second_moments is None:
             wiring = replace(wiring, followers=[shares])
         else:
             moments = MomentsObserver(self.second_moments, wrapping.named)
             wiring = replace(wiring, followers=[shares, moments], before_step=moments.lend)
-        return AnticipatingOptimizer(wrapping, wiring, shares, self.coefficient)
+        return AnticipatingOptimizer(wrapping, wiring, partial(self._ahead_of, shares))
+
+    def _ahead_of(self, shares: CommonShare, optimizer: AnticipatingOptimizer, flat: FlatParameters) -> Ahead:
+        return Anticipation(optimizer, optimizer.its_exchange, flat, shares, self.coefficient)
 
 
 class AnticipatingOptimizer(AheadOptimizer, ExchangingOptimizer):
-    """The optimizer that `Anticipate` asks for; used as `AheadOptimizer` says."""
+    """Exchanges gradients that were taken ahead of the model; used as `AheadOptimizer` says.
 
-    def __init__(self, wrapping: Wrapping, wiring: Wiring, shares: CommonShare, coefficient: float) -> None:
+    Args:
+        wrapping: what is wrapped.
+        wiring: how it is connected.
+        ahead_of: makes the place where gradients are taken, of the optimizer and its parameters.
+    """
+
+    def __init__(
+        self,
+        wrapping: Wrapping,
+        wiring: Wiring,
+        ahead_of: Callable[[AnticipatingOptimizer, FlatParameters], Ahead],
+    ) -> None:
         super().__init__(wrapping.optimizer, wrapping.named, wiring)
-        ahead = Anticipation(self, wrapping, shares, coefficient)
-        self._own(_ahead=ahead, _names={parameter: name for name, parameter in self._named.items()})
+        flat = FlatParameters(self._named, wrapping.layout, next(iter(self._named.values())).device)
+        self._look_ahead(ahead_of(self, flat), self._named)
 
     def __new__(cls, wrapping: Any = None, *arguments: Any) -> AnticipatingOptimizer:
         """Over the user's class."""
         return super().__new__(cls, wrapping.optimizer if isinstance(wrapping, Wrapping) else None)
 
+    def its_exchange(self) -> Exchange:
+        """The exchange, for who may hold a method of the optimizer but is copied with it."""
+        return self.exchange
+
     def moves(self) -> bool:
         """Where there is anybody to exchange with."""
         return self._wiring.is_active()
+
+    def synchronize(self) -> None:
+        """Exchange the step's gradients, at x; see `ExchangingOptimizer`."""
+        self._passes.finish()
+        ExchangingOptimizer.synchronize(self)
 
     def memory_state_dict(self) -> dict[str, Any]:
         """What this rank has not sent yet; save it on every rank, beside ``state_dict()``."""
@@ -115,18 +143,46 @@ class AnticipatingOptimizer(AheadOptimizer, ExchangingOptimizer):
 
 
 class Anticipation(Ahead):
-    """Ahead by P of what is unsent; ``shares`` follows the exchange."""
+    """Ahead by P of what is unsent; ``shares`` follows the exchange of these parameters."""
 
     def __init__(
-        self, optimizer: ExchangingOptimizer, wrapping: Wrapping, shares: CommonShare, coefficient: float
+        self,
+        optimizer: torch.optim.Optimizer,
+        exchange: Callable[[], Exchange],
+        flat: FlatParameters,
+        shares: CommonShare,
+        coefficient: float,
     ) -> None:
-        super().__init__(wrapping.trained, wrapping.layout)
-        self._optimizer, self._shares, self._coefficient = optimizer, shares, coefficient
-        self._moved = self.flat.new()
+        super().__init__(flat)
+        self._optimizer, self._exchange, self._shares, self._coefficient = optimizer, exchange, shares, coefficient
+
+    def move(self) -> None:
+        """On a GPU by one kernel, which needs no vector for the point ahead."""
+        optimizer, parameters = self._optimizer, self.flat.parameters
+        moments = [optimizer.state.get(each, {}).get("exp_avg_sq") for each in parameters]
+        if not gpu.serves(self.synchronous.vector) or not self._mover.serves(parameters, moments):
+            super().move()
+            return
+        rates = {each: group for group in optimizer.param_groups for each in group["params"]}
+        numbers = [numbers_of(optimizer, rates[each], each) for each in parameters]
+        exchange, shares = self._exchange(), self._shares.shares
+        if shares is None:  # nothing is unsent before the first step
+            shares = torch.zeros(len(numbers), dtype=torch.float32, device=exchange.gradient.device)
+        errors, factors = exchange.memory.residual, self._coefficient * shares
+        self._mover(errors, exchange.owned, factors, moments, numbers, self.synchronous.vector)
+
+    @cached_property
+    def _mover(self) -> Any:
+        kernels = importlib.import_module("hvd_sketch.error_feedback.anticipate_cuda")  # with Triton
+        return kernels.Mover(self.flat.parameters, [(slot.offset, slot.stop) for slot in self.flat.layout.slots])
+
+    @cached_property
+    def _moved(self) -> Flat:
+        return self.flat.new()
 
     def point(self, ahead: Flat) -> None:
         """By P of what is unsent behind x."""
-        read_errors(self._optimizer.exchange, self._moved.vector)
+        read_errors(self._exchange(), self._moved.vector)
         if self._shares.shares is not None:
             factors = self._coefficient * self._shares.shares.to(self.flat.dtype)
             torch._foreach_mul_(self._moved.views, list(factors.unbind()))
@@ -137,17 +193,42 @@ class Anticipation(Ahead):
         ahead.vector.sub_(self._moved.vector)
 
 
+def _rate(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
+    """That of P, by which a gradient moves the model in the end."""
+    rate = -float(group["lr"]) if group.get("maximize") else float(group["lr"])
+    if isinstance(optimizer, torch.optim.SGD):
+        rate *= (1.0 - group["dampening"]) / (1.0 - group["momentum"])
+    return rate
+
+
+def numbers_of(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor
+) -> tuple[float, float, float, float]:
+    """The numbers of P for a parameter: ``lr, 1 - b2, 1 / sqrt(1 - b2^t), eps``, of which SGD has the first alone."""
+    if isinstance(optimizer, torch.optim.SGD):
+        return _rate(optimizer, group), 0.0, 0.0, 0.0
+    state = optimizer.state.get(parameter)
+    if not state:  # it was never stepped: nothing is unsent
+        return 0.0, 0.0, 0.0, 0.0
+    second = group["betas"][1]
+    scale = 1.0 / math.sqrt(1.0 - second ** float(state["step"]))
+    return _rate(optimizer, group), 1.0 - second, scale, float(group["eps"])
+
+
 def respond(
     optimizer: torch.optim.Optimizer, group: dict[str, Any], parameters: list[Tensor], errors: list[Tensor]
 ) -> None:
     """Replace gradients of a group's parameters by P of them, in place: how far they will move the model."""
-    rate = -float(group["lr"]) if group.get("maximize") else float(group["lr"])
+    rate = _rate(optimizer, group)
     if isinstance(optimizer, torch.optim.SGD):
-        torch._foreach_mul_(errors, rate * (1.0 - group["dampening"]) / (1.0 - group["momentum"]))
+        torch._foreach_mul_(errors, rate)
         return
-    states = [optimizer.state[parameter] for parameter in parameters]
+    states = [optimizer.state.get(parameter) or {} for parameter in parameters]
+    for error, state in zip(errors, states, strict=True):
+        if not state:  # of a parameter that was never stepped
+            error.zero_()
     errors = [error for error, state in zip(errors, states, strict=True) if state]
-    states = [state for state in states if state]  # a parameter without one was never stepped: nothing is unsent
+    states = [state for state in states if state]
     if not errors:
         return
     second = group["betas"][1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,9 +47,7 @@ class CommonShare:
         exchange.observers.append(self)
 
     def observe(self, exchange: Exchange) -> None:
-        """Measure, when it is time; a void step has changed nothing."""
-        if exchange.void:
-            return
+        """Measure, when it is time."""
         if self._count < _AT_FIRST or self._count % _EVERY == 0:
             fresh, old = self._measure(exchange), self._smoothed
             weight = max(_WEIGHT, 1.0 / (self._count + 1))
@@ -59,8 +56,8 @@ class CommonShare:
 
     def _measure(self, exchange: Exchange) -> Tensor:
         ranks = exchange.comm.size
-        self._message[:, :CELLS] = self._sketches(exchange.memory.residual, exchange.step)
-        self._message[:, CELLS] = _energies(exchange)
+        tables, energies = self._sketches.measure(exchange.memory.residual, exchange.step, exchange.owned)
+        torch.cat([tables, energies.unsqueeze(1)], dim=1, out=self._message)
         exchange.rounds.sum_values(self._message, "common")
         common = self._message[:, :CELLS].square().sum(dim=1)
         return torch.where(common > 0.0, common / (ranks * self._message[:, CELLS]), 1.0)
@@ -76,17 +73,6 @@ class CommonShare:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._smoothed, self._count = state["smoothed"], state["count"]
-
-
-def _energies(exchange: Exchange) -> Tensor:
-    """|e_i|^2 of this rank, parameter by parameter."""
-    residual, owned, slots = exchange.memory.residual, exchange.owned, exchange.layout.slots
-    energies = torch.stack(torch._foreach_norm([residual[slot.offset : slot.stop] for slot in slots])).square()
-    if owned.stop == 0:
-        return energies
-    first_rows = [-(-(edge - owned.start) // owned.step) for edge in (*(slot.offset for slot in slots), owned.stop)]
-    held = [residual[owned][start:stop] for start, stop in pairwise(first_rows)]
-    return energies - (1.0 - exchange.comm.size**-2) * torch.stack(torch._foreach_norm(held)).square()
 
 
 def read_errors(exchange: Exchange, into: Tensor) -> None:

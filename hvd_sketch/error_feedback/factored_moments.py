@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvd_sketch import gpu
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
+from hvd_sketch.layout import Slot
 from hvd_sketch.saved import Form
 from hvd_sketch.sketch.narrow import CELLS, NarrowSketches
 
@@ -71,7 +74,7 @@ class MomentsObserver:
 
     def attach(self, exchange: Exchange) -> None:
         """Follow an exchange from its first step on."""
-        self._slots = [slot for slot in exchange.layout.slots if slot.stop <= exchange.layout.compressed]
+        self._slots = [slot for slot in exchange.layout.slots if slot.offset < exchange.layout.compressed]
         self._rows = [slot.shape[0] if len(slot.shape) > 1 else 1 for slot in self._slots]
         device, count = exchange.gradient.device, len(self._slots)
         sizes = [
@@ -86,40 +89,40 @@ class MomentsObserver:
         self._moments = {
             self._named[slot.name]: self._vector[slot.offset : slot.stop].view(slot.shape) for slot in self._slots
         }
+        self._kernels = _kernels(self._slots, self._rows, device) if gpu.serves(self._vector) else None
         exchange.agree_on(f"second_moments={self._settings}")
         exchange.observers.append(self)
 
     def observe(self, exchange: Exchange) -> None:
-        """Measure, when it is time; a void step has nothing to measure."""
-        if exchange.void:
-            return
+        """Measure, when it is time."""
         self._count += 1
         if self._count - self._measured >= min(self._settings.interval, 1 + self._measured // _GROWTH):
             self._measure(exchange)
 
     def lend(self, optimizer: torch.optim.Optimizer) -> None:
         """Set Adam's running means so that the coming step divides by v: it adds ``(1 - b2) u^2`` to b2 times them."""
-        for group in optimizer.param_groups if self._measured else ():
-            parameters = [p for p in group["params"] if p in self._moments and optimizer.state.get(p)]
-            if not parameters:
-                continue
-            second = group["betas"][1]
-            taken = float(optimizer.state[parameters[0]]["step"])
-            means = [optimizer.state[parameter]["exp_avg_sq"] for parameter in parameters]
-            updates = [parameter.grad for parameter in parameters]
-            torch._foreach_copy_(means, [self._moments[parameter] for parameter in parameters])
-            torch._foreach_mul_(means, (1.0 - second ** (taken + 1.0)) / second)
-            torch._foreach_addcmul_(means, updates, updates, value=(second - 1.0) / second)
-            torch._foreach_clamp_min_(means, 0.0)
+        if not self._measured:
+            return
+        groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+        lent = [p for p in self._moments if p in groups and p.grad is not None and optimizer.state.get(p)]
+        numbers = {p: _numbers(groups[p]["betas"][1], float(optimizer.state[p]["step"])) for p in lent}
+        means = {p: optimizer.state[p]["exp_avg_sq"] for p in lent}
+        if self._kernels is not None and self._kernels.serves(means):
+            self._kernels.lend(self._vector, means, numbers, list(self._moments))
+            return
+        for pair in dict.fromkeys(numbers.values()):
+            its = [p for p in lent if numbers[p] == pair]
+            sizes = [means[p] for p in its]
+            torch._foreach_copy_(sizes, [self._moments[p] for p in its])
+            torch._foreach_mul_(sizes, pair[0])
+            updates = [p.grad for p in its if p.grad is not None]
+            torch._foreach_addcmul_(sizes, updates, updates, value=-pair[1])
+            torch._foreach_clamp_min_(sizes, 0.0)
 
     def _measure(self, exchange: Exchange) -> None:
         clip = exchange.stats.clip
         self._tables.copy_(self._sketches(exchange.gradient, exchange.step, clip))
-        for slot, rows, (row, column) in zip(self._slots, self._rows, self._pairs(), strict=True):
-            gradient = exchange.gradient[slot.offset : slot.stop]
-            squares = gradient.mul(clip).square_().view(rows, -1)
-            torch.sum(squares, dim=1, out=row)
-            torch.sum(squares, dim=0, out=column)
+        self._sum_squares(exchange.gradient, clip)
         exchange.rounds.sum_values(self._message, "moments")
         if not bool(self._message.isfinite().all()):
             return
@@ -130,8 +133,21 @@ class MomentsObserver:
         self._measured = self._count
         self._spread()
 
+    def _sum_squares(self, gradient: Tensor, clip: float) -> None:
+        """The factors, into the message."""
+        if self._kernels is not None:
+            self._kernels.sum_squares(gradient, clip, self._message[self._tables.numel() :])
+            return
+        for slot, rows, (row, column) in zip(self._slots, self._rows, self._pairs(), strict=True):
+            squares = gradient[slot.offset : slot.stop].mul(clip).square_().view(rows, -1)
+            torch.sum(squares, dim=1, out=row)
+            torch.sum(squares, dim=0, out=column)
+
     def _spread(self) -> None:
         """The vector of v, from the smoothed energies and factors."""
+        if self._kernels is not None:
+            self._kernels.spread(self._smoothed[: len(self._slots)], self._smoothed[len(self._slots) :], self._vector)
+            return
         common, *factors = self._smoothed.split([len(self._slots), *(len(factor) for factor in self._factors)])
         for slot, energy, row, column in zip(self._slots, common, factors[::2], factors[1::2], strict=True):
             scale = energy / (row.sum() * column.sum()).clamp_min(torch.finfo(torch.float32).tiny)
@@ -153,6 +169,16 @@ class MomentsObserver:
         self._smoothed.copy_(state["smoothed"])
         self._measured, self._count = state["measured"], state["count"]
         self._spread()
+
+
+def _numbers(second: float, taken: float) -> tuple[float, float]:
+    """For Adam's b2 and steps taken, a and b: it divides by v when its running mean is ``a v - b u^2``."""
+    return (1.0 - second ** (taken + 1.0)) / second, (1.0 - second) / second
+
+
+def _kernels(slots: list[Slot], rows: list[int], device: torch.device) -> Any:
+    kernels = importlib.import_module("hvd_sketch.error_feedback.moments_cuda")  # with Triton
+    return kernels.Moments([(slot.offset, slot.stop) for slot in slots], rows, device)
 
 
 def check_adam(optimizer: torch.optim.Optimizer) -> None:

@@ -18,7 +18,7 @@ from hvd_sketch.exchange import Exchange
 from hvd_sketch.exchange.gradients import watch
 from hvd_sketch.exchange.scaling import tell_scalers
 from hvd_sketch.methods.displacement import displacement_exchange
-from hvd_sketch.methods.flat import Flat
+from hvd_sketch.methods.flat import Flat, FlatParameters
 from hvd_sketch.methods.wrapper import Method
 
 
@@ -37,17 +37,18 @@ class StepAhead(ErrorFeedback):
     SAEF. With ``Compression.sharded`` the way down is compressed as well, and the server's error
     is part of its owner's e_i; there the owner steps ahead by its share 1/W of it.
 
-    Sent: what the compressor sends, and ``total / P`` float32 values a step in the mean.
+    Sent: what the compressor sends; with averaging, ``total / P`` float32 values a step besides, in the mean:
+    every 20 steps make a ratio of 13.3 out of 40.
     Source: Xu, Huo, Huang, "Step-Ahead Error Feedback for Distributed Training with Compressed
     Gradient" (AAAI 2021), arXiv 2008.05823; a < 1: SA-PEF, arXiv 2601.20738.
 
     Attributes:
         coefficient: a, 0 to 1.
-        averaging_period: P in steps; 0 for never.
+        averaging_period: P in steps; 0, as when not given, for never.
     """
 
     coefficient: float = 1.0
-    averaging_period: int = 20
+    averaging_period: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.coefficient <= 1.0:
@@ -83,7 +84,7 @@ class StepAheadOptimizer(AheadOptimizer, Method):
         super().__init__(wrapping.optimizer)
         trained = wrapping.trained
         ahead = _ByTheErrors(self, wrapping, settings.coefficient)
-        self._own(_ahead=ahead, _names={parameter: name for name, parameter in trained.items()})
+        self._look_ahead(ahead, trained)
         self._own(_wrapping=wrapping, _settings=settings, _stepped=ahead.flat.new(), _undo=Undo(wrapping.optimizer))
         self._begin(None)
 
@@ -105,7 +106,9 @@ class StepAheadOptimizer(AheadOptimizer, Method):
             exchange.agree_on(f"{self._settings} clip_norm={compression.clip_norm}")
             synchronous = self._ahead.synchronous.views
             named = {slot.name: view for slot, view in zip(flat.layout.slots, synchronous, strict=True)}
-            exchange.watch(named, lambda: self.param_groups)
+            inner = self.optimizer
+            exchange.watch(named, lambda: inner.param_groups)
+            exchange.log.notes.append(f"error_feedback={self._settings}")
             if self._memory is not None:
                 exchange.load_state_dict(self._memory)
             self._exchange = exchange
@@ -118,6 +121,16 @@ class StepAheadOptimizer(AheadOptimizer, Method):
             "with error_feedback the step itself is exchanged, so there are no averaged gradients to look at; "
             "to clip, set the compressor's clip_norm"
         )
+
+    def shared_state(self) -> dict[str, Any]:
+        """Parameters alone: the optimizer's state is this rank's own."""
+        return {"parameters": {name: parameter.detach() for parameter, name in self._names.items()}}
+
+    def take_over(self, state: dict[str, Any]) -> None:
+        """Go on with another rank's `shared_state`."""
+        with torch.no_grad():
+            for parameter, name in self._names.items():
+                parameter.copy_(state["parameters"][name])
 
     def flush(self) -> None:
         """Send everything in the next step; then the model alone is a checkpoint for any number of ranks."""
@@ -142,6 +155,7 @@ class StepAheadOptimizer(AheadOptimizer, Method):
         if not self._is_active():
             self.optimizer.step(**keywords)
             return
+        period = self._settings.averaging_period
         flat, limit = self._ahead.flat, self._wrapping.compression.clip_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(flat.parameters, limit))
         exchange, start, taken = self.exchange, self._ahead.ahead, False
@@ -165,7 +179,7 @@ class StepAheadOptimizer(AheadOptimizer, Method):
             self._ahead.back()
         if not taken:
             tell_scalers(self)
-        elif self._settings.averaging_period and exchange.step % self._settings.averaging_period == 0:
+        elif exchange.rounds.all_present and period and exchange.step % period == 0:
             exchange.average_memory()
 
     def restart(self) -> None:
@@ -191,7 +205,8 @@ class _ByTheErrors(Ahead):
     """Behind x by the errors, and of what this rank owns by its share."""
 
     def __init__(self, optimizer: StepAheadOptimizer, wrapping: Wrapping, coefficient: float) -> None:
-        super().__init__(wrapping.trained, wrapping.layout)
+        trained = wrapping.trained
+        super().__init__(FlatParameters(trained, wrapping.layout, next(iter(trained.values())).device))
         self._optimizer, self._coefficient = optimizer, coefficient
 
     def point(self, ahead: Flat) -> None:

@@ -43,7 +43,8 @@ def agree(
     comm.allreduce(message, name("agree"))
     header = wire.read_header(message)
     if not header.agreed:
-        told = comm.allgather_object(answers, name("differences"))
+        gathered = comm.allgather_object(dict(answers), name("differences"))
+        told = [told or next(filter(None, gathered)) for told in gathered]  # a rank that has joined differs from none
         if not settle(told):
             raise RankMismatchError(differences(told, "the ranks disagree, and nothing was exchanged", _START))
     return header.present

@@ -79,7 +79,7 @@ class Drift:
 
     def tell(self, comm: Communicator, name: Callable[[str], str]) -> RankMismatchError:
         """Collective, when the digests differ: the error to raise on all ranks."""
-        told = comm.allgather_object(self._answers(), name("drift"))
+        told = list(filter(None, comm.allgather_object(dict(self._answers()), name("drift"))))  # none of joined ranks
         what = f"before step {self.step} the ranks have drifted apart, and the step was not taken"
         return RankMismatchError(differences(told, what, _REMEDY))
 

@@ -24,7 +24,9 @@ class Rounds:
     some rank has a problem, or wants everything to be sent.
 
     Attributes:
-        all_present: whether every rank took part in the last step; one that has joined does not.
+        present: how many ranks took part in the last step; one that has joined does not.
+        all_present: whether all did.
+        partial: steps of this rank that some other did not take part in, since somebody last set it to 0.
         flushes: whether the present step sends everything, because some rank asked for it.
         incomplete: whether this rank has no gradient for some parameter.
         digest: of what all ranks should hold alike, for the header of the step that `sum` takes.
@@ -35,6 +37,7 @@ class Rounds:
         self.comm, self._stats, self._drift = comm, stats, drift
         self.digest: Tensor | None = None
         self._damages: list[tuple[Tensor, str]] = []
+        self.present, self.partial = 0, 0
         self.all_present, self.flushes = True, False
         self.incomplete = False
         self.on_incomplete: Callable[[], None] = _nothing
@@ -62,6 +65,12 @@ class Rounds:
         Then the next step raises on all ranks; in this one, others would wait for a rank that raises.
         """
         self._damages.append((damaged, what))
+
+    def unseal(self, received: Tensor, what: str) -> Tensor:
+        """Rows of bytes that were sealed; those that were damaged on the way are noted, and zero."""
+        rows, intact = wire.open_sealed(received)
+        self.note_damage(~intact.all(), f"what came in {what} of {self.comm.occupation} is not what was sent")
+        return rows.mul_(intact.unsqueeze(1))
 
     def sum(self, message: Tensor, finite: bool | Tensor, what: str) -> bool:
         """Allreduce the first message of a step; False if some rank is not finite or wants to flush.
@@ -95,7 +104,8 @@ class Rounds:
         self._damages.clear()
         if not header.agreed:
             raise self._drift.tell(self.comm, self.name_of)
-        self.all_present = header.present == self.comm.size
+        self.present, self.all_present = header.present, header.present == self.comm.size
+        self.partial += not self.all_present
         self.flushes = header.finite and header.flush
         taken = header.finite and not header.flush
         if taken and header.incomplete:
@@ -123,10 +133,9 @@ class Rounds:
         told = self.comm.allgather_object([self._problem, damage], self.name_of("problems"))
         self._problem = None
         self._damages.clear()
-        lines = [
-            f"rank {rank}: {problem or damage}" for rank, (problem, damage) in enumerate(told) if problem or damage
-        ]
-        kind = ConfigurationError if any(problem for problem, _ in told) else RankMismatchError
+        known = [(rank, *each) for rank, each in enumerate(told) if each]  # none of a rank that has joined
+        lines = [f"rank {rank}: {problem or damage}" for rank, problem, damage in known if problem or damage]
+        kind = ConfigurationError if any(problem for _, problem, _ in known) else RankMismatchError
         return kind("hvd_sketch: the step was not taken. " + "\n".join(lines))
 
 

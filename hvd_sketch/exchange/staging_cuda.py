@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Mapping
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from hvd_sketch.gpu import Addresses, Places, pieces_of
 
 _PIECE = 1 << 14
 _LANES = 1024
@@ -26,15 +29,13 @@ class Gathering:
         vector: float32.
     """
 
-    def __init__(self, places: Sequence[tuple[int, int]], vector: Tensor) -> None:
+    def __init__(self, places: Places, vector: Tensor) -> None:
         self._vector = vector
-        self._first, pieces = [0], []
-        for slot, (start, stop) in enumerate(places):
-            pieces += [(slot, begin - start, begin, min(stop, begin + _PIECE)) for begin in range(start, stop, _PIECE)]
-            self._first.append(len(pieces))
+        pieces = pieces_of(places, _PIECE)
+        self._first = [bisect_left(pieces, (slot, 0, 0, 0)) for slot in range(len(places) + 1)]
         self._pieces = torch.tensor(pieces, dtype=torch.int64, device=vector.device).view(-1, 4)
         self._squares = torch.zeros(len(pieces), dtype=torch.float64, device=vector.device)
-        self._tables: dict[torch.dtype, tuple[list[int], Tensor]] = {}
+        self._addresses = Addresses(vector.device)
 
     @staticmethod
     def serves(gradient: Tensor, vector: Tensor) -> bool:
@@ -81,18 +82,11 @@ class Gathering:
         self._squares[self._first[slot] : self._first[slot + 1]].zero_()
 
     def _table(self, kind: torch.dtype, gradients: Mapping[int, Tensor]) -> Tensor:
-        """Where the gradients of a dtype lie, 0 for slots without one; copied only when it is not as it was."""
+        """Where the gradients of a dtype lie, 0 for slots without one."""
         addresses = [0] * (len(self._first) - 1)
         for slot, gradient in gradients.items():
             addresses[slot] = gradient.data_ptr() if gradient.dtype == kind else 0
-        told, table = self._tables.get(kind, ([], self._pieces))
-        if told != addresses:
-            device = self._vector.device
-            table = torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda").to(
-                device, non_blocking=True
-            )
-            self._tables[kind] = addresses, table
-        return table
+        return self._addresses(kind, addresses)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvd_sketch import native
+from hvd_sketch import gpu, native
 from hvd_sketch.layout import Layout
 from hvd_sketch.sparse.places import Places
 
@@ -38,8 +38,16 @@ class Part:
         if self.places is not None:
             self.places.put_in_pieces(pieces, self.values * factor, clear=True)
             return
-        for start, piece in pieces.items():
-            torch.mul(self.values[start : start + piece.numel()], factor, out=piece)
+        if not pieces:
+            return
+        its = [self.values[start : start + piece.numel()].view_as(piece) for start, piece in pieces.items()]
+        torch._foreach_copy_(list(pieces.values()), its if factor == 1.0 else torch._foreach_mul(its, factor))
+
+
+def _takes_pieces(tensor: Tensor) -> bool:
+    """Whether a kernel can write to this tensor as one run of float32."""
+    on_gpu = tensor.dtype == torch.float32 and tensor.is_contiguous() and gpu.serves(tensor)
+    return on_gpu or native.serves_floats(tensor)
 
 
 class Update:
@@ -78,9 +86,9 @@ class Update:
     def write(self, tensors: Mapping[int, Tensor], factor: float) -> None:
         """Write it, times a factor, to tensors of any dtype and strides, by the position of their slot.
 
-        Those that the native kernel serves get it from the parts.
+        Those that the kernels serve get it from the parts.
         """
-        direct = {at: tensor for at, tensor in tensors.items() if self._parts and native.serves_floats(tensor)}
+        direct = {at: tensor for at, tensor in tensors.items() if self._parts and _takes_pieces(tensor)}
         for part in self._parts if direct else ():
             part.write_in_pieces(self._pieces(part.where, direct), factor)
         rest = {at: tensor for at, tensor in tensors.items() if at not in direct}

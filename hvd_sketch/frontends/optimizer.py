@@ -10,11 +10,12 @@ from typing import Any, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
-from hvd_sketch.comm import has_horovod
+from hvd_sketch.comm import chosen_backend
 from hvd_sketch.compatibility import check_groups, check_momentum, correction_of
 from hvd_sketch.compressors import Compression, Compressor, HalfPrecision, NoCompression
 from hvd_sketch.error_feedback.ahead import AheadOptimizer
 from hvd_sketch.error_feedback.base import ErrorFeedback, Wrapping, check_error_feedback
+from hvd_sketch.error_feedback.default import Default, settle
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import DenseExchange, Exchange
 from hvd_sketch.frontends.link import Link
@@ -23,6 +24,7 @@ from hvd_sketch.memory import Momentum
 from hvd_sketch.methods.exchanging import ExchangingOptimizer, HorovodOptimizer, Wiring
 
 Average, Sum = 0, 1  # Horovod's own numbers
+_OTHER_OPS = {2: "Adasum", 3: "Min", 4: "Max", 5: "Product"}
 
 Uncompressed = type[NoCompression] | type[HalfPrecision]
 
@@ -49,7 +51,7 @@ def DistributedOptimizer(
     backward_passes_per_step: int = 1,
     op: int = Average,
     *,
-    error_feedback: None = None,
+    error_feedback: Default | None = Default.OF_COMPRESSION,
     **options: Unpack[Options],
 ) -> HorovodOptimizer: ...
 
@@ -62,7 +64,7 @@ def DistributedOptimizer(
     backward_passes_per_step: int = 1,
     op: int = Average,
     *,
-    error_feedback: None = None,
+    error_feedback: Default | None = Default.OF_COMPRESSION,
     **options: Unpack[Options],
 ) -> ExchangingOptimizer: ...
 
@@ -96,7 +98,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     grad_scaler: torch.amp.GradScaler | None = None,
     momentum_correction: bool = False,
     momentum_masking: bool = True,
-    error_feedback: ErrorFeedback | None = None,
+    error_feedback: ErrorFeedback | Default | None = Default.OF_COMPRESSION,
 ) -> HorovodOptimizer | AheadOptimizer:
     """Wrap an optimizer so that its steps use the gradients of all ranks.
 
@@ -119,7 +121,8 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         groups: Horovod's fusion groups; a sparse exchange is one fused message anyway.
         sparse_as_dense: turn sparse gradients into dense ones instead of refusing them.
         process_set: a Horovod process set; ranks outside it take local steps.
-        comm: an mpi4py communicator or a `hvd_sketch.comm.Communicator` to use in place of Horovod.
+        comm: an mpi4py communicator, a process group of torch.distributed, a mesh of one dimension, or a
+            `hvd_sketch.comm.Communicator`, to use in place of the one chosen by itself.
         grad_scaler: the scaler in use, so that the memory holds unscaled gradients; with
             ``error_feedback`` there is no need to tell.
         momentum_correction: accumulate the momentum of a wrapped SGD, with its weight decay, on
@@ -127,7 +130,8 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
             sparsifying compressor both are the same, and this changes nothing.
         momentum_masking: with the above, clear the momentum of what was sent.
         error_feedback: `StepAhead` or `Anticipate` takes gradients where what is unsent is already
-            applied; the result is then an `AheadOptimizer`, to be used as it says.
+            applied, in an unchanged training loop: see `AheadOptimizer`, which the result is then. None for
+            none. The default is the compressor's own, see its ``anticipate``.
 
     Raises:
         ConfigurationError: when a setting cannot work, before any communication.
@@ -135,11 +139,12 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     _check_arguments(optimizer, backward_passes_per_step, op, gradient_predivide_factor, process_set, comm)
     if num_groups != 0:
         warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=2)
-    if error_feedback is not None:
-        check_error_feedback(
-            error_feedback, optimizer, compression, averages=op == Average, corrects=momentum_correction
-        )
-    if comm is None and has_horovod() and not isinstance(compression, Compressor):
+    compression, feedback = settle(
+        compression, optimizer, error_feedback, averages=op == Average, corrects=momentum_correction
+    )
+    if feedback is not None:
+        check_error_feedback(feedback, optimizer, compression, averages=op == Average, corrects=momentum_correction)
+    if comm is None and chosen_backend() == "horovod" and not isinstance(compression, Compressor):
         return _stock_optimizer(
             optimizer,
             named_parameters=named_parameters,
@@ -166,9 +171,9 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         correction=correction,
         attributes={"op": op, "process_set": process_set, "_groups": groups, "sparse_as_dense": sparse_as_dense},
     )
-    if error_feedback is None:
+    if feedback is None:
         return ExchangingOptimizer(optimizer, named, wiring)
-    return error_feedback.wrap(
+    return feedback.wrap(
         Wrapping(
             optimizer=optimizer,
             named=named,
@@ -200,7 +205,8 @@ def _check_compression(compression: Any, op: int, optimizer: torch.optim.Optimiz
             f"compression={compression!r} is no member of hvd_sketch.Compression: use none, fp16, auto() or another"
         )
     if op not in (Average, Sum):
-        raise ConfigurationError(f"op={op} cannot be combined with compression: only Average and Sum are linear")
+        name = _OTHER_OPS.get(op, str(op))
+        raise ConfigurationError(f"op={name} cannot be combined with compression: only Average and Sum are linear")
     if isinstance(compression, Compressor):
         check_momentum(compression.momentum, optimizer)
 

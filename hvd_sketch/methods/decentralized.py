@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -25,10 +26,11 @@ class Decentralized(Method):
     Args:
         optimizer: steps this rank's model; its parameters must be the model's.
         model: what it trains. Buffers (BatchNorm's running statistics) are never sent: each
-            rank has its own, except inside `average_model`.
+            rank has its own, except at the same start and inside `average_model`. Those that are not saved
+            with the model (``persistent=False``) are left alone there, too.
         comm: collectives over the ranks.
         settings: what must be equal on all ranks, by name.
-        same_start: begin with rank 0's parameters and buffers on every rank.
+        same_start: begin with rank 0's parameters and saved buffers on every rank.
         layout: how the parameters become one vector.
         device: where that vector is kept.
 
@@ -61,8 +63,9 @@ class Decentralized(Method):
         self._flat = FlatModel(optimizer, model, layout, device)
         self._live = self._flat.new()
         self._averaged = False
-        self._buffers = [buffer for _, buffer in sorted(model.named_buffers()) if buffer.is_floating_point()]
-        tensors = sorted([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[0])
+        buffers = saved_buffers(model)
+        self._buffers = [buffer for _, buffer in sorted(buffers.items()) if buffer.is_floating_point()]
+        tensors = sorted([*model.named_parameters(), *buffers.items()], key=lambda item: item[0])
         shapes = " ".join(f"{name}{list(tensor.shape)}" for name, tensor in tensors)
         agree(comm, {"method": type(self).__name__, "parameters": shapes, **settings}, "hvd_sketch.{}".format)
         for _, tensor in tensors if same_start else ():
@@ -82,6 +85,19 @@ class Decentralized(Method):
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's; it belongs to this rank. Save the model inside `average_model`."""
         return super().state_dict()
+
+    def finish(self) -> None:
+        """End training, on all ranks; what is under way comes to its end."""
+        return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.finish()
 
     @contextmanager
     def average_model(self) -> Iterator[torch.nn.Module]:
@@ -129,3 +145,12 @@ class Decentralized(Method):
         """Collective: replace ``vector`` by its mean over the ranks."""
         self._collectives.allreduce(vector, "hvd_sketch.mean")
         vector.div_(self._collectives.size)
+
+
+def saved_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to the model's state, by name; the others (``persistent=False``) are a rank's own."""
+    return {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if (path := name.rpartition("."))[2] not in model.get_submodule(path[0])._non_persistent_buffers_set
+    }

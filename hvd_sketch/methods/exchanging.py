@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hvd_sketch.compatibility import without_momentum
 from hvd_sketch.exchange import Exchange
-from hvd_sketch.exchange.gradients import Gradients, watch
+from hvd_sketch.exchange.gradients import Gradients, shared_state, take_over, watch
 from hvd_sketch.exchange.scaling import LossScale, tell_scalers
 from hvd_sketch.memory import Momentum
 from hvd_sketch.methods.wrapper import WrappedOptimizer
@@ -46,6 +46,7 @@ class Wiring:
         grad_scaler: the scaler in use, if it is told.
         correction: the momentum that is applied before the exchange in place of the optimizer's own.
         followers: attached to the exchange when it is made.
+        note: what is logged of how it is connected.
         before_step: called between the exchange and the step.
         attributes: what else Horovod's own optimizer has.
     """
@@ -57,6 +58,7 @@ class Wiring:
     grad_scaler: torch.amp.GradScaler | None = None
     correction: Momentum | None = None
     followers: Sequence[Follower] = ()
+    note: str = "error_feedback=None"
     before_step: Callable[[torch.optim.Optimizer], None] | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -128,7 +130,9 @@ class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
         if self._parts is None:
             wiring = self._wiring
             exchange = wiring.make_exchange(self._named, wiring.correction)
-            exchange.watch(self._named, lambda: self.param_groups)
+            inner = self.optimizer
+            exchange.watch(self._named, lambda: inner.param_groups)
+            exchange.log.notes.append(wiring.note)
             for follower in wiring.followers:
                 follower.attach(exchange)
             if self._memory is not None:
@@ -202,8 +206,7 @@ class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
     def discard(self) -> None:
         """Throw the gradients away that were computed, synchronized or not; nothing of them is kept anywhere."""
         self._throw_away()
-        for parameter in self._named.values():
-            parameter.grad = None
+        super().discard()
 
     def zero_grad(self, *arguments: Any, **keywords: Any) -> None:
         """Clear the gradients; what was synchronized and not stepped with is as if it had never been."""
@@ -225,6 +228,14 @@ class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
         """Restore this rank's memory, after ``load_state_dict``; see `Exchange.load_state_dict`."""
         self.exchange.load_state_dict(state)
 
+    def shared_state(self) -> dict[str, Any]:
+        """Parameters and the optimizer's state, the same on all ranks; not copied."""
+        return shared_state(list(self._named.values()), self.optimizer)
+
+    def take_over(self, state: dict[str, Any]) -> None:
+        """Go on with another rank's `shared_state`; what is unsent here stays."""
+        take_over(state, list(self._named.values()), self.optimizer)
+
     def flush(self) -> None:
         """Send everything in the next step, so that a checkpoint after it needs no memory."""
         self.exchange.flush()
@@ -237,7 +248,7 @@ class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
         exchange, gradients = self._made()
         if exchange.streams:
             with torch.no_grad():
-                gradients.computed(parameter, self.backward_passes_per_step)
+                gradients.computed(parameter, self.backward_passes_per_step, lambda: 1.0 / self._scale.by_hand(self))
 
     def _run(self, scale: float, *, remember: bool = False) -> tuple[Exchange, Gradients]:
         """Exchange the gradients as they are, less their scale."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,16 @@ class Flat(NamedTuple):
 
     vector: Tensor
     views: list[Tensor]
+
+    @classmethod
+    def of(cls, vector: Tensor, shapes: Sequence[Sequence[int]]) -> Flat:
+        """Views of a vector, one behind the other."""
+        parts = vector.split([math.prod(shape) for shape in shapes])
+        return cls(vector, [part.view(tuple(shape)) for part, shape in zip(parts, shapes, strict=True)])
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles would not share the memory."""
+        return Flat.of, (self.vector, [tuple(view.shape) for view in self.views])
 
 
 LayoutRule = Callable[[Iterable[tuple[str, Tensor]]], Layout]
@@ -38,12 +49,16 @@ class FlatParameters:
         self.parameters = [named[slot.name] for slot in layout.slots]
         double = any(parameter.dtype == torch.float64 for parameter in self.parameters)
         self.dtype = torch.float64 if double else torch.float32
-        self._values = [parameter.detach() for parameter in self.parameters]
+
+    @property
+    def _values(self) -> list[Tensor]:
+        """The parameters' memory, whatever a script has put there, beside autograd and its count of versions."""
+        return [parameter.data for parameter in self.parameters]
 
     def new(self) -> Flat:
         """A vector of zeros."""
         vector = torch.zeros(self.layout.total, dtype=self.dtype, device=self.device)
-        return Flat(vector, [vector[slot.offset : slot.stop].view(slot.shape) for slot in self.layout.slots])
+        return Flat.of(vector, [slot.shape for slot in self.layout.slots])
 
     def read(self, into: Flat) -> None:
         """Copy the parameters into a vector."""

@@ -15,8 +15,8 @@ the columns of a program are halved, from 512 down to 32, until there are progra
 3. count, in each run of chunks, those above it and those equal to it;
 4. write them where the counts before say, in ascending order.
 
-Before 1, the same is counted in every eighth chunk: the k-th largest of some is no larger than that of all, so 1 need
-not count what lies below, which saves most of its atomic additions.
+Before 1, the same is counted in every 64th chunk: that tells about how large the k-th largest is, and 1 need not count
+what lies well below, which saves most of its atomic additions. Should it be too few after all, the others are counted.
 """
 
 from __future__ import annotations
@@ -33,9 +33,13 @@ from hvd_sketch.sketch.geometry import Geometry
 _PROGRAMS = 4096
 """As many as keep a large GPU busy."""
 _WIDEST, _NARROWEST = 512, 32
-_SAMPLE = 8
+_SAMPLE = 64
+_MARGIN = 1.2
+_COPIES = 8
+"""Of the counts, to be added up: so fewer programs meet at an address."""
 _DRAWN_TOGETHER = 256
 _LOW_BITS = 15
+_DIGITS = 1 << (31 - _LOW_BITS)
 
 
 def add(geometry: Geometry, seed: int, table: Tensor, vector: Tensor, offset: int, scale: float) -> None:
@@ -87,9 +91,15 @@ def top_k(geometry: Geometry, seed: int, table: Tensor, k: int) -> tuple[Tensor,
     with torch.cuda.device_of(table):
         passes = _Passes(geometry, seed, table)
         wanted = torch.full((1, 1), k, dtype=torch.int64, device=table.device)
-        floor, _ = find_digit(passes.digits(torch.zeros_like(wanted), stride=_SAMPLE), wanted)
-        upper, within = find_digit(passes.digits(floor), wanted)
-        lower, ties = find_digit(passes.digits(upper, lower=True), within)
+        nothing, everything = torch.zeros_like(wanted), torch.full_like(wanted, _DIGITS)
+        sample = passes.digits(nothing, everything, stride=_SAMPLE)
+        floor, _ = find_digit(sample, torch.full_like(wanted, int(_MARGIN * k / _SAMPLE) + 32))
+        counts = passes.digits(floor, everything)
+        missing = torch.where(
+            counts.sum() < k, nothing, floor
+        )  # where the sample misled, what lies below is counted too
+        upper, within = find_digit(counts + passes.digits(missing, floor), wanted)
+        lower, ties = find_digit(passes.digits(upper, everything, lower=True), within)
         limit = ((upper << _LOW_BITS) + lower).to(torch.int32)
         before_above, before_equal = passes.before(limit)
         passes.launch(
@@ -139,11 +149,13 @@ class _Passes:
             enable_fp_fusion=False,
         )
 
-    def digits(self, limit: Tensor, *, lower: bool = False, stride: int = 1) -> Tensor:
-        """How many magnitudes have each value of a digit, from 0 on, as far as the limit lets them count."""
-        counts = torch.zeros(1, 1 << (_LOW_BITS if lower else 31 - _LOW_BITS), dtype=torch.int64, device=limit.device)
-        self.launch(kernels.count_digits, self.runs, counts, limit, stride=stride, lower=lower, low_bits=_LOW_BITS)
-        return counts
+    def digits(self, limit: Tensor, beyond: Tensor, *, lower: bool = False, stride: int = 1) -> Tensor:
+        """How many magnitudes have each value of a digit, from 0 on, as far as the limits let them count."""
+        bins = 1 << _LOW_BITS if lower else _DIGITS
+        counts = torch.zeros(_COPIES, bins, dtype=torch.int64, device=limit.device)
+        shape = {"stride": stride, "lower": lower, "low_bits": _LOW_BITS, "copies": _COPIES, "bins": bins}
+        self.launch(kernels.count_digits, self.runs, counts, torch.cat([limit, beyond]), **shape)
+        return counts.sum(dim=0, keepdim=True)
 
     def before(self, limit: Tensor) -> tuple[Tensor, Tensor]:
         """How many magnitudes before each run of chunks lie above the limit, and how many are equal to it."""

@@ -194,17 +194,21 @@ def count_digits(
     stride: tl.int64,
     lower: tl.constexpr,
     low_bits: tl.constexpr,
+    copies: tl.constexpr,
+    bins: tl.constexpr,
     row_count: tl.constexpr,
     lanes: tl.constexpr,
 ):
     """Count magnitudes by one digit, the lower low_bits or those above, in the chunks ``0, stride, 2 stride, …``.
 
-    By the upper digit: those in which it is at least ``limit[0]``. By the lower one: those in which the upper is that.
+    By the upper digit: those in which it is at least ``limit[0]`` and below ``limit[1]``. By the lower one: those in
+    which the upper is ``limit[0]``. ``counts``: ``copies`` times ``bins``, so that fewer programs meet at an address.
     Zeros are not counted: there may be many, all at one address; of too few others the k-th largest is zero anyway.
     """
     begin = tl.program_id(0).to(tl.int64) * stride
-    wanted = tl.load(limit).to(tl.int32)
-    for chunk in range(begin, chunks, tl.num_programs(0) * stride):
+    wanted, beyond = tl.load(limit).to(tl.int32), tl.load(limit + 1).to(tl.int32)
+    counts += tl.program_id(0) % copies * bins
+    for chunk in range(begin, tl.where(wanted < beyond, chunks, 0), tl.num_programs(0) * stride):
         for start in range(0, width, lanes):
             _, estimate, inside = _estimates(table, draws, dim, cols, width, chunks, chunk, start, row_count, lanes)
             bits = _magnitude(estimate)
@@ -212,7 +216,7 @@ def count_digits(
             if lower:
                 counted, digit = upper == wanted, bits & ((1 << low_bits) - 1)
             else:
-                counted, digit = upper >= wanted, upper
+                counted, digit = (upper >= wanted) & (upper < beyond), upper
             tl.atomic_add(counts + digit, 1, mask=inside & counted & (bits > 0), sem="relaxed")
 
 

@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hvd_sketch import native
+from hvd_sketch import gpu, native
+from hvd_sketch.sparse.rows import Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,13 @@ class Chosen:
 
     def put_in_pieces(self, pieces: Mapping[int, Tensor], values: Tensor, *, clear: bool) -> None:
         """Set these entries of a vector of which only pieces are there; see `Places`."""
+        if gpu.serves(values):
+            few = self.indices.numel()
+            Rows(1, 0, self.indices.unsqueeze(0)).put_in_pieces(pieces, values[:few], clear=clear)
+            if self.comb.stop:
+                comb = torch.arange(self.comb.start, self.comb.stop, self.comb.step, device=values.device)
+                Rows(1, 0, comb.unsqueeze(0)).put_in_pieces(pieces, values[few:], clear=False)
+            return
         native.library().sparse_keep(
             *native.pieces(pieces),
             self.indices.data_ptr(),

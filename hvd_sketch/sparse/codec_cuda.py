@@ -85,6 +85,7 @@ def decode(codec, code: Tensor) -> tuple[Tensor, Tensor]:
             high_bytes,
             codec.high_bits,
             low_bits=codec.low_bits,
+            whole=tl.int32 if max(codec.universe, 8 * codec.nbytes) < 2**31 else tl.int64,
             lanes=_BLOCK,
         )
     return indices, values
@@ -294,37 +295,43 @@ def unpack(
     high_bytes: tl.int64,
     high_bits: tl.int64,
     low_bits: tl.constexpr,
+    whole: tl.constexpr,
     lanes: tl.constexpr,
 ):
     """Write indices and values for a block of the unary part; nothing where the ones are too many or too few.
 
+    ``whole``: the type of numbers as large as the universe and as the code has bits.
+
     ``until``: how many ones there are up to the end of each block. Grid: (blocks, vectors).
     """
-    block, vector = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    block, vector = tl.program_id(0).to(whole), tl.program_id(1).to(tl.int64)
     row, line = code + vector * nbytes, vector * tl.num_programs(0)
     at = block * lanes + tl.arange(0, lanes)
     right = tl.load(until + line + tl.num_programs(0) - 1) == count
     byte = tl.where(right, _high(row + start, at, high_bytes, high_bits), 0)
     its = _ones(byte)
-    rank = tl.load(until + line + block) - tl.load(ones + line + block) + tl.cumsum(its) - its
+    before = (tl.load(until + line + block) - tl.load(ones + line + block)).to(whole)
+    rank = before + tl.cumsum(its).to(whole) - its
+    low_part, last = row + value_bytes, universe.to(whole)
+    indices += vector * count
+    values += vector * count
     for bit in tl.static_range(8):
-        set_ = ((byte >> (7 - bit)) & 1) != 0
-        low = tl.zeros((lanes,), tl.int64)
+        one = (byte >> (7 - bit)) & 1
+        low = tl.zeros((lanes,), whole)
         first = rank * low_bits
         for number in tl.static_range(low_bits):
             place = first + number
-            piece = tl.load(row + value_bytes + (place >> 3), mask=set_, other=0).to(tl.int32)
-            low |= ((piece >> (7 - (place & 7)).to(tl.int32)) & 1).to(tl.int64) << number
+            piece = tl.load(low_part + (place >> 3), mask=one > 0, other=0).to(tl.int32)
+            low |= ((piece >> (7 - (place & 7)).to(tl.int32)) & 1).to(whole) << number
         index = ((at * 8 + bit - rank) << low_bits) | low
-        nibble = tl.load(row + 32 + (rank >> 1), mask=set_, other=0).to(tl.int32) >> (4 * (rank & 1)).to(tl.int32)
+        nibble = tl.load(row + 32 + (rank >> 1), mask=one > 0, other=0).to(tl.int32) >> (4 * (rank & 1)).to(tl.int32)
         mean = tl.zeros((lanes,), tl.uint32)
         for number in tl.static_range(4):
-            piece = tl.load(row + 4 * (nibble & 7) + number, mask=set_, other=0).to(tl.uint32)
+            piece = tl.load(row + 4 * (nibble & 7) + number, mask=one > 0, other=0).to(tl.uint32)
             mean |= piece << (8 * number)
         sign = ((nibble >> 3) & 1).to(tl.uint32) << 31
         value = (mean ^ sign).to(tl.float32, bitcast=True)
-        to = vector * count + rank
-        known = index < universe
-        tl.store(indices + to, tl.where(known, index, 0), mask=set_)
-        tl.store(values + to, tl.where(known, value, float("nan")), mask=set_)
-        rank += (byte >> (7 - bit)) & 1
+        known = index < last
+        tl.store(indices + rank, tl.where(known, index, 0).to(tl.int64), mask=one > 0)
+        tl.store(values + rank, tl.where(known, value, float("nan")), mask=one > 0)
+        rank += one

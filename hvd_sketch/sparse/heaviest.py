@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hvd_sketch import gpu, native
 
-_MOST_SHARDS_ON_GPU = 1024
+_MOST_SHARDS_ON_GPU = 512
 
 
 def heaviest(vector: Tensor, count: int) -> Tensor:
@@ -31,7 +31,7 @@ def heaviest_of_shards(vector: Tensor, shards: int, count: int) -> tuple[Tensor,
         raise ValueError(f"vector must be float32, got {vector.dtype}")
     if not 1 <= count <= vector.numel() // shards:
         raise ValueError(f"count must be between 1 and {vector.numel() // shards}, got {count}")
-    if gpu.serves(vector) and shards <= _MOST_SHARDS_ON_GPU:
+    if gpu.serves(vector) and shards <= _MOST_SHARDS_ON_GPU and vector.numel() // shards < 2**31 - 1:
         rows, values = _on_gpu().heaviest(vector, shards, count)
         return rows, values
     if vector.numel() >= 2**32 or not native.serves(vector):

@@ -48,6 +48,9 @@ class Rows:
     def put_in_pieces(self, pieces: Mapping[int, Tensor], values: Tensor, *, clear: bool) -> None:
         """Set these entries of a vector of which only pieces are there; see `Places`."""
         values = values.contiguous()
+        if gpu.serves(values):
+            _on_gpu().put_in_pieces(pieces, self.shards, self.first, self.rows, values, clear=clear)
+            return
         native.library().sparse_put(
             *native.pieces(pieces),
             self.shards,

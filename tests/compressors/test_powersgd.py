@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from hvd_sketch import Compression
 from tests.support.simulation import heavy_tailed, lost, rounding, simulate
+from tests.support.triton import on_interpreter
 
 SHAPES = {"weight": (400, 300), "other": (64, 500)}
 
@@ -28,3 +30,34 @@ def test_nothing_is_lost_where_products_may_be_rough() -> None:
     runs = simulate(compressor, gradients, SHAPES)
     missing = lost(gradients, runs[0].updates, [run.residual for run in runs])
     assert (missing <= 100 * rounding(gradients)).all()  # 23 times; with rough products 370 000 times
+
+
+@on_interpreter
+@pytest.mark.parametrize("columns", [1, 2, 5])
+def test_the_kernel_makes_bases_of_what_the_columns_span(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hvd_sketch.compressors import powersgd_cuda
+
+    monkeypatch.setattr(powersgd_cuda, "_LANES", 16)
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(rows, columns, generator=generator) ** 3 for rows in (40, 7, 5)]
+    if columns > 1:
+        given[0][:, 1] = given[0][:, 0] * (1 + 1e-4 * torch.randn(40, generator=generator))  # nearly dependent
+    given.append(torch.zeros(9, columns))
+    places = torch.tensor([(0, 40), (40 * columns, 7), (47 * columns, 5), (52 * columns, 9)])
+    flat = torch.cat([matrix.flatten() for matrix in given])
+    powersgd_cuda.orthonormalize(flat, places, columns)
+    for matrix, (start, rows) in zip(given, places.tolist(), strict=True):
+        basis = flat[start : start + rows * columns].view(rows, columns)
+        if matrix.any():
+            torch.testing.assert_close(basis.T @ basis, torch.eye(columns), atol=1e-5, rtol=0.0)
+            torch.testing.assert_close(basis @ (basis.T @ matrix), matrix, atol=1e-4, rtol=1e-4)
+        else:
+            assert not basis.any()
+
+
+def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+    """All of them, with the types of their arguments other than int64 and their constants."""
+    from hvd_sketch.compressors import powersgd_cuda
+
+    for columns in (1, 4):
+        yield powersgd_cuda.gram_schmidt, {"matrices": "*fp32", "places": "*i64"}, {"columns": columns, "lanes": 1024}

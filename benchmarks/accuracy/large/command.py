@@ -18,17 +18,18 @@ from hvd_sketch import Anticipate, Compression, ConfigurationError
 
 RESULTS = Path("benchmarks/results/accuracy-large.json")
 PERIOD = 8
+LOCAL = "local SGD"
 METHODS: dict[str, Any] = {
     "dense": lambda setting: Method(),
     "sharded, anticipate": lambda ratio: Method(Compression.sharded(ratio=ratio, warmup_steps=0), Anticipate()),
     "auto": lambda ratio: Method(Compression.auto(ratio=ratio)),
-    "sharded": lambda ratio: Method(Compression.sharded(ratio=ratio, warmup_steps=0)),
     "sketch, anticipate": lambda ratio: Method(
         Compression.sketch(ratio=ratio, warmup_steps=0, in_turn=0.75, dense_below=0), Anticipate()
     ),
     "powersgd": lambda rank: Method(Compression.powersgd(rank=int(rank), start_step=0)),
+    "sharded": lambda ratio: Method(Compression.sharded(ratio=ratio, warmup_steps=0)),
     "sketch": lambda ratio: Method(Compression.sketch(ratio=ratio, warmup_steps=0)),
-    "local SGD": lambda ratio: Method(
+    LOCAL: lambda ratio: Method(
         Compression.sharded(ratio=ratio / PERIOD, warmup_steps=0, clip_norm=None), period=PERIOD
     ),
 }
@@ -54,12 +55,14 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _runs(options: argparse.Namespace) -> Iterator[tuple[str, float, int]]:
-    """(method, ratio or rank, seed), what matters most before the rest."""
+    """(method, ratio or rank, seed), what matters most before the rest; local steps, of many models, take long."""
+    exchanging = [method for method in METHODS if method != LOCAL]
     for seed in range(options.seeds):
-        for setting, rank in zip((40.0, 100.0, 400.0), (8.0, 4.0, 1.0), strict=True):
-            for method in METHODS:
-                if method != "dense" or setting == 40.0:
-                    yield method, {"dense": 1.0, "powersgd": rank}.get(method, setting), seed
+        for methods in (exchanging, [method for method in METHODS if method == LOCAL]):
+            for setting, rank in zip((40.0, 100.0, 400.0), (8.0, 4.0, 1.0), strict=True):
+                for method in methods:
+                    if method != "dense" or setting == 40.0:
+                        yield method, {"dense": 1.0, "powersgd": rank}.get(method, setting), seed
 
 
 def _row(key: Row, plan: Plan, method: Method) -> Row:
@@ -67,6 +70,7 @@ def _row(key: Row, plan: Plan, method: Method) -> Row:
     parameters = sum(parameter.numel() for parameter in Language(plan.size).parameters())
     tokens = plan.ranks * plan.size.batch * plan.size.context
     row = {**key, "parameters": parameters, "tokens_per_step": tokens, "device": name, "finished": True}
+    row["when"] = time.strftime("%Y-%m-%d %H:%M")
     try:
         outcome = train(method, plan)
     except ConfigurationError as error:
@@ -100,7 +104,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="a model that a processor trains in seconds")
     parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="train no longer")
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -25,7 +25,7 @@ class Size:
     held_out: int
 
 
-LARGE = Size(width=512, layers=10, context=512, batch=8, rate=1e-3, text_bytes=96 << 20, held_out=256)
+LARGE = Size(width=512, layers=10, context=512, batch=4, rate=1e-3, text_bytes=64 << 20, held_out=128)
 SMALL = Size(width=64, layers=2, context=32, batch=2, rate=3e-3, text_bytes=1 << 20, held_out=8)
 
 

@@ -157,15 +157,16 @@ class SharedRanks:
         for rank, batch in enumerate(batches):
             with self._ahead(rank):
                 self._gradient(batch)
-            for position, parameter in self._places.items():
-                assert parameter.grad is not None
-                self._exchanges[rank].submit(position, parameter.grad)
+            self._exchanges[rank].submit_many(self._gradients())
         self._group.run(lambda comm: self._exchanges[comm.rank].run())
-        gradients = {position: parameter.grad for position, parameter in self._places.items()}
-        self._exchanges[0].write_update({at: gradient for at, gradient in gradients.items() if gradient is not None})
+        self._exchanges[0].write_update(self._gradients())
         for moments in self._moments[:1]:
             moments.lend(self.optimizer)
         self.optimizer.step()
+
+    def _gradients(self) -> dict[int, Tensor]:
+        gradients = {position: parameter.grad for position, parameter in self._places.items()}
+        return {position: gradient for position, gradient in gradients.items() if gradient is not None}
 
     def _follow(self, anticipate: Anticipate) -> None:
         for exchange in self._exchanges:

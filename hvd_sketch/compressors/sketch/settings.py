@@ -16,6 +16,7 @@ from hvd_sketch.exchange import Exchange, Setting
 from hvd_sketch.layout import Layout
 
 _SHARE, _SHARE_IN_TURN = 0.75, 0.2
+_IN_TURN_AHEAD = 0.75
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -32,8 +33,8 @@ class Sketch(Bucketed):
         table_share: share of the bytes spent on the table, the rest on exact values; 0.75, or 0.2 with ``in_turn``.
         in_turn: share of the exact values that every coordinate has in turn, light ones too, so that none waits
             for more than ``2 / (share of the coordinates sent in turn)`` steps; the others are the heaviest's.
-            0, for the heaviest alone, is as published, and so is what ``cols`` and ``k`` ask for. Give 0.75 together
-            with `Anticipate`, and with nothing else: what is sent because it is its turn is old, and without a step
+            0, for the heaviest alone, is as published, and so is what ``cols`` and ``k`` ask for. None for 0.75 where
+            gradients are anticipated, and 0 elsewhere: what is sent because it is its turn is old, and without a step
             ahead that did more harm than good.
         oversampling: candidates fetched for each one applied (P in the paper).
         half: cells and values travel as float16, values on more than 128 ranks as float32; what is rounded off
@@ -45,7 +46,7 @@ class Sketch(Bucketed):
     cols: int | None = None
     k: int | None = None
     table_share: float | None = None
-    in_turn: float = 0.0
+    in_turn: float | None = None
     oversampling: float = 1.0
     half: bool = True
     seed: int = 0
@@ -60,7 +61,7 @@ class Sketch(Bucketed):
             SketchPlan(self.rows, self.cols, self.k, self.k)
         if self.table_share is not None and not 0.0 < self.table_share < 1.0:
             raise ConfigurationError(f"table_share must be between 0 and 1, got {self.table_share}")
-        if not 0.0 <= self.in_turn < 1.0:
+        if not 0.0 <= self._in_turn < 1.0:
             raise ConfigurationError(f"in_turn must be at least 0 and below 1, got {self.in_turn}")
         if not self.oversampling >= 1.0:
             raise ConfigurationError(f"oversampling must be at least 1, got {self.oversampling}")
@@ -76,6 +77,11 @@ class Sketch(Bucketed):
                 self.fit(layout, ratio, 1)
         return layout
 
+    @property
+    def wants_anticipation(self) -> bool:
+        """Not with sizes by hand, which are taken as published, unless it is asked for."""
+        return super().wants_anticipation and (self.cols is None or self.anticipate is True)
+
     def parts(self) -> int:
         """As many as there are buckets."""
         return self.buckets
@@ -89,14 +95,20 @@ class Sketch(Bucketed):
 
     def fit(self, layout: Layout, ratio: float, ranks: int) -> SketchPlan:
         """See `sketch_plan`."""
-        table = self.table_share or (_SHARE_IN_TURN if self.in_turn else _SHARE)
+        table = self.table_share or (_SHARE_IN_TURN if self._in_turn else _SHARE)
         return sketch_plan(
-            layout, ratio, ranks, self._dtype, Shares(self.rows, table, self.in_turn, self.oversampling)
+            layout, ratio, ranks, self._dtype, Shares(self.rows, table, self._in_turn, self.oversampling)
         )
 
     def build(self, setting: Setting) -> Exchange:
         """A `SketchExchange`."""
         return SketchExchange(setting, self.seed, self._dtype)
+
+    @property
+    def _in_turn(self) -> float:
+        if self.in_turn is None:
+            return _IN_TURN_AHEAD if self.anticipate else 0.0
+        return self.in_turn
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -28,10 +28,10 @@ class DmSGD(Gossip):
     Args:
         optimizer: ``torch.optim.SGD`` with momentum gives the equations above.
         model: what it trains.
-        comm: an mpi4py communicator.
+        comm: an mpi4py communicator or one of ours; Horovod where it is installed if None.
         graph: complete, ring, torus, hypercube, or a networkx graph over the ranks; the weights
             are Metropolis's.
-        same_start: begin with rank 0's parameters and buffers on every rank.
+        same_start: begin with rank 0's parameters and saved buffers on every rank.
 
     Raises:
         ConfigurationError: see `hvd_sketch.methods.decentralized.Decentralized` and `graph_of`.
@@ -42,7 +42,7 @@ class DmSGD(Gossip):
         self,
         optimizer: torch.optim.Optimizer,
         model: torch.nn.Module,
-        comm: Any,
+        comm: Any = None,
         graph: Any = "ring",
         *,
         same_start: bool = True,
@@ -68,8 +68,8 @@ class DecentLaM(Gossip):
         z_i = x_i - lr g_i                 g~_i = (x_i - sum_j a_ij z_j) / lr
         m_i <- beta m_i + g~_i             x_i <- x_i - lr m_i
 
-    Its bias on heterogeneous data is that of decentralised SGD without momentum. Weight decay is
-    part of g. A gradient that is not finite counts as zero, and in ``stats.skipped``.
+    Its bias on heterogeneous data is that of decentralised SGD without momentum on the same weights,
+    whatever beta. Weight decay is part of g. A gradient that is not finite counts as zero, and in ``stats.skipped``.
 
     Sent: z (float32, or float64 when any parameter is) to every neighbour, every step.
     Source: Yuan et al., "DecentLaM" (ICCV 2021), arXiv 2104.11981.
@@ -77,10 +77,10 @@ class DecentLaM(Gossip):
     Args:
         optimizer: a ``torch.optim.SGD`` with momentum.
         model: what it trains.
-        comm: an mpi4py communicator.
+        comm: an mpi4py communicator or one of ours; Horovod where it is installed if None.
         graph: complete, ring, torus, hypercube, or a networkx graph over the ranks; the weights
             are ``(I + A) / 2`` with Metropolis's A: positive definite, as the method needs.
-        same_start: begin with rank 0's parameters and buffers on every rank.
+        same_start: begin with rank 0's parameters and saved buffers on every rank.
 
     Raises:
         ConfigurationError: for another optimizer; see also `DmSGD`. In `step`, for a learning
@@ -92,7 +92,7 @@ class DecentLaM(Gossip):
         self,
         optimizer: torch.optim.Optimizer,
         model: torch.nn.Module,
-        comm: Any,
+        comm: Any = None,
         graph: Any = "ring",
         *,
         same_start: bool = True,

@@ -31,6 +31,10 @@ class Neighbourhood:
         self._received = torch.empty(0, dtype=torch.float32, device="cpu")
         self.bytes_sent = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy gathers everything: making its own graph would be collective."""
+        return {**vars(self), "_graph_comm": None}
+
     def exchange(self, message: Tensor, name: str) -> Tensor:
         """Send ``message`` (1-D, same length everywhere) to every neighbour.
 

@@ -27,7 +27,7 @@ class Rhythm:
     Attributes:
         period: steps between two meetings, at least 1.
         clip_norm: each gradient is scaled down to this L2 norm before the step; None to leave it.
-        same_start: begin with rank 0's parameters and buffers on every rank.
+        same_start: begin with rank 0's parameters and saved buffers on every rank.
         layout: how the parameters become one vector.
     """
 

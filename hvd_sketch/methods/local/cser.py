@@ -53,7 +53,7 @@ class CSER(LocalSteps):
             that of ``errors``) clips every local gradient.
         errors: C1, a member of `Compression`; it must leave the same parameters whole as C2.
         period: H, in steps.
-        same_start: begin with rank 0's parameters and buffers on every rank.
+        same_start: begin with rank 0's parameters and saved buffers on every rank.
 
     Raises:
         ConfigurationError: for settings that cannot work.
@@ -90,7 +90,9 @@ class CSER(LocalSteps):
                     f"CSER: {name} leaves other parameters whole than the other compressor; give both the same "
                     "dense_below and exclude"
                 )
-        return displacement_exchange(compression, layout, self._collectives, self._flat.device)
+        exchange = displacement_exchange(compression, layout, self._collectives, self._flat.device)
+        exchange.log.notes.append(f"CSER, its {name}")
+        return exchange
 
     def advance(self, **keywords: Any) -> None:
         before, after = self._before.vector, self._live.vector

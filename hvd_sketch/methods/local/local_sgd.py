@@ -12,6 +12,7 @@ from hvd_sketch.compressors.compression import Compression
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.methods.displacement import displacement_exchange, layout_rule
+from hvd_sketch.methods.flat import Flat
 from hvd_sketch.methods.local.base import LocalSteps, Rhythm
 from hvd_sketch.saved import Form
 
@@ -55,9 +56,12 @@ class LocalSGD(LocalSteps):
         d_i = x - z_i + e_i          c_i = C(d_i)           e_i <- d_i - c_i
         q = mean_i c_i
         x <- x - r q                                        plain
-        a <- b a + q,   x <- x - r a                        outer momentum b (SlowMo)
-        a <- b a + q,   x <- x - r (q + b a)                with Nesterov (DiLoCo)
+        a <- b a + q / lr,   x <- x - r lr a                outer momentum b (SlowMo)
+        a <- b a + q,        x <- x - r (q + b a)           with Nesterov (DiLoCo)
         z_i <- x
+
+    SlowMo's momentum is in units of the gradient, so that it shrinks with the learning rate lr, each parameter's
+    own at the meeting; where lr is 0, a becomes ``b a`` and x moves by ``-r q``.
 
     Without outer momentum and with r = 1, ``x - mean_i e_i`` moves by exactly ``-mean_i (x - z_i)``.
     ``Compression.sharded`` compresses the way down as well: double compression, with the server's
@@ -75,7 +79,7 @@ class LocalSGD(LocalSteps):
         comm: an mpi4py communicator or one of ours; Horovod where it is installed if None.
         compression: a member of `Compression`; its ``clip_norm`` clips every local gradient.
         period: H, in steps.
-        same_start: begin with rank 0's parameters and buffers on every rank.
+        same_start: begin with rank 0's parameters and saved buffers on every rank.
         momentum_sync: what happens to the optimizer's own state when ranks meet: ``keep`` it on each
             rank, as happens when not given, ``reset`` it, or ``average`` it over the ranks.
         outer_rate: r, 1 when not given.
@@ -106,8 +110,9 @@ class LocalSGD(LocalSteps):
         settings = {"compression": repr(compression), "outer": str(self._outer)}
         super().__init__(optimizer, model, comm, rhythm, settings)
         exchange = displacement_exchange(compression, self._flat.layout, self._collectives, self._flat.device)
+        exchange.log.notes.append(f"LocalSGD, in every {period} steps")
         self._own(exchange=exchange)
-        self._velocity = torch.zeros_like(self._live.vector) if self._outer.outer_momentum else None
+        self._velocity = self._flat.new() if self._outer.outer_momentum else None
         self._anchor = self._present()
 
     def _meet(self) -> None:
@@ -118,23 +123,35 @@ class LocalSGD(LocalSteps):
         if math.isnan(float(self.exchange.update[0])):
             self.stats.skipped += 1
         else:
-            self._outer_step(moved.copy_(self.exchange.update))
+            moved.copy_(self.exchange.update)
+            self._outer_step(self._live)
         self._flat.write(self._anchor)
         if self._outer.momentum_sync == "reset":
             self.optimizer.state.clear()
         elif self._outer.momentum_sync == "average":
             self._average_optimizer()
 
-    def _outer_step(self, update: torch.Tensor) -> None:
+    def _outer_step(self, update: Flat) -> None:
         anchor, rate, factor = self._anchor.vector, self._outer.outer_rate, self._outer.outer_momentum
+        anchor.sub_(update.vector, alpha=rate)
         if self._velocity is None:
-            anchor.sub_(update, alpha=rate)
             return
-        self._velocity.mul_(factor).add_(update)
+        self._velocity.vector.mul_(factor)
         if self._outer.nesterov:
-            anchor.sub_(update, alpha=rate).sub_(self._velocity, alpha=rate * factor)
+            self._velocity.vector.add_(update.vector)
+            anchor.sub_(self._velocity.vector, alpha=rate * factor)
         else:
-            anchor.sub_(self._velocity, alpha=rate)
+            self._slow_momentum(self._velocity, update)
+
+    def _slow_momentum(self, velocity: Flat, update: Flat) -> None:
+        """The momentum's part of the step, ``x - r lr b a``, then ``b a + q / lr``."""
+        for group, at in zip(self.param_groups, self._flat.groups, strict=True):
+            learning_rate = float(group["lr"])
+            if learning_rate == 0.0 or not at:
+                continue
+            momenta, updates, anchors = ([flat.views[p] for p in at] for flat in (velocity, update, self._anchor))
+            torch._foreach_add_(anchors, momenta, alpha=-self._outer.outer_rate * learning_rate)
+            torch._foreach_add_(momenta, updates, alpha=1.0 / learning_rate)
 
     def _average_optimizer(self) -> None:
         states = [self.optimizer.state[parameter] for parameter in self._flat.parameters]
@@ -154,19 +171,19 @@ class LocalSGD(LocalSteps):
         super().restart()
         self.exchange.reset()
         if self._velocity is not None:
-            self._velocity.zero_()
+            self._velocity.vector.zero_()
         self._flat.read(self._anchor)
 
     def _own_state(self) -> dict[str, Any]:
         state = {"exchange": self.exchange.state_dict(), "anchor": self._anchor.vector.clone()}
-        return state if self._velocity is None else {**state, "velocity": self._velocity.clone()}
+        return state if self._velocity is None else {**state, "velocity": self._velocity.vector.clone()}
 
     def _own_form(self) -> dict[str, Form]:
         form = {"exchange": self.exchange.state_form(), "anchor": self._anchor.vector}
-        return form if self._velocity is None else {**form, "velocity": self._velocity}
+        return form if self._velocity is None else {**form, "velocity": self._velocity.vector}
 
     def _load_own_state(self, state: dict[str, Any]) -> None:
         self.exchange.load_state_dict(state["exchange"])
         self._anchor.vector.copy_(state["anchor"])
         if self._velocity is not None:
-            self._velocity.copy_(state["velocity"])
+            self._velocity.vector.copy_(state["velocity"])

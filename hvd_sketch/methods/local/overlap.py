@@ -58,7 +58,7 @@ class OverlapLocalSGD(LocalSteps):
         comm: an mpi4py communicator or one of ours; Horovod where it is installed if None.
         period: H, in steps.
         clip_norm: each gradient is scaled down to this L2 norm before the step; None to leave it.
-        same_start: begin with rank 0's parameters and buffers on every rank.
+        same_start: begin with rank 0's parameters and saved buffers on every rank.
         pull: p, above 0 to 1; 0.6 when not given.
         anchor_momentum: b, 0 for none; 0.7 when not given.
 
@@ -100,6 +100,10 @@ class OverlapLocalSGD(LocalSteps):
         self._velocity.mul_(self._factor).add_(anchor).sub_(local)
         anchor.sub_(self._velocity).div_(self._collectives.size)
         self._pending = self._collectives.start_allreduce(anchor, "hvd_sketch.anchor")
+
+    def finish(self) -> None:
+        """As for every method: wait for the anchor that is on its way."""
+        self._arrive()
 
     def _arrive(self) -> None:
         if self._pending is not None:

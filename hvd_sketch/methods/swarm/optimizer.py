@@ -8,7 +8,7 @@ import random
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class SwarmSGD(Decentralized):
         model: what it trains.
         comm: an mpi4py intracommunicator, ``MPI.COMM_WORLD`` by default.
         graph: complete, ring, torus, hypercube, or a networkx graph over the ranks.
-        same_start: begin with rank 0's parameters and buffers on every rank.
+        same_start: begin with rank 0's parameters and saved buffers on every rank.
         on_meeting: called with every finished `Meeting`, in either thread; for timelines.
         local_steps: H, or `Geometric` with H on average; 1 when not given.
         quantization: a `Lattice`; full precision when not given.
@@ -136,6 +136,12 @@ class SwarmSGD(Decentralized):
         self._courier.start()
         atexit.register(self._leave)
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise ConfigurationError(
+            "SwarmSGD cannot be copied or pickled, for a thread answers other nodes in its name; save "
+            "optimizer.state_dict(), and the model inside average_model()"
+        )
+
     def finish(self) -> None:
         """Collective: wait, answering, until all nodes are done, and end the courier.
 
@@ -153,9 +159,6 @@ class SwarmSGD(Decentralized):
         self._courier.stop(away, _LAST_WORDS)
         self._finished = True
         atexit.unregister(self._leave)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -66,6 +66,31 @@ def test_decentlam_has_the_smaller_bias_on_heterogeneous_data(on_8_ranks: list[O
     assert bias["DmSGD"] == pytest.approx(bias["DSGD"], rel=1e-6)  # which has lr / (1 - beta) and no momentum
 
 
+def test_decentlam_ends_where_decentralised_sgd_on_the_lazy_weights_does() -> None:
+    """Whose fixed point is ``x_i = sum_j a_ij (x_j - lr g_j)``, linear for quadratics."""
+    size, rate, problem = 4, 0.05, Quadratics(4)
+
+    def body(comm: Communicator) -> torch.Tensor:
+        model = Point()
+        optimizer = DecentLaM(torch.optim.SGD(model.parameters(), lr=rate, momentum=0.5), model, comm, "ring")
+        for _ in range(80):
+            optimizer.zero_grad()
+            problem.loss(comm.rank, model.x).backward()
+            optimizer.step()
+        return model.x.detach()
+
+    def fixed_point(*, lazy: bool) -> torch.Tensor:
+        eye = torch.eye(size * SIZE, dtype=torch.float64)
+        mixing = torch.kron(graph_of("ring", size).mixing(lazy=lazy), eye[:SIZE, :SIZE])
+        pull = rate * mixing @ torch.block_diag(*problem.matrices)
+        point: torch.Tensor = torch.linalg.solve(eye - mixing + pull, pull @ torch.cat(problem.centres))
+        return point.view(size, SIZE)
+
+    found, lazy, eager = torch.stack(run_in_process(size, body)), fixed_point(lazy=True), fixed_point(lazy=False)
+    torch.testing.assert_close(found, lazy, rtol=0, atol=1e-7)
+    assert (found - problem.optimum).norm() > 1.5 * (eager - problem.optimum).norm()
+
+
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_consensus_contracts_by_the_spectral_gap(on_8_ranks: list[OnMpi], graph: str) -> None:
     structure = graph_of(graph, 8)
@@ -188,6 +213,28 @@ def test_the_same_start_is_rank_0s() -> None:
         return model.x.detach()
 
     assert all(bool((x == 5).all()) for x in run_in_process(3, body))
+
+
+def test_the_same_start_leaves_buffers_that_are_not_saved_alone() -> None:
+    """A rank's own scratch memory, and of any size: it is neither compared, sent nor averaged."""
+
+    class Scratch(Point):
+        def __init__(self, rank: int) -> None:
+            super().__init__()
+            self.register_buffer("kept", torch.full((2,), rank + 5.0))
+            self.inner = torch.nn.Module()
+            self.inner.register_buffer("scratch", torch.full((rank + 1,), rank + 5.0), persistent=False)
+
+    def body(comm: Communicator) -> tuple[list[float], list[float], list[float]]:
+        model = Scratch(comm.rank)
+        optimizer = DmSGD(torch.optim.SGD(model.parameters(), lr=0.1), model, comm)
+        kept, scratch = model.get_buffer("kept"), model.get_buffer("inner.scratch")
+        started = kept.tolist()
+        with optimizer.average_model():
+            return started, kept.tolist(), scratch.tolist()
+
+    for rank, seen in enumerate(run_in_process(3, body)):
+        assert seen == ([5.0] * 2, [5.0] * 2, [rank + 5.0] * (rank + 1))
 
 
 def test_bad_settings_are_refused_alike_on_all_ranks() -> None:

@@ -132,6 +132,42 @@ def test_the_outer_momentum_takes_what_is_exchanged_as_its_gradient(
             torch.testing.assert_close(step.model, point.detach(), rtol=1e-9, atol=1e-12)
 
 
+RATES = [0.05, 0.05, 0.02, 0.0, 0.1]
+
+
+def test_slow_momentum_follows_the_published_recursion_while_the_learning_rate_changes() -> None:
+    """SlowMo, equations (2) and (3): ``u <- b u + (x - mean z) / lr``, ``x <- x - r lr u``; two groups, two rates."""
+    period, rate, factor = 3, 0.7, 0.5
+
+    def body(comm: Communicator, model: Model) -> Callable[[int], Any]:
+        groups = [{"params": [parameter]} for parameter in model.parameters()]
+        sgd = torch.optim.SGD(groups, lr=0.1)
+        options: dict[str, Any] = {"outer_rate": rate, "outer_momentum": factor, "nesterov": False}
+        optimizer = LocalSGD(sgd, model, comm, compression=Compression.none, period=period, **options)
+
+        def step(number: int) -> Any:
+            for scale, group in zip((1.0, 0.5), optimizer.param_groups, strict=True):
+                group["lr"] = scale * RATES[number // period]
+            optimizer.zero_grad()
+            loss(model, comm.rank, number).backward()
+            optimizer.step()
+            updates = [optimizer.exchange.update_of(optimizer.exchange.layout.index()[name]) for name in VECTOR]
+            return torch.cat([update.double().reshape(-1) for update in updates])
+
+        return step
+
+    scales = torch.cat([torch.full((count,), scale, dtype=torch.float64) for count, scale in ((2000, 1.0), (50, 0.5))])
+    for steps in simulate(2, period * len(RATES), body):
+        slow, point = torch.zeros_like(scales), torch.zeros_like(scales)
+        for number, learning_rate in enumerate(RATES):
+            seen = steps[period * (number + 1) - 1]
+            rates = scales * learning_rate
+            slow = factor * slow + (seen.detail / rates if learning_rate else 0.0)
+            point = point - rate * rates * slow
+            torch.testing.assert_close(seen.model, point, rtol=1e-9, atol=1e-12)
+        assert point.count_nonzero() > 2000
+
+
 @pytest.mark.parametrize("sync", ["keep", "reset", "average"])
 def test_the_local_momentum_is_kept_reset_or_averaged(sync: Any) -> None:
     seen = run(3, 8, compression=TOPK, period=4, momentum_sync=sync)

@@ -1,0 +1,218 @@
+"""``python -m benchmarks.gpu.page``: ``docs/benchmarks/gpu.md``, from the rows alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.gpu.prose import CORRECT, GOAL_LEAD, HEAD, LARGE, MISSING, PEERS, STEPS, TRAINING
+
+Row = dict[str, Any]
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "gpu.md"
+PASSES = {"sketch": 6.5, "sharded": 6.0, "topk": 6.0, "powersgd": 9.0, "stride": 5.0, "dense": 3.0}
+"""Over the vector, that a whole step of an exchange aims at."""
+GOAL_SECONDS, GOAL_AHEAD_SECONDS = 1.5e-3, 3e-3
+"""Of a step's own work at 100 M coordinates, without `Anticipate` and with it."""
+BESIDE = {
+    ("add", "hvd_sketch"): [("add", "classic, bincount")],
+    ("top_k", "hvd_sketch"): [("top_k", "classic, of all estimates")],
+    ("heaviest", "hvd_sketch, 1 shard"): [("topk", "torch.topk"), ("topk", "DGC"), ("topk", "torch.sort")],
+    ("step", "dense"): [("backward", "ddp")],
+    ("step", "sharded"): [("backward", "ddp, bf16 hook")],
+    ("step", "powersgd"): [("backward", "ddp, PowerSGD hook")],
+}
+"""Of a measurement of ours, what others do in its place."""
+PARTS = {
+    "Parts": ("stage", "heaviest", "encode", "decode", "add", "advance", "top_k", "common_share", "moments"),
+    "Adam, alone and with anticipation around it": ("optimizer", "ahead"),
+    "The device": ("copy", "norm", "launch", "wait"),
+}
+
+
+class Results(NamedTuple):
+    """The rows of the three runs on a GPU, of the training of two ranks, and of the accuracy at a real size."""
+
+    first: list[Row]
+    second: list[Row]
+    last: list[Row]
+    training: list[Row]
+    large: list[Row]
+
+
+def read() -> Results:
+    """All rows that are kept."""
+    names = ("gpu-first", "gpu-second", "gpu", "gpu-training", "accuracy-large")
+    return Results(*(json.loads((RESULTS / f"{name}.json").read_text()) for name in names))
+
+
+def page(results: Results) -> str:
+    """The whole text."""
+    last, steps = results.last, _of(results.last, "step")
+    parts = [_head(results), GOAL_LEAD, _goals(last), STEPS.format(ranks=steps[0]["ranks"], ratio=steps[0]["ratio"])]
+    parts += [_steps(results), PEERS, _beside(results), *_parts(last), _correct(results)]
+    parts += [LARGE.format(**_training_facts(results.large)), large_table(results.large)]
+    parts += [TRAINING, _trained(results.training), MISSING]
+    return "\n".join(parts) + "\n"
+
+
+def _head(results: Results) -> str:
+    facts = [next(row for row in rows if row["op"] == "facts") for rows in results[:3]]
+    runs = [f"| {name} | {row['when']} | {row['code']} |" for name, row in zip(_RUNS, facts, strict=True)]
+    devices = sorted({row["device"] for rows in results[:3] for row in rows if row.get("device")})
+    table = "\n".join(["| run | ended | version of the code |", "|---|---|---|", *runs])
+    software = ", ".join(each for each in facts[-1]["note"].split(", ") if not each.startswith("host "))
+    return HEAD.format(devices=", ".join(devices), facts=software, runs=table)
+
+
+_RUNS = ("first", "second", "third")
+
+
+def _goals(rows: list[Row]) -> str:
+    """A step's own work at 100 M against the aim."""
+    lines = ["| at 100 M | ms | goal | times the goal | host ms | bound by |", "|---|---:|---:|---:|---:|---|"]
+    own = {row["impl"]: row for row in rows if row["op"] == "step" and _order(row) == 8}
+    lines += [_goal(impl, row, {"seconds": 0.0, "host_seconds": 0.0}, GOAL_SECONDS) for impl, row in own.items()]
+    whole = {row["impl"]: row for row in rows if row["op"] == "optimizer" and _order(row) == 8}
+    plain = whole.pop("adamw")
+    lines += [_goal(f"{impl}, less Adam", row, plain, GOAL_AHEAD_SECONDS) for impl, row in whole.items()]
+    return "\n".join(lines)
+
+
+def _goal(impl: str, row: Row, less: Row, goal: float) -> str:
+    own, host = (row[name] - less[name] for name in ("seconds", "host_seconds"))
+    bound = "the host's launches" if row["host_seconds"] > 0.9 * row["seconds"] else "the device"
+    return f"| {impl} | {1e3 * own:.2f} | {1e3 * goal:g} | {own / goal:.1f} | {1e3 * host:.2f} | {bound} |"
+
+
+def _steps(results: Results) -> str:
+    head = ["exchange", "coordinates", "first ms", "second ms", "third ms", "passes", "goal", "host ms"]
+    lines = _header([*head, "waits", "launches", "peak GB", "peak bytes a coordinate"], texts=1)
+    runs = [{(row["impl"], row["d"]): row for row in _of(rows, "step")} for rows in results[:3]]
+    kinds = list(PASSES)
+    for impl, d in sorted(runs[2], key=lambda key: (kinds.index(key[0].split(",")[0]), key)):
+        row = runs[2][impl, d]
+        before = [_ms(run.get((impl, d))) for run in runs]
+        peak = row["peak_bytes"] or 0
+        cells = [impl, _millions(row), *before, f"{row['passes']:.1f}", f"{PASSES[impl.split(',')[0]]:g}"]
+        cells += [_ms(row, "host_seconds"), _number(row, "waits"), _number(row, "launches")]
+        lines.append(_line([*cells, f"{peak / 1e9:.2f}", f"{peak / d:.1f}"]))
+    met = sum(row["passes"] <= PASSES[row["impl"].split(",")[0]] for row in runs[2].values())
+    return "\n".join([*lines, f"\nOf these {len(runs[2])} rows, {met} reach their passes."])
+
+
+def _beside(results: Results) -> str:
+    """Ours against what others do, at about the same size."""
+    lines = _header(["ours", "coordinates", "ms", "GB", "theirs", "ms", "GB", "theirs / ours"], texts=1)
+    for (op, impl), others in BESIDE.items():
+        for row in (row for row in results.last if (row["op"], row.get("impl")) == (op, impl)):
+            for their in (each for rows in results[:3] for each in rows if _is_beside(each, others, row)):
+                times = f"{their['seconds'] / row['seconds']:.2f}"
+                cells = [f"{op}, {impl}", _millions(row), _ms(row), _gb(row), f"{their['op']}, {their['impl']}"]
+                lines.append(_line([*cells, _ms(their), _gb(their), times]))
+    return "\n".join(lines)
+
+
+def _is_beside(row: Row, others: Sequence[tuple[str, str]], ours: Row) -> bool:
+    return (row["op"], row.get("impl")) in others and _order(row) == _order(ours) and "seconds" in row
+
+
+def _parts(rows: list[Row]) -> list[str]:
+    parts = []
+    for title, ops in PARTS.items():
+        lines = _header(["what", "by", "coordinates", "ms", "passes", "host ms", "waits", "launches"], texts=2)
+        for row in sorted((row for op in ops for row in _of(rows, op)), key=lambda row: ops.index(row["op"])):
+            cells = [row["op"], row["impl"], _millions(row), _ms(row), f"{row['passes']:.1f}"]
+            lines.append(_line([*cells, _ms(row, "host_seconds"), _number(row, "waits"), _number(row, "launches")]))
+        parts += [f"\n## {title}\n", *lines]
+    return parts
+
+
+def _correct(results: Results) -> str:
+    checks = [[row for row in rows if row["op"] == "check"] for rows in results[:3]]
+    counts = [f"{sum(row['passed'] for row in rows)} of {len(rows)}" for rows in checks]
+    told = ", ".join(f"{count} in the {run}" for count, run in zip(counts, _RUNS, strict=True))
+    failed = "; ".join(f"`{row['impl']}`" for row in checks[-1] if not row["passed"])
+    return CORRECT.format(counts=told, failed=failed)
+
+
+def _training_facts(large: list[Row]) -> dict[str, Any]:
+    dense = next(row for row in large if row["method"] == "dense")
+    names = ("ranks", "steps", "tokens_per_step", "device", "when")
+    return {"millions": f"{dense['parameters'] / 1e6:.0f}", **{name: dense[name] for name in names}}
+
+
+def large_table(large: list[Row]) -> str:
+    """Losses of the trainings at a real size, the best first; those that were cut short at the end."""
+    lines = _header(["method", "ratio", "loss", "gap to dense %", "steps", "seconds of the GPU"], texts=1)
+    dense = next(row["final_loss"] for row in large if row["method"] == "dense")
+    for row in sorted(large, key=lambda row: (not row["finished"], row["final_loss"])):
+        gap = f"{100 * (row['final_loss'] / dense - 1):+.1f}" if row["finished"] else "-"
+        cells = [named(row), f"{row['ratio']:.1f}", f"{row['final_loss']:.4f}", gap, str(row["losses"][-1][0])]
+        lines.append(_line([*cells, f"{row['seconds']:.0f}"]))
+    return "\n".join(lines)
+
+
+def named(row: Row) -> str:
+    """A method with what was asked of it."""
+    if row["method"] == "dense":
+        return "dense"
+    name, _, more = row["method"].partition(",")
+    setting = f"rank {row['setting']:g}" if name == "powersgd" else f"{row['setting']:g}"
+    return f"{name} {setting}" + (f",{more}" if more else "")
+
+
+def _trained(training: list[Row]) -> str:
+    head = ["method", "parameters", "ms a step", "until gradients are there", "exchange ms", "MB sent by a rank", "GB"]
+    lines = _header(head, texts=1)
+    for row in (row for row in training if "failed" not in row):
+        exchange = 1e3 * row["phases"].get("exchange", 0.0)
+        cells = [row["impl"], _millions(row), _ms(row), _ms(row, "compute_seconds"), f"{exchange:.1f}"]
+        lines.append(_line([*cells, f"{row['bytes_per_step'] / 1e6:.1f}", _gb(row)]))
+    return "\n".join(lines)
+
+
+def _of(rows: Iterable[Row], op: str) -> list[Row]:
+    return [row for row in rows if row["op"] == op and row.get("seconds") is not None]
+
+
+def _order(row: Row) -> int:
+    """The power of ten that its coordinates are about."""
+    return round(math.log10(row["d"])) if row.get("d") else -1
+
+
+def _header(names: Sequence[str], texts: int) -> list[str]:
+    return [_line(names), _line(["---"] * texts + ["---:"] * (len(names) - texts))]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _ms(row: Row | None, name: str = "seconds") -> str:
+    return "-" if row is None or row.get(name) is None else f"{1e3 * row[name]:.3g}"
+
+
+def _gb(row: Row) -> str:
+    return f"{(row.get('peak_bytes') or 0) / 1e9:.2f}"
+
+
+def _millions(row: Row) -> str:
+    return f"{row['d'] / 1e6:.0f} M"
+
+
+def _number(row: Row, name: str) -> str:
+    return "-" if row.get(name) is None else str(row[name])
+
+
+def main(write: Callable[[str], object] = PAGE.write_text) -> None:
+    """Write the page."""
+    write(page(read()))
+
+
+if __name__ == "__main__":
+    main()
