@@ -38,6 +38,7 @@ WAYS: Mapping[str, Callable[[], dict[str, Any]]] = {
     "sharded, buckets": lambda: {"compression": Compression.sharded(ratio=3.0, warmup_steps=0, buckets=3)},
     "sharded, warm-up": lambda: {"compression": Compression.sharded(ratio=6.0, warmup_steps=6)},
     "sharded, guarded": lambda: {"compression": Compression.sharded(schedule=hvd.Guard(6.0, every=2))},
+    "sign": lambda: {"compression": Compression.sign()},
     "stride": lambda: {"compression": Compression.stride(**PLAIN)},
     "powersgd": lambda: {"compression": Compression.powersgd(rank=1, start_step=1)},
     "anticipate": lambda: {"compression": Compression.sharded(**PLAIN), "error_feedback": hvd.Anticipate()},
