@@ -25,6 +25,7 @@ from hvd_sketch.methods.gossip.lead import LEAD
 from hvd_sketch.methods.local.cser import CSER
 from hvd_sketch.methods.local.local_sgd import LocalSGD
 from hvd_sketch.methods.local.overlap import OverlapLocalSGD
+from hvd_sketch.methods.server import ADSAGA, AsyncSGD, FedAT
 from hvd_sketch.methods.swarm import SwarmSGD
 from hvd_sketch.schedules.accordion import Accordion
 from hvd_sketch.schedules.accordion_batch import AccordionBatch
@@ -51,11 +52,13 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "ADSAGA",
     "CSER",
     "LEAD",
     "Accordion",
     "AccordionBatch",
     "Anticipate",
+    "AsyncSGD",
     "Average",
     "Communicator",
     "Compression",
@@ -66,6 +69,7 @@ __all__ = [
     "DmSGD",
     "EnergyTarget",
     "FactoredMoments",
+    "FedAT",
     "Guard",
     "LocalSGD",
     "Momentum",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch import wire
+from hvd_sketch.comm.launcher import on_host
 from hvd_sketch.comm.pending import Pending
 from hvd_sketch.comm.staged import HostStaging
 from hvd_sketch.errors import RankMismatchError
@@ -65,6 +66,16 @@ class Communicator(ABC):
     @abstractmethod
     def size(self) -> int:
         """Number of processes; may change between steps under elastic training."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes that are connected, also outside of this communicator."""
+        return self.size
+
+    @property
+    def local(self) -> tuple[int, int]:
+        """This process's number on its host, and how many there are, as the launcher says."""
+        return on_host()
 
     @property
     def group(self) -> str:

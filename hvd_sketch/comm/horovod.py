@@ -94,6 +94,11 @@ class HorovodCommunicator(Communicator):
         return int(self.process_set.size())
 
     @property
+    def world_size(self) -> int:
+        """Of the global process set; not known before Horovod is initialised, and then not asked for."""
+        return int(hvd.size()) if hvd.is_initialized() else 2
+
+    @property
     def group(self) -> str:
         """The number of the process set."""
         return str(self.process_set.process_set_id)

@@ -71,6 +71,9 @@ class MpiCommunicator(Communicator):
         self._roll_call = RollCall(self._comm, limit)
         # kept, because Horovod may end MPI under us: it does so on all ranks as soon as one of them is through
         self._rank, self._size = self._comm.Get_rank(), self._comm.Get_size()
+        on_host = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self._local = on_host.Get_rank(), on_host.Get_size()
+        on_host.Free()
 
     @property
     def rank(self) -> int:
@@ -79,6 +82,11 @@ class MpiCommunicator(Communicator):
     @property
     def size(self) -> int:
         return self._size
+
+    @property
+    def local(self) -> tuple[int, int]:
+        """As MPI knows who shares memory."""
+        return self._local
 
     def reaches(self, device: torch.device) -> bool:
         """Host memory alone."""
