@@ -6,7 +6,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, overload
 
 import torch
@@ -29,7 +28,6 @@ from hvd_sketch.exchange import Exchange
 from hvd_sketch.exchange.gradients import shared_state, take_over, watch
 from hvd_sketch.exchange.scaling import LossScale
 from hvd_sketch.frontends.optimizer import DistributedOptimizer
-from hvd_sketch.layout import describe_values
 from hvd_sketch.methods.wrapper import HOROVODS_MODULE
 
 
@@ -85,7 +83,8 @@ class State:
         comm = as_communicator(dist.group.WORLD if process_group is None else process_group)
         device = next(iter(trained.values())).device
         self.exchange = compression.exchange(layout, comm, average=True, device=device)
-        self.exchange.describe_values = partial(describe_values, trained)
+        held = self._optimizer
+        self.exchange.watch(trained, lambda: getattr(held(), "param_groups", ()))
         self._parameters = [trained[slot.name] for slot in layout.slots]
         self._positions = {parameter: position for position, parameter in enumerate(self._parameters)}
         self._used: set[int] = set()
