@@ -5,6 +5,7 @@ from hvd_sketch.compressors.base import Compressor, Sparsifier
 from hvd_sketch.compressors.compression import Compression
 from hvd_sketch.compressors.powersgd import PowerSGD
 from hvd_sketch.compressors.sharded import Sharded
+from hvd_sketch.compressors.sign import Sign
 from hvd_sketch.compressors.sketch import Sketch
 from hvd_sketch.compressors.stride import Stride
 from hvd_sketch.compressors.tensor_topk import TensorTopK
@@ -19,6 +20,7 @@ __all__ = [
     "NoCompression",
     "PowerSGD",
     "Sharded",
+    "Sign",
     "Sketch",
     "Sparsifier",
     "Stride",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hvd_sketch.compressors.auto import Auto
 from hvd_sketch.compressors.powersgd import PowerSGD
 from hvd_sketch.compressors.sharded import Sharded
+from hvd_sketch.compressors.sign import Sign
 from hvd_sketch.compressors.sketch import Sketch
 from hvd_sketch.compressors.stride import Stride
 from hvd_sketch.compressors.topk import TopK
@@ -15,7 +16,8 @@ class Compression:
     """Optional gradient compression algorithms, by name.
 
     ``none`` and ``fp16`` are Horovod's; ``auto(ratio=…)``, ``sharded(ratio=…)``, ``sketch(ratio=…)``,
-    ``topk(ratio=…)``, ``stride(ratio=…)`` and ``powersgd(rank=…)`` make a compressor for one optimizer.
+    ``topk(ratio=…)``, ``stride(ratio=…)``, ``sign()`` and ``powersgd(rank=…)`` make a compressor for one
+    optimizer.
     """
 
     none = NoCompression
@@ -25,4 +27,5 @@ class Compression:
     topk = TopK
     sharded = Sharded
     stride = Stride
+    sign = Sign
     powersgd = PowerSGD

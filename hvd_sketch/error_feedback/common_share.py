@@ -47,9 +47,7 @@ class CommonShare:
         exchange.observers.append(self)
 
     def observe(self, exchange: Exchange) -> None:
-        """Measure, when it is time; a void step has changed nothing."""
-        if exchange.void:
-            return
+        """Measure, when it is time."""
         if self._count < _AT_FIRST or self._count % _EVERY == 0:
             fresh, old = self._measure(exchange), self._smoothed
             weight = max(_WEIGHT, 1.0 / (self._count + 1))

@@ -74,7 +74,7 @@ class MomentsObserver:
 
     def attach(self, exchange: Exchange) -> None:
         """Follow an exchange from its first step on."""
-        self._slots = [slot for slot in exchange.layout.slots if slot.stop <= exchange.layout.compressed]
+        self._slots = [slot for slot in exchange.layout.slots if slot.offset < exchange.layout.compressed]
         self._rows = [slot.shape[0] if len(slot.shape) > 1 else 1 for slot in self._slots]
         device, count = exchange.gradient.device, len(self._slots)
         sizes = [
@@ -94,9 +94,7 @@ class MomentsObserver:
         exchange.observers.append(self)
 
     def observe(self, exchange: Exchange) -> None:
-        """Measure, when it is time; a void step has nothing to measure."""
-        if exchange.void:
-            return
+        """Measure, when it is time."""
         self._count += 1
         if self._count - self._measured >= min(self._settings.interval, 1 + self._measured // _GROWTH):
             self._measure(exchange)

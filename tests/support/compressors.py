@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 from hvd_sketch import Compression, TensorTopK
-from hvd_sketch.compressors import Compressor, PowerSGD, Sparsifier
+from hvd_sketch.compressors import Compressor, PowerSGD, Sign, Sparsifier
 from tests.support.simulation import Run, lost, rounding
 
 TOTAL, COMPRESSED = 5470, 5400
@@ -35,6 +35,8 @@ TABLE: dict[str, Compressor] = {
     "sharded, buckets": replace(SHARDED, buckets=3),
     "auto": Compression.auto(ratio=10.0, **PLAIN),
     "stride": Compression.stride(ratio=10.0, **PLAIN),
+    "sign": Compression.sign(clip_norm=None),
+    "sign, one way": Compression.sign(both_ways=False, dense_below=0, clip_norm=None),
     "powersgd": POWERSGD,
 }
 EVERY = pytest.mark.parametrize("compressor", TABLE.values(), ids=TABLE)
@@ -49,7 +51,7 @@ def at_ratio_one(compressor: Compressor) -> Compressor:
     if isinstance(compressor, Sparsifier):
         by_hand: dict[str, Any] = {name: None for name in ("cols", "k") if hasattr(compressor, name)}
         return replace(compressor, schedule=lambda step: 1.0, **by_hand)
-    assert isinstance(compressor, PowerSGD)
+    assert isinstance(compressor, PowerSGD | Sign)
     return replace(compressor, start_step=1000)
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hvd_sketch.bits import pack, packed_bytes, unpack
 from hvd_sketch.errors import ConfigurationError
-from hvd_sketch.methods.bits import pack, packed_bytes, unpack
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hvd_sketch.bits import pack, packed_bytes, unpack
 from hvd_sketch.errors import ConfigurationError
-from hvd_sketch.methods.bits import pack, packed_bytes, unpack
 
 _CHUNK = 1 << 16  # values worked on at a time: their temporaries stay in the cache
 

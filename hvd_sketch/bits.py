@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Bytes that ``count`` integers of ``bits`` bits take: 2, 4, 8 or 16 bits each."""
+    """Bytes that ``count`` integers of ``bits`` bits take: 1, 2, 4, 8 or 16 bits each."""
     return 2 * count if bits == 16 else -(-count * bits // 8)
 
 
 def pack(integers: Tensor, bits: int, packed: Tensor) -> None:
-    """Write signed integers of ``bits`` bits (int8, or int16 for 16) to ``packed`` bytes (uint8).
+    """Write signed integers of ``bits`` bits (int8, or int16 for 16; 0 and -1 of one bit) to ``packed`` bytes (uint8).
 
     Below 8 bits a byte holds one integer of each of ``8 / bits`` equal parts of the vector.
     """
