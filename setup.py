@@ -1,6 +1,8 @@
 """Build and metadata: the package, and its native kernel as a plain shared library that ctypes loads."""
 
 import os
+import runpy
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,11 +22,12 @@ except ImportError:  # before 70.1
             "`pip install --upgrade setuptools` first"
         ) from None
 
-SOURCES = Path("hvd_sketch", "native")
+SOURCES = runpy.run_path(str(Path("hvd_sketch", "native", "sources.py")))
+NATIVE = SOURCES["files"]()
 KERNEL = Extension(
     "hvd_sketch.native._kernel",
-    [str(source) for source in sorted(SOURCES.glob("*.cpp"))],
-    depends=[str(header) for header in sorted(SOURCES.rglob("*.hpp"))],
+    [str(file) for file in NATIVE if file.suffix == ".cpp"],
+    depends=[str(file) for file in NATIVE if file.suffix == ".hpp"],
 )
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-fPIC", "-shared", "-Wno-psabi")
 
@@ -38,6 +41,11 @@ EXTRAS = {
         "matplotlib>=3.8,<4",  # --plot
         "scikit-learn>=1.4,<2",  # the digits
         "rich>=13,<16",  # the final table
+    ],
+    "frameworks": [  # examples/with_….py
+        "accelerate>=1.0,<2",
+        "transformers>=4.48,<6",
+        "lightning>=2.4,<3",
     ],
     "dev": [
         "pytest>=8,<10",  # runs the tests
@@ -88,7 +96,8 @@ class BuildKernel(build_ext):
             )
         library = self.get_ext_fullpath(ext.name)
         Path(library).parent.mkdir(parents=True, exist_ok=True)
-        if subprocess.run([compiler, *FLAGS, *ext.sources, "-o", library], check=False).returncode:
+        flags = (*FLAGS, f'-DKERNEL_SOURCES="{SOURCES["digest"]()}"', *shlex.split(os.environ.get("CXXFLAGS", "")))
+        if subprocess.run([compiler, *flags, *ext.sources, "-o", library], check=False).returncode:
             raise SystemExit(
                 f"hvd_sketch: {compiler} could not compile {' '.join(ext.sources)}; its messages are above"
             )

@@ -16,7 +16,7 @@ from hvd_sketch.compressors import Compression, TensorTopK
 from hvd_sketch.error_feedback.anticipate import Anticipate
 from hvd_sketch.error_feedback.factored_moments import FactoredMoments
 from hvd_sketch.error_feedback.step_ahead import StepAhead
-from hvd_sketch.errors import ConfigurationError, RankMismatchError
+from hvd_sketch.errors import ConfigurationError, RankLostError, RankMismatchError
 from hvd_sketch.frontends.join import join
 from hvd_sketch.frontends.optimizer import Average, DistributedOptimizer, Sum
 from hvd_sketch.memory import Momentum
@@ -25,6 +25,7 @@ from hvd_sketch.methods.gossip.lead import LEAD
 from hvd_sketch.methods.local.cser import CSER
 from hvd_sketch.methods.local.local_sgd import LocalSGD
 from hvd_sketch.methods.local.overlap import OverlapLocalSGD
+from hvd_sketch.methods.server import ADSAGA, AsyncSGD, FedAT
 from hvd_sketch.methods.swarm import SwarmSGD
 from hvd_sketch.schedules.accordion import Accordion
 from hvd_sketch.schedules.accordion_batch import AccordionBatch
@@ -51,11 +52,13 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "ADSAGA",
     "CSER",
     "LEAD",
     "Accordion",
     "AccordionBatch",
     "Anticipate",
+    "AsyncSGD",
     "Average",
     "Communicator",
     "Compression",
@@ -66,10 +69,12 @@ __all__ = [
     "DmSGD",
     "EnergyTarget",
     "FactoredMoments",
+    "FedAT",
     "Guard",
     "LocalSGD",
     "Momentum",
     "OverlapLocalSGD",
+    "RankLostError",
     "RankMismatchError",
     "SingleProcess",
     "Stats",

@@ -20,8 +20,9 @@ from hvd_sketch.error_feedback.common_share import CommonShare, read_errors
 from hvd_sketch.error_feedback.factored_moments import FactoredMoments, MomentsObserver, check_adam
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
-from hvd_sketch.methods.exchanging import ExchangingOptimizer, Wiring
+from hvd_sketch.methods.exchanging import ExchangingOptimizer
 from hvd_sketch.methods.flat import Flat, FlatParameters
+from hvd_sketch.methods.wiring import Wiring
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,8 @@ def respond(
 ) -> None:
     """Replace gradients of a group's parameters by P of them, in place: how far they will move the model."""
     rate = _rate(optimizer, group)
+    if not errors:  # no parameter of the group is trained
+        return
     if isinstance(optimizer, torch.optim.SGD):
         torch._foreach_mul_(errors, rate)
         return

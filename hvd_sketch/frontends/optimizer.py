@@ -21,7 +21,8 @@ from hvd_sketch.exchange import DenseExchange, Exchange
 from hvd_sketch.frontends.link import Link
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
-from hvd_sketch.methods.exchanging import ExchangingOptimizer, HorovodOptimizer, Wiring
+from hvd_sketch.methods.exchanging import ExchangingOptimizer
+from hvd_sketch.methods.wiring import HorovodOptimizer, Wiring
 
 Average, Sum = 0, 1  # Horovod's own numbers
 _OTHER_OPS = {2: "Adasum", 3: "Min", 4: "Max", 5: "Product"}

@@ -36,7 +36,7 @@ class Own(torch.optim.SGD):
     def eval(self) -> None:
         self.mode = "eval"
 
-    def step(self, closure: Any = None, gain: float = 1.0) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None, gain: float = 1.0) -> Any:
         self.gains.append(gain)
         return super().step(closure)
 
@@ -171,13 +171,13 @@ def test_graphs_of_gradients_may_be_made(method: Method) -> None:
                 if at_once:
                     found = torch.autograd.grad(value, list(model.parameters()), create_graph=True)
                     penalty = sum(gradient.square().sum() for gradient in found)
-                    (value + 0.1 * penalty).backward()  # type: ignore[no-untyped-call]
+                    (value + 0.1 * penalty).backward()
                 else:
                     value.backward(create_graph=True)
                     first = [parameter.grad for parameter in model.parameters()]
                     optimizer.zero_grad()
                     penalty = sum(gradient.square().sum() for gradient in first if gradient is not None)
-                    (loss(model, rank, number) + 0.1 * penalty).backward()  # type: ignore[no-untyped-call]
+                    (loss(model, rank, number) + 0.1 * penalty).backward()
             optimizer.step()
 
     for ends in both(method, train):
@@ -300,10 +300,11 @@ def test_parameters_may_be_changed_inside_forward() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.inner = net()
+            self.weight: Any = self.inner[0].weight
 
         def forward(self, batch: Tensor) -> Tensor:
             with torch.no_grad():
-                self.inner[0].weight.clamp_(-0.05, 0.05)
+                self.weight.clamp_(-0.05, 0.05)
             result: Tensor = self.inner(batch)
             return result
 
@@ -313,4 +314,4 @@ def test_parameters_may_be_changed_inside_forward() -> None:
         optimizer.zero_grad()
         loss(model, 0, number).backward()
         optimizer.step()
-    assert float(model.inner[0].weight.detach().abs().max()) == pytest.approx(0.05)
+    assert float(model.weight.detach().abs().max()) == pytest.approx(0.05)
