@@ -102,7 +102,7 @@ def follow(
     shares, first = CommonShare(), next(iter(named.values()))
     shares.attach(exchange)
     flat = FlatParameters(named, exchange.layout, first.device)
-    ahead = Anticipation(weakref.proxy(optimizer), lambda: exchange, flat, shares, feedback.coefficient)
+    ahead = Anticipation(weakref.proxy(optimizer), client.present_exchange, flat, shares, feedback.coefficient)
     moves: Callable[[], bool] = lambda: exchange.step + exchange.stats.steps > 0 and watches(client, first)  # noqa: E731
     return Passes(ahead, {parameter: name for name, parameter in named.items()}, moves)
 
