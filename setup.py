@@ -39,6 +39,11 @@ EXTRAS = {
         "scikit-learn>=1.4,<2",  # the digits
         "rich>=13,<16",  # the final table
     ],
+    "frameworks": [  # examples/with_….py
+        "accelerate>=1.0,<2",
+        "transformers>=4.48,<6",
+        "lightning>=2.4,<3",
+    ],
     "dev": [
         "pytest>=8,<10",  # runs the tests
         "pytest-timeout>=2.3,<3",  # a hang is a failure

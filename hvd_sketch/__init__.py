@@ -16,7 +16,7 @@ from hvd_sketch.compressors import Compression, TensorTopK
 from hvd_sketch.error_feedback.anticipate import Anticipate
 from hvd_sketch.error_feedback.factored_moments import FactoredMoments
 from hvd_sketch.error_feedback.step_ahead import StepAhead
-from hvd_sketch.errors import ConfigurationError, RankMismatchError
+from hvd_sketch.errors import ConfigurationError, RankLostError, RankMismatchError
 from hvd_sketch.frontends.join import join
 from hvd_sketch.frontends.optimizer import Average, DistributedOptimizer, Sum
 from hvd_sketch.memory import Momentum
@@ -74,6 +74,7 @@ __all__ = [
     "LocalSGD",
     "Momentum",
     "OverlapLocalSGD",
+    "RankLostError",
     "RankMismatchError",
     "SingleProcess",
     "Stats",

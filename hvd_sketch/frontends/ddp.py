@@ -6,7 +6,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, overload
 
 import torch
@@ -29,7 +28,7 @@ from hvd_sketch.exchange import Exchange
 from hvd_sketch.exchange.gradients import shared_state, take_over, watch
 from hvd_sketch.exchange.scaling import LossScale
 from hvd_sketch.frontends.optimizer import DistributedOptimizer
-from hvd_sketch.layout import describe_values
+from hvd_sketch.methods.wrapper import HOROVODS_MODULE
 
 
 class State:
@@ -50,7 +49,7 @@ class State:
 
     Args:
         compression: one of `hvd_sketch.Compression` that sparsifies.
-        optimizer: the one that steps the model's parameters, directly or inside a framework.
+        optimizer: the one that steps the model's parameters, with or without a framework's own around it.
         named_parameters: all parameters that the model trains, for `exclude` and for messages; by default those
             of the optimizer, by number.
         process_group: the model's, if it is not the default one.
@@ -74,6 +73,7 @@ class State:
         process_group: Any = None,
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
+        optimizer = _innermost(optimizer)
         _check(compression, optimizer)
         compression, feedback = settle(compression, optimizer, Default.OF_COMPRESSION, averages=True, corrects=False)
         named = dict(_numbered(optimizer) if named_parameters is None else named_parameters)
@@ -83,7 +83,8 @@ class State:
         comm = as_communicator(dist.group.WORLD if process_group is None else process_group)
         device = next(iter(trained.values())).device
         self.exchange = compression.exchange(layout, comm, average=True, device=device)
-        self.exchange.describe_values = partial(describe_values, trained)
+        held = self._optimizer
+        self.exchange.watch(trained, lambda: getattr(held(), "param_groups", ()))
         self._parameters = [trained[slot.name] for slot in layout.slots]
         self._positions = {parameter: position for position, parameter in enumerate(self._parameters)}
         self._used: set[int] = set()
@@ -371,6 +372,17 @@ def register(
     )
     model.register_comm_hook(None, keep_local)
     return ahead
+
+
+def _innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The one that frameworks put their own around."""
+    if type(optimizer).__module__ == HOROVODS_MODULE:
+        raise ConfigurationError(
+            "the optimizer is a DistributedOptimizer, which exchanges by itself; give the plain one to the hook, or "
+            "use DistributedOptimizer without DistributedDataParallel"
+        )
+    inner = getattr(optimizer, "optimizer", None)
+    return _innermost(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
 def _check(compression: Any, optimizer: torch.optim.Optimizer) -> None:

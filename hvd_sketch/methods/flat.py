@@ -58,6 +58,12 @@ class FlatParameters:
     @property
     def _values(self) -> list[Tensor]:
         """The parameters' memory, whatever a script has put there, beside autograd and its count of versions."""
+        for slot, parameter in zip(self.layout.slots, self.parameters, strict=True):
+            if parameter.shape != slot.shape:
+                raise ConfigurationError(
+                    f"parameter {slot.name!r} has the shape {tuple(parameter.shape)}, and had {slot.shape} when the "
+                    "optimizer was wrapped; wrap the plain optimizer again after changing a model"
+                )
         return [parameter.data for parameter in self.parameters]
 
     @cached_property

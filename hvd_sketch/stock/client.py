@@ -6,7 +6,6 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +17,7 @@ from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.exchange.gradients import Gradients, shared_state, take_over, watch
 from hvd_sketch.exchange.scaling import LossScale
-from hvd_sketch.layout import Layout, describe_values
+from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
 
 
@@ -95,7 +94,8 @@ class Client:
         self.names = names
         self.parameters = {name: parameter for parameter, name in names.items() if parameter.requires_grad}
         self.exchange = _make_exchange(compressor, optimizer, compressor.layout(self.parameters.items()))
-        self.exchange.describe_values = partial(describe_values, self.parameters)
+        held = weakref.ref(optimizer)
+        self.exchange.watch(self.parameters, lambda: getattr(held(), "param_groups", ()))
         self.exchange.log.notes.append("stock Horovod")
         self.gradients = Gradients(self.exchange, self.parameters, sparse_as_dense=False, decay_of=None)
         self.tickets: list[Ticket] = []
