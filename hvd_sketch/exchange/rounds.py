@@ -9,8 +9,11 @@ from torch import Tensor
 from hvd_sketch import wire
 from hvd_sketch.comm.base import Communicator, Pending
 from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.exchange.coarse import Coarse, sum_coarsely
 from hvd_sketch.scope import next_scope
 from hvd_sketch.stats import Stats
+
+_EIGHT_BITS = Coarse(8, floating=True)
 
 
 class Rounds:
@@ -87,6 +90,15 @@ class Rounds:
         """Between two steps: replace ``values`` by their sum over the ranks."""
         with self._stats.counting(self.comm), self._stats.phase("exchange"):
             self.comm.allreduce(values, self.name_of(what))
+
+    def sum_coarsely(self, values: Tensor, what: str) -> None:
+        """The same, in floats of eight bits, see `Coarse`; in float32 where a rank has left with ``hvd.join``."""
+        if not self.all_present:
+            self.sum_values(values, what)
+            return
+        with self._stats.counting(self.comm), self._stats.phase("exchange"):
+            summed = sum_coarsely(values.flatten(), _EIGHT_BITS, self.comm, self.name_of(what))
+            values.copy_(summed.total.view_as(values))
 
 
 def _nothing() -> None:

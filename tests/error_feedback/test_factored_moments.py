@@ -16,6 +16,8 @@ from hvd_sketch.comm.in_process import run_in_process
 
 RANKS = 3
 B2 = 0.99
+ROUNDING = (17 / 16) ** 6 - 1
+"""Of an energy, a row and a column, each rounded by a sixteenth at most on every rank and in the sum."""
 
 
 class Small(nn.Module):
@@ -102,7 +104,8 @@ def test_adam_divides_by_what_was_computed_or_by_its_own_one_step(name: str, cli
     update, squares = seen[0][1][name]
     moments = defined(name, [0.999 / 1.999, 1.0 / 1.999], clip_norm)  # after each of the first two steps
     expected = torch.maximum(moments * (1 - B2**2), (1 - B2) * update.square())
-    torch.testing.assert_close(squares, expected, rtol=1e-4, atol=1e-12)
+    torch.testing.assert_close(squares, expected, rtol=ROUNDING, atol=1e-12)
+    assert (squares / expected).log().mean().abs() < 0.12
 
 
 def test_the_smoothed_moments_stand_still_between_measurements() -> None:
