@@ -9,6 +9,17 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # before 70.1
+    try:
+        from wheel.bdist_wheel import bdist_wheel
+    except ImportError:
+        raise SystemExit(
+            "hvd_sketch: this setuptools cannot build wheels: leave out --no-build-isolation, or run "
+            "`pip install --upgrade setuptools` first"
+        ) from None
+
 SOURCES = Path("hvd_sketch", "native")
 KERNEL = Extension(
     "hvd_sketch.native._kernel",
@@ -28,6 +39,11 @@ EXTRAS = {
         "scikit-learn>=1.4,<2",  # the digits
         "rich>=13,<16",  # the final table
     ],
+    "frameworks": [  # examples/with_….py
+        "accelerate>=1.0,<2",
+        "transformers>=4.48,<6",
+        "lightning>=2.4,<3",
+    ],
     "dev": [
         "pytest>=8,<10",  # runs the tests
         "pytest-timeout>=2.3,<3",  # a hang is a failure
@@ -38,6 +54,22 @@ EXTRAS = {
         "pre-commit>=4,<5",  # both before each commit, for those who want it
     ],
 }
+
+
+CLASSIFIERS = [
+    "Development Status :: 4 - Beta",
+    "Intended Audience :: Developers",
+    "Intended Audience :: Science/Research",
+    "Operating System :: POSIX :: Linux",
+    "Programming Language :: C++",
+    "Programming Language :: Python :: 3",
+    "Programming Language :: Python :: 3.11",
+    "Programming Language :: Python :: 3.12",
+    "Programming Language :: Python :: 3.13",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    "Topic :: System :: Distributed Computing",
+    "Typing :: Typed",
+]
 
 
 class BuildKernelFirst(build):
@@ -67,16 +99,32 @@ class BuildKernel(build_ext):
             )
 
 
+class BuildWheel(bdist_wheel):
+    """One wheel for every Python: its kernel is linked against none."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
     name="hvd_sketch",
     version="0.1.0",
-    description="Training over slow networks: compressed gradients with error feedback for Horovod and MPI",
+    description=(
+        "Training over slow networks: compressed gradients with error feedback for Horovod, torchrun (DDP) and MPI"
+    ),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The hvd_sketch authors",
     license="Apache-2.0",
+    keywords="distributed training, gradient compression, error feedback, Count-Sketch, Horovod, DDP, MPI, PyTorch",
+    project_urls={"Paper": "https://arxiv.org/abs/1903.04488"},
+    classifiers=CLASSIFIERS,
+    entry_points={"console_scripts": ["hvd-sketch = hvd_sketch.frontends.run_script:main"]},
     python_requires=">=3.11",
     packages=find_packages(include=["hvd_sketch", "hvd_sketch.*"]),
     package_data={"hvd_sketch": ["py.typed"]},
     ext_modules=[KERNEL],
-    cmdclass={"build": BuildKernelFirst, "build_ext": BuildKernel},
+    cmdclass={"build": BuildKernelFirst, "build_ext": BuildKernel, "bdist_wheel": BuildWheel},
     install_requires=["torch>=2.2", "numpy>=1.26,<3"],
     extras_require=EXTRAS,
     zip_safe=False,

@@ -17,17 +17,20 @@ RUNS = Path("runs/demo")
 OPTIONS = "--compression sharded --ratio 40 --warmup-steps 0 --steps 600"
 
 
-def main() -> int:
-    """Run mpirun and pass its exit status on."""
+def launcher() -> list[str]:
+    """mpirun where there is one, else torchrun, which comes with PyTorch."""
     mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if mpirun is None:
-        raise SystemExit("demo: there is no mpirun on the PATH; `make demo` installs one")
-    launcher = [mpirun, "-np", "2", "--oversubscribe", "--bind-to", "none"]
-    if hasattr(os, "getuid") and os.getuid() == 0:
-        launcher.append("--allow-run-as-root")
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node", "2"]
+    as_root = ["--allow-run-as-root"] if hasattr(os, "getuid") and os.getuid() == 0 else []
+    return [mpirun, "-np", "2", "--oversubscribe", "--bind-to", "none", *as_root]
+
+
+def main() -> int:
+    """Launch the example and pass its exit status on."""
     output = ["--results", f"{RUNS}/results.json", "--plot", f"{RUNS}/curves.png"]
     script = [sys.executable, str(HERE / "char_transformer.py"), *shlex.split(OPTIONS), *output]
-    command = [*launcher, *script, *sys.argv[1:]]
+    command = [*launcher(), *script, *sys.argv[1:]]
     print(shlex.join(command), flush=True)
     return subprocess.call(command)
 

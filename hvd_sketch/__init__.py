@@ -1,8 +1,9 @@
-"""Training over slow networks with a fraction of the bytes: sketched gradients for Horovod and MPI.
+"""Training over slow networks with a fraction of the bytes: sketched gradients for Horovod, torchrun and MPI.
 
 ``import hvd_sketch as hvd`` offers everything of ``horovod.torch``, with `Compression` and
-`DistributedOptimizer` replaced by ours. Without Horovod the same names that a training script
-needs (``init``, ``rank``, ``size``, ``broadcast_parameters`` …) work over mpi4py or in one process.
+`DistributedOptimizer` replaced by ours. Under torchrun, and without Horovod, the same names that a training
+script needs (``init``, ``rank``, ``size``, ``broadcast_parameters`` …) work over torch.distributed, over
+mpi4py, or in one process.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hvd_sketch.comm import Communicator, SingleProcess, has_horovod
+from hvd_sketch.comm import Communicator, SingleProcess, chosen_backend
 from hvd_sketch.compressors import Compression, TensorTopK
 from hvd_sketch.error_feedback.anticipate import Anticipate
 from hvd_sketch.error_feedback.factored_moments import FactoredMoments
 from hvd_sketch.error_feedback.step_ahead import StepAhead
-from hvd_sketch.errors import ConfigurationError, RankMismatchError
+from hvd_sketch.errors import ConfigurationError, RankLostError, RankMismatchError
+from hvd_sketch.frontends.join import join
 from hvd_sketch.frontends.optimizer import Average, DistributedOptimizer, Sum
 from hvd_sketch.memory import Momentum
 from hvd_sketch.methods.gossip.decentlam import DecentLaM, DmSGD
@@ -23,6 +25,7 @@ from hvd_sketch.methods.gossip.lead import LEAD
 from hvd_sketch.methods.local.cser import CSER
 from hvd_sketch.methods.local.local_sgd import LocalSGD
 from hvd_sketch.methods.local.overlap import OverlapLocalSGD
+from hvd_sketch.methods.server import ADSAGA, AsyncSGD, FedAT
 from hvd_sketch.methods.swarm import SwarmSGD
 from hvd_sketch.schedules.accordion import Accordion
 from hvd_sketch.schedules.accordion_batch import AccordionBatch
@@ -33,8 +36,9 @@ from hvd_sketch.stats import Stats
 from hvd_sketch.stock import exchange_of
 
 if TYPE_CHECKING:
+    from hvd_sketch import ddp
+    from hvd_sketch.frontends.collectives import allreduce
     from hvd_sketch.frontends.world import (
-        allreduce,
         broadcast_object,
         broadcast_optimizer_state,
         broadcast_parameters,
@@ -48,11 +52,13 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "ADSAGA",
     "CSER",
     "LEAD",
     "Accordion",
     "AccordionBatch",
     "Anticipate",
+    "AsyncSGD",
     "Average",
     "Communicator",
     "Compression",
@@ -63,10 +69,12 @@ __all__ = [
     "DmSGD",
     "EnergyTarget",
     "FactoredMoments",
+    "FedAT",
     "Guard",
     "LocalSGD",
     "Momentum",
     "OverlapLocalSGD",
+    "RankLostError",
     "RankMismatchError",
     "SingleProcess",
     "Stats",
@@ -78,9 +86,11 @@ __all__ = [
     "broadcast_object",
     "broadcast_optimizer_state",
     "broadcast_parameters",
+    "ddp",
     "exchange_of",
     "init",
     "is_initialized",
+    "join",
     "local_rank",
     "local_size",
     "rank",
@@ -95,7 +105,11 @@ if not TYPE_CHECKING:  # a type checker would take any name for one of ours
         """Names of ``horovod.torch``, or of its stand-in, which is imported when the first of them is used."""
         if name.startswith("__"):
             raise AttributeError(name)
-        source = importlib.import_module("horovod.torch" if has_horovod() else "hvd_sketch.frontends.world")
+        if name == "ddp":  # not every PyTorch has it
+            return importlib.import_module("hvd_sketch.ddp")
+        source = importlib.import_module(
+            "horovod.torch" if chosen_backend() == "horovod" else "hvd_sketch.frontends.without_horovod"
+        )
         try:
             return getattr(source, name)
         except AttributeError:

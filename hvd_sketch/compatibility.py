@@ -28,6 +28,19 @@ def check_momentum(momentum: Momentum | None, optimizer: torch.optim.Optimizer) 
             )
 
 
+def check_steps_once(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that computes several gradients a step.
+
+    Raises:
+        ConfigurationError: with the remedy.
+    """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigurationError(
+            "LBFGS evaluates its closure several times a step, and only the first gradient would be exchanged; "
+            "use an optimizer that steps once per gradient"
+        )
+
+
 def check_groups(groups: Any) -> None:
     """Horovod's own rules for ``groups``, which a sparse exchange accepts and does not need.
 

@@ -5,5 +5,13 @@ class ConfigurationError(ValueError):
     """A setting cannot work; raised at construction, before any communication."""
 
 
+class NothingGainedError(ConfigurationError):
+    """The model is too small to be compressed as asked for."""
+
+
 class RankMismatchError(RuntimeError):
     """Ranks disagree about settings, parameters or the selection; raised alike on all ranks."""
+
+
+class RankLostError(RuntimeError):
+    """This rank waits for one that has ended or does not answer; names the rank, the step and the operation."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from hvd_sketch.errors import ConfigurationError
 
@@ -92,8 +94,8 @@ class Layout:
         with a parameter where one ends near by.
 
         Raises:
-            ConfigurationError: for an empty list, a duplicate name, or a dtype that is complex
-                or integer.
+            ConfigurationError: for an empty list, a duplicate name, a dtype that is complex or integer, or a
+                parameter that is lazy, on the meta device, or a DTensor.
         """
         given = list(named_parameters)
         named = sorted(given, key=lambda item: item[0])
@@ -127,6 +129,25 @@ def describe_values(parameters: Mapping[str, Tensor]) -> str:
     return " ".join(f"{name}={_checksum(parameters[name]):08x}" for name in sorted(parameters))
 
 
+def _check_is_there(name: str, parameter: Tensor) -> None:
+    """Its values are all in this process's memory."""
+    if is_lazy(parameter):
+        raise ConfigurationError(
+            f"parameter {name!r} is lazy and has no shape yet; run one batch through the model before wrapping"
+        )
+    if parameter.is_meta:
+        raise ConfigurationError(
+            f"parameter {name!r} is on the meta device and has no values; give the model a device with "
+            "model.to_empty(device=…) and initialise it, or load its weights, before wrapping"
+        )
+    sharded = sys.modules.get("torch.distributed.tensor")
+    if sharded is not None and isinstance(parameter, sharded.DTensor):
+        raise ConfigurationError(
+            f"parameter {name!r} is a DTensor, of which this process has a part only (FSDP2, tensor parallel); "
+            "wrap a model that every rank holds whole, or leave the exchange to FSDP"
+        )
+
+
 def _cuts(slots: Sequence[Slot], compressed: int, buckets: int) -> tuple[int, ...]:
     """Where to cut the compressed coordinates into so many parts: evenly, but at a slot's edge a quarter part away."""
 
@@ -153,6 +174,7 @@ def _check(named: Sequence[tuple[str, Tensor]]) -> None:
                 "prefix the names of each model so that they differ"
             )
     for name, parameter in named:
+        _check_is_there(name, parameter)
         if parameter.dtype not in _FLOATING:
             raise ConfigurationError(
                 f"parameter {name!r} has dtype {parameter.dtype}; only real floating point can be compressed: "

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +77,23 @@ class Stats:
     @clip.setter
     def clip(self, factor: Tensor | float) -> None:
         self._clip = factor
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With everything measured."""
+        return {**vars(self), "_captured": self.captured_energy, "_clip": self.clip}
+
+    def as_dict(self) -> dict[str, int | float]:
+        """All of it as plain numbers, for a logger of yours; seconds are by phase, as ``seconds_exchange``."""
+        return {
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "bytes_sent": self.bytes_sent,
+            "dense_bytes": self.dense_bytes,
+            "ratio": self.ratio,
+            "captured_energy": self.captured_energy,
+            "clip": self.clip,
+            **{f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()},
+        }
 
     @contextmanager
     def counting(self, comm: Communicator) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """Settings of all tests."""
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -19,7 +20,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes long; left out by --quick")
+    config.addinivalue_line("markers", "interpreted: runs on Triton's interpreter")
     ranks.quick = bool(config.getoption("--quick"))
+
+
+def pytest_unconfigure() -> None:
+    """Exchanges that last until the process ends tell of it to nobody."""
+    logging.getLogger("hvd_sketch").setLevel(logging.WARNING)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

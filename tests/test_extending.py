@@ -1,4 +1,4 @@
-"""The compressor and the communicator of docs/extending.md, taken from the page and run on real ranks."""
+"""The programs of docs/extending.md, taken from the page and run on real ranks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 import re
 import socket
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -51,32 +52,45 @@ def on_a_rank(folder: str) -> tuple[Tensor, Tensor, Tensor]:
     compressor = from_page(folder, "random_k").RandomK(ratio=10.0, warmup_steps=0, clip_norm=None)
     updates, exchange = drive(group, compressor, heavy_tailed(SIZE, STEPS, TOTAL)[comm.rank])
     assert 9.5 < exchange.stats.ratio < 10.5
-    model = trained(group, compressor)
+    models = [trained(group, compressor), trained(group, compressor, from_page(folder, "by_rate").ByRate(0.3))]
     dist.destroy_process_group()
-    return updates, exchange.memory.residual, flat(model)
+    return updates, exchange.memory.residual, torch.cat([flat(model) for model in models])
 
 
-def trained(comm: Any, compression: Any) -> nn.Module:
+def trained(comm: Any, compression: Any, feedback: Any = None) -> nn.Module:
     """A model after ten steps through the public optimizer, one of them flushed."""
     model = net()
-    optimizer = hvd.DistributedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+    optimizer: Any = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.0 if feedback else 0.9),
         model.named_parameters(),
         compression=compression,
         comm=comm,
+        error_feedback=feedback,
     )
     for step in range(10):
         optimizer.zero_grad()
-        loss(model, comm.rank, step).backward()
+        x = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        with optimizer.step_ahead() if feedback else nullcontext():
+            if feedback:
+                assert_ahead(optimizer, model, x, feedback.share)
+            loss(model, comm.rank, step).backward()
         if step == 5:
             optimizer.flush()
         optimizer.step()
     return model
 
 
+def assert_ahead(optimizer: Any, model: nn.Module, x: dict[str, Tensor], share: float) -> None:
+    """Parameters are where the page's formula has them."""
+    residual = optimizer.exchange.memory.residual
+    for slot in optimizer.exchange.layout.slots:
+        error = residual[slot.offset : slot.stop].view(slot.shape)
+        torch.testing.assert_close(model.get_parameter(slot.name).detach(), x[slot.name] - share * 0.1 * error)
+
+
 def test_the_pages_programs_on_three_real_ranks(tmp_path: Path) -> None:
     files = unpack(tmp_path)
-    assert {file.name for file in files} == {"random_k.py", "group.py"}
+    assert {file.name for file in files} == {"random_k.py", "group.py", "by_rate.py"}
     assert all(len(file.read_text().splitlines()) < 80 for file in files)
     seen = ranks(SIZE, on_a_rank, str(tmp_path))
     gradients = heavy_tailed(SIZE, STEPS, TOTAL)

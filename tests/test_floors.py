@@ -14,6 +14,7 @@ import hvd_sketch
 ROOT = Path(hvd_sketch.__file__).parent
 FLOORS = (
     ("__init__", "__main__"),
+    ("ddp",),
     ("frontends",),
     ("error_feedback",),
     ("methods",),
@@ -21,9 +22,9 @@ FLOORS = (
     ("schedules",),
     ("stock", "compatibility"),
     ("exchange",),
-    ("memory", "memory_cuda", "layout", "wire", "grid", "saved", "stats", "scope"),
+    ("memory", "memory_cuda", "layout", "grid", "saved", "stats", "scope"),
     ("sketch", "sparse", "comm"),
-    ("native", "gpu", "precision"),
+    ("native", "gpu", "precision", "bits", "wire"),
     ("errors",),
 )
 HEIGHT = {room: len(FLOORS) - number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,9 +1,13 @@
 """Building and installing: what a wheel holds, and what is said where something is missing."""
 
+import email
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
@@ -50,7 +54,7 @@ def run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProc
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what a build reads, with nothing built in it."""
     copy = tmp_path_factory.mktemp("sources")
-    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, copy)
     for name in ("hvd_sketch", "environment"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
@@ -58,14 +62,91 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def installed(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the unpacked wheel of these sources."""
+def wheel(sources: Path) -> Path:
+    """Of these sources."""
     built = run(*WHEEL, ".", cwd=sources)
     assert built.returncode == 0, built.stdout
-    (wheel,) = (sources / "built").glob("*.whl")
+    (file,) = (sources / "built").glob("*.whl")
+    return file
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the unpacked wheel."""
     folder = tmp_path_factory.mktemp("installed")
     zipfile.ZipFile(wheel).extractall(folder)
     return folder
+
+
+def test_one_wheel_serves_every_python(wheel: Path) -> None:
+    assert re.fullmatch(r"hvd_sketch-[0-9.]+-py3-none-linux_[a-z0-9_]+\.whl", wheel.name)
+    needed = run("readelf", "--dynamic", installed_kernel(wheel), cwd=wheel.parent)
+    assert needed.returncode == 0, needed.stdout
+    assert not re.search("python|torch|c10", needed.stdout)
+
+
+def installed_kernel(wheel: Path) -> Path:
+    return Path(zipfile.ZipFile(wheel).extract("hvd_sketch/native/_kernel.so", wheel.parent))
+
+
+def test_the_metadata_say_what_it_is_and_what_it_needs(wheel: Path) -> None:
+    name = f"{wheel.name.rsplit('-', 3)[0]}.dist-info/METADATA"
+    told = email.message_from_string(zipfile.ZipFile(wheel).read(name).decode())
+    assert told["License"] == "Apache-2.0"
+    assert str(told.get_payload()).strip().startswith("# hvd_sketch")
+    needs = {requirement.split(">")[0].split("<")[0] for requirement in told.get_all("Requires-Dist", [])}
+    assert {"torch", "numpy"} <= needs
+    assert {need for need in needs if "extra" not in need and ";" not in need} >= {"torch", "numpy"}
+    assert {"horovod", "mpi"} <= set(told.get_all("Provides-Extra", []))
+    assert "Typing :: Typed" in told.get_all("Classifier", [])
+    assert all(url.split(", ")[1].startswith("https://arxiv.org/") for url in told.get_all("Project-URL", []))
+
+
+@pytest.fixture(scope="module")
+def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of a fresh environment with this wheel and, of all others, what the present one has."""
+    folder = tmp_path_factory.mktemp("fresh")
+    venv.create(folder, with_pip=False)
+    programs = folder / "bin"
+    (packages,) = (folder / "lib").glob("python*/site-packages")
+    (packages / "present.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    pip = (sys.executable, "-m", "pip", f"--python={programs / 'python'}", "install", "--no-index", "--no-deps")
+    done = run(*pip, "--ignore-installed", wheel, cwd=folder)
+    assert done.returncode == 0, done.stdout
+    return programs
+
+
+ALONE = """
+import sys
+sys.modules["horovod"] = sys.modules["mpi4py"] = None
+import torch
+import hvd_sketch as hvd
+hvd.init()
+model = torch.nn.Linear(50, 40)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+optimizer = hvd.DistributedOptimizer(
+    optimizer, model.named_parameters(), compression=hvd.Compression.auto(ratio=5), comm=hvd.SingleProcess()
+)
+for step in range(2):
+    optimizer.zero_grad()
+    model(torch.randn(8, 50)).square().mean().backward()
+    optimizer.step()
+print(hvd.__file__, optimizer.exchange.stats.steps, hvd.ddp.register.__module__)
+"""
+
+
+def test_an_installed_package_needs_torch_alone(fresh: Path, tmp_path: Path) -> None:
+    told = run(fresh / "python", "-c", ALONE, cwd=tmp_path)
+    assert told.returncode == 0, told.stdout
+    file, steps, module = told.stdout.split()
+    assert Path(file).is_relative_to(fresh.parent)
+    assert (steps, module) == ("2", "hvd_sketch.frontends.ddp")
+
+
+def test_the_command_is_installed(fresh: Path, tmp_path: Path) -> None:
+    told = run(fresh / "hvd-sketch", "--help", cwd=tmp_path)
+    assert told.returncode == 0, told.stdout
+    assert "--compression" in told.stdout
 
 
 def test_a_wheel_holds_every_module_and_the_kernel(sources: Path, installed: Path) -> None:

@@ -16,7 +16,9 @@ import hvd_sketch as hvd
 from harness.options import without_compression
 from harness.record import Record, read_baseline, write
 from harness.run import settings_of
+from hvd_sketch.comm import chosen_backend
 
+_BACKENDS = {"horovod": "Horovod", "torch": "torch.distributed", "mpi": "MPI (mpi4py)", "single": "no network"}
 _COLOURS = ("#4d4d4d", "#d1495b", "#00798c", "#edae49")
 
 
@@ -42,7 +44,7 @@ def compare(train: Callable[[argparse.Namespace], Record], options: argparse.Nam
 def show(records: Sequence[Record]) -> None:
     """Print the final table, one column a run, and the gap to the first one."""
     settings = records[0].settings
-    title = f"{settings['ranks']} ranks, learning rate {settings['lr']:g}"
+    title = f"{settings['ranks']} ranks over {_BACKENDS[chosen_backend()]}, learning rate {settings['lr']:g}"
     table = Table(title=title, title_style="", header_style="", box=box.SIMPLE_HEAD)
     table.add_column("")
     for record in records:

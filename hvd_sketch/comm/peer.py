@@ -38,12 +38,21 @@ class Courier(threading.Thread):
         comm: an intracommunicator; duplicating it is collective.
         receive: called with the sender and the message, which it gives back to ``buffers``.
         buffers: where messages come from and go to.
+        largest: bytes; a message of more stays with its sender, and an empty one is received in its place.
+        size: number of ranks, where that is not the communicator's: some may have to be reached by other ways.
 
     Raises:
         ConfigurationError: when MPI was initialised for fewer threads.
     """
 
-    def __init__(self, comm: MPI.Intracomm, receive: Callable[[int, Tensor], None], buffers: Buffers) -> None:
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        receive: Callable[[int, Tensor], None],
+        buffers: Buffers,
+        largest: int = LARGEST_MESSAGE,
+        size: int | None = None,
+    ) -> None:
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
             raise ConfigurationError(
                 "MPI was initialised without MPI_THREAD_MULTIPLE, so no thread can answer while this rank computes; "
@@ -51,7 +60,8 @@ class Courier(threading.Thread):
             )
         super().__init__(name="hvd_sketch courier", daemon=True)
         self._comm = comm.Dup()
-        self._receive, self._buffers = receive, buffers
+        self._ways: dict[int, MPI.Intercomm] = {}
+        self._receive, self._buffers, self._largest = receive, buffers, largest
         self._outbox: SimpleQueue[tuple[int, Tensor]] = SimpleQueue()
         self._sending: list[tuple[MPI.Request, int, Tensor]] = []
         self._receiving: list[tuple[MPI.Request, int, Tensor]] = []
@@ -59,7 +69,7 @@ class Courier(threading.Thread):
         self._unreachable: Collection[int] = ()
         self._counting = threading.Lock()
         self.bytes_sent = 0
-        self.last_heard = [time.monotonic()] * comm.size
+        self.last_heard = [time.monotonic()] * (comm.size if size is None else size)
         self.failure: BaseException | None = None
 
     def send(self, to: int, message: Tensor) -> None:
@@ -67,6 +77,14 @@ class Courier(threading.Thread):
         with self._counting:
             self.bytes_sent += message.numel()
         self._outbox.put((to, message))
+
+    def reach(self, rank: int, way: MPI.Intercomm) -> None:
+        """From now on a rank is the process alone on the other side of an intercommunicator, which is ours alone.
+
+        Whoever had this rank in the communicator is not heard any more.
+        """
+        self.last_heard[rank] = time.monotonic()
+        self._ways = {**self._ways, rank: way}
 
     def stop(self, unreachable: Collection[int], patience: float) -> None:
         """Let everything leave that is not for ``unreachable`` ranks, for at most ``patience`` seconds, and end."""
@@ -95,16 +113,36 @@ class Courier(threading.Thread):
             while True:
                 to, message = self._outbox.get(timeout=0 if busy else pause)
                 busy = True
-                self._sending.append((self._comm.Isend(message.numpy(), dest=to, tag=_TAG), to, message))
+                self._sending.append((self._start_sending(to, message), to, message))
         except Empty:
             return
 
+    def _start_sending(self, to: int, message: Tensor) -> MPI.Request:
+        way = self._ways.get(to)
+        if way is None:
+            return self._comm.Isend(message.numpy(), dest=to, tag=_TAG)
+        return way.Isend(message.numpy(), dest=0, tag=_TAG)
+
     def _accept(self) -> bool:
+        ways = self._ways
+        found = self._accept_by(self._comm, None, ways)
+        for rank, way in ways.items():
+            found |= self._accept_by(way, rank, ())
+        return found
+
+    def _accept_by(self, way: MPI.Comm, rank: int | None, unheard: Collection[int]) -> bool:
+        """Begin to receive what has come by one way, of a rank or of all of the communicator but some."""
         status, found = MPI.Status(), False
-        while (arriving := self._comm.Improbe(tag=_TAG, status=status)) is not None:
-            buffer = self._buffers.take(status.Get_count(MPI.BYTE))
-            self._receiving.append((arriving.Irecv(buffer.numpy()), status.source, buffer))
+        while (arriving := way.Improbe(tag=_TAG, status=status)) is not None:
             found = True
+            source, nbytes = status.source if rank is None else rank, status.Get_count(MPI.BYTE)
+            if source in unheard:
+                continue
+            if nbytes > self._largest:
+                self._receive(source, self._buffers.take(0))
+                continue
+            buffer = self._buffers.take(nbytes)
+            self._receiving.append((arriving.Irecv(buffer.numpy()), source, buffer))
         return found
 
     def _finish_receiving(self) -> bool:

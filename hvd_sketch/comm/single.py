@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from hvd_sketch.comm.base import Communicator, Pending
@@ -12,6 +14,9 @@ class SingleProcess(Communicator):
 
     rank = 0
     size = 1
+
+    def __reduce__(self) -> Any:
+        return SingleProcess, ()
 
     def post_allreduce(self, tensor: Tensor, name: str) -> Pending:
         return Pending(tensor)

@@ -16,6 +16,8 @@ from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
 from hvd_sketch.sparse.codec import SparseCodec
 
+_LEAST_CODE = 2 * SparseCodec.LEVEL_BYTES
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Auto(Bucketed):
@@ -41,7 +43,10 @@ class Auto(Bucketed):
     ) -> Exchange:
         """The exchange of the member that suits the model and the number of ranks."""
         member = self._member(layout, comm.size)
-        return member.exchange(layout, comm, average=average, device=device, momentum=momentum)
+        exchange = member.exchange(layout, comm, average=average, device=device, momentum=momentum)
+        there = f"there are {self._code(layout, comm.size):.0f} bytes for each owner"
+        exchange.log.notes.append(f"auto chose {type(member).__name__}: {there} of Sharded, which needs {_LEAST_CODE}")
+        return exchange
 
     def fit(self, layout: Layout, ratio: float, ranks: int) -> Any:
         """What the member makes of it."""
@@ -53,5 +58,8 @@ class Auto(Bucketed):
 
     def _member(self, layout: Layout, ranks: int) -> Sharded | Sketch:
         settings = {field.name: getattr(self, field.name) for field in fields(self)}
-        code = 4 * layout.total / self.ratio / ranks
-        return Sharded(**settings) if code >= 2 * SparseCodec.LEVEL_BYTES else Sketch(**settings)
+        return Sharded(**settings) if self._code(layout, ranks) >= _LEAST_CODE else Sketch(**settings)
+
+    def _code(self, layout: Layout, ranks: int) -> float:
+        """How many bytes the ratio leaves for each owner."""
+        return 4 * layout.total / self.ratio / ranks

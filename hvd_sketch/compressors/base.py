@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hvd_sketch import stock
 from hvd_sketch.comm.base import Communicator
-from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.errors import ConfigurationError, NothingGainedError
 from hvd_sketch.exchange import Exchange, Setting
 from hvd_sketch.layout import Layout, small_or_named
 from hvd_sketch.memory import Momentum
@@ -52,9 +52,21 @@ class Compressor(ABC):
         if not isinstance(self.exclude, tuple):
             raise ConfigurationError(f"exclude must be a tuple of patterns, got {self.exclude!r}")
 
+    def __str__(self) -> str:
+        """The class, and the settings that are not its defaults."""
+        settings = {entry.name: (getattr(self, entry.name), entry.default) for entry in fields(self) if entry.repr}
+        del settings["anticipate"]  # the error feedback is told by itself
+        own = [f"{name}={value!r}" for name, (value, default) in settings.items() if value != default]
+        return f"{type(self).__name__}({', '.join(own)})"
+
     def is_dense(self, name: str, parameter: Tensor) -> bool:
         """Whether a parameter is sent whole in every step."""
         return small_or_named(self._smallest, self.exclude)(name, parameter)
+
+    @property
+    def wants_anticipation(self) -> bool:
+        """Whether gradients are to be anticipated where that is possible."""
+        return self.anticipate is not False
 
     @property
     def _smallest(self) -> int:
@@ -71,7 +83,7 @@ class Compressor(ABC):
         """
         layout = Layout.of(named_parameters, self.is_dense, self.parts())
         if layout.compressed == 0:
-            raise ConfigurationError(
+            raise NothingGainedError(
                 f"nothing to compress: all {layout.total} parameters are 1-D, smaller than "
                 f"dense_below={self._smallest} or excluded; lower dense_below or use Compression.none"
             )
@@ -94,6 +106,7 @@ class Compressor(ABC):
                 device=device,
                 plan=partial(self.plan, layout),
                 name=repr(self),
+                label=str(self),
                 average=average,
                 clip_norm=self.clip_norm,
                 momentum=momentum or self.momentum,
@@ -169,6 +182,11 @@ class Sparsifier(Compressor):
         exchange = super().exchange(layout, comm, average=average, device=device, momentum=momentum)
         if isinstance(self.schedule, AdaptiveSchedule):
             self.schedule.attach(exchange)
+        if self.schedule is not None:
+            kind = getattr(self.schedule, "__name__", type(self.schedule).__name__)
+            exchange.log.notes.append(f"the ratio of a step is that of schedule={kind}")
+        elif self.plan(layout, 0, comm.size) is None:
+            exchange.log.notes.append(f"the ratio is {self.ratio:g} from step {self.warmup_steps} on")
         return exchange
 
     def plan(self, layout: Layout, step: int, ranks: int) -> Any:

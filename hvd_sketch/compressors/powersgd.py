@@ -54,7 +54,7 @@ class PowerSGD(Compressor):
 
     def is_dense(self, name: str, parameter: Tensor) -> bool:
         """Also true of a matrix that the product of two factors would not shrink."""
-        if super().is_dense(name, parameter):
+        if parameter.dim() < 2 or super().is_dense(name, parameter):
             return True
         n, m = matrix_shape(tuple(parameter.shape))
         return self.rank * (n + m) >= n * m
@@ -68,7 +68,6 @@ class PowerSGD(Compressor):
         return PowerSGDExchange(setting, self.rank, self.seed)
 
 
-_DIGEST = slice(wire.HEADER, wire.HEADER + wire.DIGEST_BITS)
 _MOST_COLUMNS_ON_GPU = 16
 
 
@@ -104,11 +103,11 @@ class PowerSGDExchange(Exchange):
         self._matrices = _places(layout, rank)
         lefts, rights = (self._matrices[-1].left.stop, self._matrices[-1].right.stop) if self._matrices else (0, 0)
         self._first = torch.zeros(wire.HEADER + lefts + layout.dense, dtype=torch.float32, device=device)
-        self._second = torch.zeros(wire.HEADER + wire.DIGEST_BITS + rights, dtype=torch.float32, device=device)
+        self._second = torch.zeros(wire.HEADER + rights, dtype=torch.float32, device=device)
         self._right = torch.zeros(rights, dtype=torch.float32, device=device)
         self._computed = torch.zeros(layout.compressed, dtype=torch.float32, device=device)
         self._lefts = self._first[wire.HEADER : wire.HEADER + lefts]
-        self._rights = self._second[_DIGEST.stop :]
+        self._rights = self._second[wire.HEADER :]
         self._bases = torch.tensor(
             [(each.left.start, each.shape[0]) for each in self._matrices], dtype=torch.int64, device=device
         )
@@ -136,7 +135,7 @@ class PowerSGDExchange(Exchange):
             self._projected()
         with self.stats.phase("exchange"):
             self.comm.allreduce(self._second, self.rounds.name_of("right"))
-        if not wire.digests_agree(self._second[_DIGEST], self._second[1]):
+        if not wire.read_header(self._second).agreed:
             raise RankMismatchError(
                 f"hvd_sketch: in step {self.step} the ranks made different bases from the same sum, seen on rank "
                 f"{self.comm.rank} and all others; use one build of PyTorch and its linear algebra on all ranks"
@@ -146,6 +145,8 @@ class PowerSGDExchange(Exchange):
         self.memory.keep(compressed, self._computed, mask=True)
         with self.stats.phase("factor"), full_precision():
             (update,) = self._expanded()
+            if self.rounds.all_present:
+                self._right.copy_(self._rights)
         lanes = self._first[self._first.numel() - self.layout.dense :].mul_(1.0 / self.divisor)
         self.hold(Part(compressed, update.mul_(1.0 / self.divisor)), Part(dense, lanes))
         return True
@@ -166,13 +167,12 @@ class PowerSGDExchange(Exchange):
             own = self._rights[matrix.right].view(-1, self._rank)
             torch.mm(local.t(), left, out=own)
             local.addmm_(left, own.t(), alpha=-1.0)
-        wire.write_header(self._second, True)
-        wire.write_digest(self._second[_DIGEST], self._lefts)
+        wire.write_header(self._second)
+        wire.write_digest(self._second[wire.DIGEST], self._lefts)
         return ()
 
     def _expand(self) -> tuple[Tensor, ...]:
-        """The sum over the ranks, from its factors; the right ones are kept for the next step."""
-        self._right.copy_(self._rights)
+        """The sum over the ranks, from its factors."""
         update = torch.empty_like(self._computed)
         for matrix, part, left in self._views(update, self._lefts):
             torch.mm(left, self._rights[matrix.right].view(-1, self._rank).t(), out=part)

@@ -63,4 +63,4 @@ def _counts(layout: Layout, ratios: list[float], ranks: int) -> list[int]:
 
 
 def _tensors(layout: Layout) -> list[slice]:
-    return [slice(slot.offset, slot.stop) for slot in layout.slots if slot.stop <= layout.compressed]
+    return [slice(slot.offset, slot.stop) for slot in layout.slots if slot.offset < layout.compressed]

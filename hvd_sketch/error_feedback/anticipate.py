@@ -6,7 +6,7 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from hvd_sketch.error_feedback.common_share import CommonShare, read_errors
 from hvd_sketch.error_feedback.factored_moments import FactoredMoments, MomentsObserver, check_adam
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
-from hvd_sketch.methods.exchanging import ExchangingOptimizer, Wiring
+from hvd_sketch.methods.exchanging import ExchangingOptimizer
 from hvd_sketch.methods.flat import Flat, FlatParameters
+from hvd_sketch.methods.wiring import Wiring
 
 
 @dataclass(frozen=True)
@@ -83,29 +84,43 @@ class Anticipate(ErrorFeedback):
 
     def wrap(self, wrapping: Wrapping) -> AnticipatingOptimizer:
         """An `AnticipatingOptimizer` over the optimizer that exchanges gradients."""
-        shares, wiring = CommonShare(), wrapping.wiring
+        shares, wiring = CommonShare(), replace(wrapping.wiring, note=f"error_feedback={self}")
         if self.second_moments is None:
             wiring = replace(wiring, followers=[shares])
         else:
             moments = MomentsObserver(self.second_moments, wrapping.named)
             wiring = replace(wiring, followers=[shares, moments], before_step=moments.lend)
-        return AnticipatingOptimizer(wrapping, wiring, shares, self.coefficient)
+        return AnticipatingOptimizer(wrapping, wiring, partial(self._ahead_of, shares))
+
+    def _ahead_of(self, shares: CommonShare, optimizer: AnticipatingOptimizer, flat: FlatParameters) -> Ahead:
+        return Anticipation(optimizer, optimizer.its_exchange, flat, shares, self.coefficient)
 
 
 class AnticipatingOptimizer(AheadOptimizer, ExchangingOptimizer):
-    """The optimizer that `Anticipate` asks for; used as `AheadOptimizer` says."""
+    """Exchanges gradients that were taken ahead of the model; used as `AheadOptimizer` says.
 
-    def __init__(self, wrapping: Wrapping, wiring: Wiring, shares: CommonShare, coefficient: float) -> None:
+    Args:
+        wrapping: what is wrapped.
+        wiring: how it is connected.
+        ahead_of: makes the place where gradients are taken, of the optimizer and its parameters.
+    """
+
+    def __init__(
+        self,
+        wrapping: Wrapping,
+        wiring: Wiring,
+        ahead_of: Callable[[AnticipatingOptimizer, FlatParameters], Ahead],
+    ) -> None:
         super().__init__(wrapping.optimizer, wrapping.named, wiring)
         flat = FlatParameters(self._named, wrapping.layout, next(iter(self._named.values())).device)
-        ahead = Anticipation(self, self._its_exchange, flat, shares, coefficient)
-        self._look_ahead(ahead, self._named)
+        self._look_ahead(ahead_of(self, flat), self._named)
 
     def __new__(cls, wrapping: Any = None, *arguments: Any) -> AnticipatingOptimizer:
         """Over the user's class."""
         return super().__new__(cls, wrapping.optimizer if isinstance(wrapping, Wrapping) else None)
 
-    def _its_exchange(self) -> Exchange:
+    def its_exchange(self) -> Exchange:
+        """The exchange, for who may hold a method of the optimizer but is copied with it."""
         return self.exchange
 
     def moves(self) -> bool:
@@ -206,6 +221,8 @@ def respond(
 ) -> None:
     """Replace gradients of a group's parameters by P of them, in place: how far they will move the model."""
     rate = _rate(optimizer, group)
+    if not errors:  # no parameter of the group is trained
+        return
     if isinstance(optimizer, torch.optim.SGD):
         torch._foreach_mul_(errors, rate)
         return

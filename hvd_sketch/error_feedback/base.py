@@ -15,7 +15,7 @@ from hvd_sketch.compressors import Compressor
 from hvd_sketch.error_feedback.ahead import AheadOptimizer
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.layout import Layout
-from hvd_sketch.methods.exchanging import Wiring
+from hvd_sketch.methods.wiring import Wiring
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,8 +27,8 @@ class CommonShare:
     a quarter, and smoothed. Where an owner's memory is the sum of what all left out, see
     `Exchange.owned`, e_i is its share 1/W.
 
-    Sent: 33 floats of eight bits a parameter in the first four steps, and in every tenth, see `hvd_sketch.exchange.coarse`;
-    their rounding is a tenth of that error.
+    Sent: 33 floats of eight bits a parameter in the first four steps, and in every tenth, see
+    `hvd_sketch.exchange.coarse`; what their rounding adds to the standard error is small.
     """
 
     def __init__(self) -> None:
@@ -48,9 +48,7 @@ class CommonShare:
         exchange.observers.append(self)
 
     def observe(self, exchange: Exchange) -> None:
-        """Measure, when it is time; a void step has changed nothing."""
-        if exchange.void:
-            return
+        """Measure, when it is time."""
         if self._count < _AT_FIRST or self._count % _EVERY == 0:
             fresh, old = self._measure(exchange), self._smoothed
             weight = max(_WEIGHT, 1.0 / (self._count + 1))

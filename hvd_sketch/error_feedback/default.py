@@ -43,7 +43,7 @@ def settle(
 ) -> tuple[Any, ErrorFeedback | None]:
     """The compression, told whether gradients are anticipated, and the error feedback: as asked, or its own.
 
-    A compressor's own is `Anticipate` unless its ``anticipate`` says no, for SGD, Adam and AdamW themselves, whose
+    A compressor's own is `Anticipate` if it `wants_anticipation`, for SGD, Adam and AdamW themselves, whose
     response to a gradient is known, where the ranks' gradients are averaged without momentum correction.
 
     Raises:
@@ -59,7 +59,7 @@ def settle(
                 "anticipate=True needs torch.optim.SGD, Adam or AdamW (without amsgrad), op=Average and no momentum "
                 f"correction, and this is {type(optimizer).__name__}; leave anticipate away to have it where possible"
             )
-        asked = Anticipate() if possible and compression.anticipate is not False else None
+        asked = Anticipate() if possible and compression.wants_anticipation else None
     return replace(compression, anticipate=isinstance(asked, Anticipate)), asked
 
 
@@ -76,17 +76,34 @@ def _accompany(
     settled, feedback = settle(compressor, optimizer, Default.OF_COMPRESSION, averages=averages, corrects=False)
     if not isinstance(feedback, Anticipate):
         return settled, stock.alone
-    return settled, partial(_follow, optimizer, feedback.coefficient)
+    return settled, partial(follow, optimizer, feedback)
 
 
-def _follow(
-    optimizer: torch.optim.Optimizer, coefficient: float, client: Any, exchange: Exchange, named: Mapping[str, Tensor]
+def follow(
+    optimizer: torch.optim.Optimizer,
+    feedback: Anticipate,
+    client: Any,
+    exchange: Exchange,
+    named: Mapping[str, Tensor],
 ) -> Passes:
+    """Anticipate for an optimizer that nobody wraps.
+
+    Args:
+        optimizer: the user's.
+        feedback: how.
+        client: who watches the parameters, see `hvd_sketch.exchange.gradients.watch`.
+        exchange: of their gradients.
+        named: the parameters.
+
+    Returns:
+        what keeps them ahead, to be told when a gradient is computed, and of every step.
+    """
+    exchange.log.notes.append(f"error_feedback={feedback}")
     shares, first = CommonShare(), next(iter(named.values()))
     shares.attach(exchange)
     flat = FlatParameters(named, exchange.layout, first.device)
-    ahead = Anticipation(weakref.proxy(optimizer), lambda: exchange, flat, shares, coefficient)
-    moves: Callable[[], bool] = lambda: exchange.stats.steps > 0 and watches(client, first)  # noqa: E731
+    ahead = Anticipation(weakref.proxy(optimizer), lambda: exchange, flat, shares, feedback.coefficient)
+    moves: Callable[[], bool] = lambda: exchange.step + exchange.stats.steps > 0 and watches(client, first)  # noqa: E731
     return Passes(ahead, {parameter: name for name, parameter in named.items()}, moves)
 
 

@@ -43,11 +43,10 @@ class FactoredMoments:
     and not on a CNN whose loss is close to zero: ``docs/convergence.md``.
 
     Kept: one float32 more for every compressed coordinate. Sent: rows + columns + 32 floats of eight bits
-    a parameter, see `hvd_sketch.exchange.coarse`, each rounded by a sixteenth at most on every rank and once more in the
-    sum, after steps 1, 2, 3, 4, 6, 8, 11, … and later at every ``interval``. Sources: the
-    factors are those of Adafactor (arXiv 1804.04235); that error feedback wants a v that stands
-    still is from 1-bit Adam (arXiv 2102.02888), and measuring it ever more rarely from 0/1 Adam
-    (arXiv 2202.06009).
+    a parameter, see `hvd_sketch.exchange.coarse`, each off by a sixteenth at most on every rank and once more in the
+    sum, after steps 1, 2, 3, 4, 6, 8, 11, … and later at every ``interval``. Sources: the factors are those of
+    Adafactor (arXiv 1804.04235); that error feedback wants a v that stands still is from 1-bit Adam (arXiv
+    2102.02888), and measuring it ever more rarely from 0/1 Adam (arXiv 2202.06009).
 
     Attributes:
         decay: weight that a measurement keeps a step later, as Adam's b2: at least 0, below 1.
@@ -75,7 +74,7 @@ class MomentsObserver:
 
     def attach(self, exchange: Exchange) -> None:
         """Follow an exchange from its first step on."""
-        self._slots = [slot for slot in exchange.layout.slots if slot.stop <= exchange.layout.compressed]
+        self._slots = [slot for slot in exchange.layout.slots if slot.offset < exchange.layout.compressed]
         self._rows = [slot.shape[0] if len(slot.shape) > 1 else 1 for slot in self._slots]
         device, count = exchange.gradient.device, len(self._slots)
         sizes = [
@@ -95,9 +94,7 @@ class MomentsObserver:
         exchange.observers.append(self)
 
     def observe(self, exchange: Exchange) -> None:
-        """Measure, when it is time; a void step has nothing to measure."""
-        if exchange.void:
-            return
+        """Measure, when it is time."""
         self._count += 1
         if self._count - self._measured >= min(self._settings.interval, 1 + self._measured // _GROWTH):
             self._measure(exchange)

@@ -104,6 +104,11 @@ class StepAheadOptimizer(AheadOptimizer, Method):
             device = self._ahead.synchronous.vector.device
             exchange = displacement_exchange(compression, flat.layout, self._wrapping.communicator(), device)
             exchange.agree_on(f"{self._settings} clip_norm={compression.clip_norm}")
+            synchronous = self._ahead.synchronous.views
+            named = {slot.name: view for slot, view in zip(flat.layout.slots, synchronous, strict=True)}
+            inner = self.optimizer
+            exchange.watch(named, lambda: inner.param_groups)
+            exchange.log.notes.append(f"error_feedback={self._settings}")
             if self._memory is not None:
                 exchange.load_state_dict(self._memory)
             self._exchange = exchange
@@ -116,6 +121,16 @@ class StepAheadOptimizer(AheadOptimizer, Method):
             "with error_feedback the step itself is exchanged, so there are no averaged gradients to look at; "
             "to clip, set the compressor's clip_norm"
         )
+
+    def shared_state(self) -> dict[str, Any]:
+        """Parameters alone: the optimizer's state is this rank's own."""
+        return {"parameters": {name: parameter.detach() for parameter, name in self._names.items()}}
+
+    def take_over(self, state: dict[str, Any]) -> None:
+        """Go on with another rank's `shared_state`."""
+        with torch.no_grad():
+            for parameter, name in self._names.items():
+                parameter.copy_(state["parameters"][name])
 
     def flush(self) -> None:
         """Send everything in the next step; then the model alone is a checkpoint for any number of ranks."""
@@ -140,6 +155,7 @@ class StepAheadOptimizer(AheadOptimizer, Method):
         if not self._is_active():
             self.optimizer.step(**keywords)
             return
+        period = self._settings.averaging_period
         flat, limit = self._ahead.flat, self._wrapping.compression.clip_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(flat.parameters, limit))
         exchange, start, taken = self.exchange, self._ahead.ahead, False
@@ -163,7 +179,7 @@ class StepAheadOptimizer(AheadOptimizer, Method):
             self._ahead.back()
         if not taken:
             tell_scalers(self)
-        elif self._settings.averaging_period and exchange.step % self._settings.averaging_period == 0:
+        elif exchange.rounds.all_present and period and exchange.step % period == 0:
             exchange.average_memory()
 
     def restart(self) -> None:

@@ -12,21 +12,20 @@ from torch import Tensor
 
 from hvd_sketch import wire
 from hvd_sketch.exchange.absent import Absent, gather_absent
+from hvd_sketch.exchange.log import Log
 from hvd_sketch.exchange.progress import Progress, Saved
 from hvd_sketch.exchange.setting import Setting
 from hvd_sketch.exchange.staging import Staging
 from hvd_sketch.exchange.update import Part, Update
 from hvd_sketch.exchange.void import tell_void
+from hvd_sketch.gpu import refuse_capture
 
 Factor = float | Tensor
 Finite = bool | Tensor
 
 
 class Observer(Saved, Protocol):
-    """Learns from every step of an exchange, on all ranks in the same order; may communicate.
-
-    Of a void step, too: see `Exchange.void`.
-    """
+    """Learns from every step of an exchange that counts, on all ranks in the same order; may communicate."""
 
     def observe(self, exchange: Exchange) -> None: ...
 
@@ -47,7 +46,8 @@ class Exchange(Progress):
 
     Attributes:
         void: whether the last step was.
-        observers: who learns from every step.
+        observers: who learns from every step that counts.
+        log: what rank 0 tells of it.
         gradient: the step's gradients, float32, of the layout's size.
         frozen: positions of the parameters that do not require a gradient for now.
         only_decay: positions of those that were handed in for their weight decay, and have no gradient.
@@ -59,6 +59,7 @@ class Exchange(Progress):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.void = False
+        self.log = Log(setting.label)
         self.observers: list[Observer] = []
         self.staging = Staging(setting.layout, setting.device)
         self.gradient = self.staging.vector
@@ -114,32 +115,44 @@ class Exchange(Progress):
         """Exchange the step's gradients; afterwards `update` is the same on all ranks.
 
         Raises:
-            RankMismatchError: alike on all ranks, when they differ in settings or parameters, and
-                the memory is then as before the step; or in what they selected, and the memory
-                then holds the step's gradient too, unsent.
-            ConfigurationError: alike on all ranks, when any of them called `fail_together`.
+            RankMismatchError: alike on all ranks, when they differ in settings, parameters, the last update or
+                the optimizer's numbers, and the memory is then as before the step; or in what they selected,
+                and the memory then holds the step's gradient too, unsent.
+            ConfigurationError: alike on all ranks, when any of them called `fail_together`; or while the caller
+                captures a CUDA graph.
         """
+        refuse_capture(self.gradient.device)
         self._update.hold()
         self._absent.clear()
-        with self.stats.counting(self.comm):
-            self._missing = {*self.staging.close(), *self.only_decay}
-            self.rounds.incomplete = bool(self._missing or self.frozen)
-            if not self.agreed:
+        self.comm.occupation = f"step {self.step}"
+        self._missing = {*self.staging.close(), *self.only_decay}
+        self.rounds.incomplete = bool(self._missing or self.frozen)
+        if not self.agreed:
+            with self.stats.counting(self.comm):
                 self._told_void = False
                 self._agree()
+            self.log.begin_step(self.stats)
+        if self.comm.size > 1:
+            self.rounds.digest = self.drift.lanes(self.step, self.own_state(), self.gradient.device)
+        with self.stats.counting(self.comm):
             clip, finite = (1.0, False) if self._forced_void else self.measure()
             self.stats.clip = clip
             self.void = not self._send(clip, finite)
             if self.void:
                 self._make_void()
+        compressed = self.plan is not None and not self.void and not self.rounds.flushes
         self._plans.clear()
         self.stats.steps += 1
         self.stats.dense_bytes += self.comm.allreduce_bytes(4 * self.layout.total)
         if self._absent.positions and not self.void:
             self._absent.put_back(self.memory, self.update)
-        self.step += self.rounds.all_present and not self.void
-        for observer in self.observers:
+        counts = self.rounds.all_present and not self.void
+        self.step += counts
+        if counts and self.comm.size > 1:
+            self.drift.note_update(*self._update.contents())
+        for observer in self.observers if counts else ():
             observer.observe(self)
+        self.log.end_step(self, compressed=compressed)
 
     @property
     def absent(self) -> tuple[int, ...]:
@@ -241,7 +254,7 @@ class Exchange(Progress):
         return self._send_everything(clip, finite)
 
     def _send_everything(self, clip: Factor, finite: Finite) -> bool:
-        """The whole computed vector in one allreduce of ``total + 4`` values."""
+        """The whole computed vector in one allreduce, under a header."""
         if self._everything is None:
             size = wire.HEADER + self.layout.total
             self._everything = torch.empty(size, dtype=self._dense_dtype, device=self.gradient.device)

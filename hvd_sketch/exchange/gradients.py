@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -44,21 +45,25 @@ class Gradients:
         self._left_out: set[int] = set()
         self._handed: dict[int, tuple[Tensor, int]] = {}
         """Of slots handed in during backward: the gradient, and the version that was."""
+        self._factor = 1.0
+        """By which those were multiplied."""
 
-    def computed(self, parameter: Tensor, passes: int) -> None:
-        """A gradient is there; the last of so many passes over the parameter hands it in."""
+    def computed(self, parameter: Tensor, passes: int, factor_of: Callable[[], float]) -> None:
+        """A gradient is there; the last of so many passes over the parameter hands it in, times the step's factor."""
         position = self._positions[parameter]
         self._passes[position] += 1
         if self._passes[position] == passes and parameter.grad is not None:
+            if not self._handed:
+                self._factor = factor_of()
             self._handed[position] = (parameter.grad, parameter.grad._version)
-            self._hand_in({position: parameter.grad}, 1.0)
+            self._hand_in({position: parameter.grad}, self._factor)
 
     def hand_in(self, factor: float) -> None:
         """Hand in ``factor`` times the gradients as they are now; a parameter without one counts as zero."""
         now = {at: p.grad for at, p in enumerate(self.parameters) if p.grad is not None and at not in self._left_out}
         self._exchange.frozen = [at for at, p in enumerate(self.parameters) if not p.requires_grad]
         for position in list(self._handed):
-            if factor == 1.0 and self._is_as_handed_in(position):
+            if factor == self._factor and self._is_as_handed_in(position):
                 del now[position]
             elif self._exchange.has_begun(position):
                 self._exchange.fail_together(
@@ -155,34 +160,73 @@ class Gradients:
         return self._exchange.layout.slots[position].name
 
 
-class _Watches(Protocol):
-    """What is told of gradients."""
+class Watcher(Protocol):
+    """An optimizer that is told of gradients."""
+
+    @property
+    def exchange(self) -> Exchange: ...
 
     def gradient_computed(self, parameter: Tensor) -> None: ...
+
+    def shared_state(self) -> dict[str, Any]:
+        """Parameters, and whatever else is the same on all ranks."""
+
+    def take_over(self, state: dict[str, Any]) -> None:
+        """Go on with what `shared_state` gave on another rank."""
+
+
+def shared_state(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """What a `Watcher` gives of its parameters and their optimizer, not copied."""
+    values = [parameter.detach() for parameter in parameters]
+    return {"parameters": values, "optimizer": None if optimizer is None else optimizer.state_dict()}
+
+
+@torch.no_grad()
+def take_over(state: dict[str, Any], parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer | None) -> None:
+    """Put what `shared_state` gave into these."""
+    for parameter, value in zip(parameters, state["parameters"], strict=True):
+        parameter.copy_(value)
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
+
+
+class _Watch(NamedTuple):
+    """Who watches, and as the how manieth that began to; the same number on all ranks."""
+
+    number: int
+    watcher: weakref.ref[Any]
 
 
 _watching = WeakIdKeyDictionary()
 """Who is told of a parameter's gradients: the optimizer that was made last."""
 
+_numbers = itertools.count()
 
-def watch(optimizer: _Watches, parameters: Iterable[Tensor]) -> None:
+
+def watch(optimizer: Watcher, parameters: Iterable[Tensor]) -> None:
     """Tell an optimizer, while it lives and no other takes its place, of each gradient that backward computes."""
-    reference = weakref.ref(optimizer)
+    watching = _Watch(next(_numbers), weakref.ref(optimizer))
     for parameter in parameters:
-        _watching[parameter] = reference
-        parameter.register_post_accumulate_grad_hook(_hook_of(reference))
+        _watching[parameter] = watching
+        parameter.register_post_accumulate_grad_hook(_hook_of(watching))
 
 
-def watches(optimizer: _Watches, parameter: Tensor) -> bool:
+def watchers() -> dict[int, Watcher]:
+    """The optimizers that are told of gradients, by their number."""
+    found = {watching.number: watching.watcher() for watching in _watching.values()}
+    return {number: found[number] for number in sorted(found) if found[number] is not None}
+
+
+def watches(optimizer: Watcher, parameter: Tensor) -> bool:
     """Whether it is this optimizer that is told."""
-    reference = _watching.get(parameter)
-    return reference is not None and reference() is optimizer
+    watching = _watching.get(parameter)
+    return watching is not None and watching.watcher() is optimizer
 
 
-def _hook_of(reference: weakref.ref[Any]) -> Callable[[Tensor], None]:
+def _hook_of(watching: _Watch) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
-        optimizer = reference()
-        if optimizer is not None and _watching.get(parameter) is reference:
+        optimizer = watching.watcher()
+        if optimizer is not None and _watching.get(parameter) is watching:
             optimizer.gradient_computed(parameter)
 
     return hook

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from typing import Any
 
@@ -10,13 +11,20 @@ import torch
 from torch.amp import GradScaler
 from torch.amp.grad_scaler import OptState
 
+_SEVERAL = (
+    "hvd_sketch: several GradScalers are in use, and which one scaled an optimizer's gradients cannot be told before "
+    "scaler.step(): they are taken to be unscaled, so what is kept of them has the scale in it; pass grad_scaler= to "
+    "hvd_sketch.DistributedOptimizer"
+)
+
 
 class LossScale:
     """The scale that an optimizer's gradients carry when they are exchanged.
 
     Inside ``scaler.step(optimizer)`` the scaler tells it. Before that, when gradients are synchronized by
     hand, it is that of the scaler that was given, or else of the only one in use, unless
-    ``scaler.unscale_(optimizer)`` has been called. That one is looked for once, at the first time.
+    ``scaler.unscale_(optimizer)`` has been called. That one is looked for once, at the first time; of several, none
+    is taken, with a warning.
     """
 
     def __init__(self, scaler: GradScaler | None) -> None:
@@ -37,8 +45,10 @@ class LossScale:
     def by_hand(self, optimizer: torch.optim.Optimizer) -> float:
         """Outside of it."""
         if self._told is None and not self._looked:
-            used = [scaler for scaler in _scalers() if scaler.is_enabled() and scaler._scale is not None]
+            used = _scalers_in_use()
             self._found, self._looked = weakref.ref(used[0]) if len(used) == 1 else None, True
+            if len(used) > 1:
+                warnings.warn(_SEVERAL, stacklevel=2)
         known = self._told or self._found
         return _scale_of(None if known is None else known(), optimizer)
 
@@ -61,6 +71,17 @@ def tell_scalers(optimizer: torch.optim.Optimizer) -> None:
 
 def _scalers() -> list[GradScaler]:
     return [found for found in gc.get_objects() if issubclass(type(found), GradScaler)]
+
+
+def _scalers_in_use() -> list[GradScaler]:
+    """Those that have scaled something."""
+    for clears_up in (False, True):
+        if clears_up:
+            gc.collect()
+        used = [scaler for scaler in _scalers() if scaler.is_enabled() and scaler._scale is not None]
+        if len(used) <= 1:
+            break
+    return used
 
 
 def _state_of(scaler: GradScaler, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:

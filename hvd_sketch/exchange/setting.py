@@ -26,6 +26,7 @@ class Setting:
         device: where gradients, memory and update live.
         plan: the sizes of each step.
         name: text that must be equal on all ranks, checked in the first step.
+        label: what rank 0 calls the algorithm when it logs; nothing is logged without one.
         average: mean over ranks, or sum.
         clip_norm: a gradient of larger local norm is multiplied down to it before it enters the memory.
         momentum: momentum correction, or none.
@@ -36,6 +37,7 @@ class Setting:
     device: torch.device
     plan: Planner
     name: str
+    label: str = ""
     average: bool = True
     clip_norm: float | None = None
     momentum: Momentum | None = None

@@ -25,6 +25,9 @@ def dense_nbytes(layout: Layout, ranks: int, dtype: torch.dtype) -> int:
 class SparseExchange(Exchange):
     """First the dense part: an allreduce of ``dense + 4`` values; then what a subclass sends of the others.
 
+    In a step that some rank does not take part in, because it has joined, nothing can be gathered: then the others
+    are sent whole, in an allreduce of ``compressed`` float32 values.
+
     In half precision the values travel on a `Grid`; what is rounded off for it stays in the memory.
 
     Args:
@@ -50,8 +53,19 @@ class SparseExchange(Exchange):
         summed = self._sum_dense(clip, finite)
         if summed is None:
             return False
-        self.hold(*self.send_chosen(plan), Part(self._dense, summed.mul_(1.0 / self.divisor)))
+        sent = self.send_chosen(plan) if self.rounds.all_present else self._send_whole()
+        self.hold(*sent, Part(self._dense, summed.mul_(1.0 / self.divisor)))
         return True
+
+    def _send_whole(self) -> list[Part]:
+        """All compressed coordinates."""
+        where = slice(0, self.layout.compressed)
+        values = self.memory.residual[where].clone()
+        self.memory.keep(where, 0.0, mask=True)
+        with self.stats.phase("exchange"):
+            self.comm.allreduce(values, self.rounds.name_of("whole"))
+        self.stats.captured_energy = 1.0
+        return [Part(where, values.mul_(1.0 / self.divisor))]
 
     def _sum_dense(self, clip: Factor, finite: Finite) -> Tensor | None:
         """Sum the dense part, and take the gradient into the memory; None, and nothing done, when a rank says so."""

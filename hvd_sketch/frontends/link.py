@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from hvd_sketch.comm import Communicator, as_communicator, default_communicator, has_horovod
+from hvd_sketch.comm import Communicator, as_communicator, chosen_backend, default_communicator
 
 
 class Link:
@@ -18,7 +18,7 @@ class Link:
         self._explicit = comm is not None
         self._process_set = process_set
         self._comm: Communicator | None = as_communicator(comm) if comm is not None else None
-        if not has_horovod():
+        if chosen_backend() != "horovod":
             self.communicator()
 
     def __deepcopy__(self, memo: Any) -> Link:

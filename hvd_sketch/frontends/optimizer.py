@@ -10,7 +10,7 @@ from typing import Any, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
-from hvd_sketch.comm import has_horovod
+from hvd_sketch.comm import chosen_backend
 from hvd_sketch.compatibility import check_groups, check_momentum, correction_of
 from hvd_sketch.compressors import Compression, Compressor, HalfPrecision, NoCompression
 from hvd_sketch.error_feedback.ahead import AheadOptimizer
@@ -21,9 +21,11 @@ from hvd_sketch.exchange import DenseExchange, Exchange
 from hvd_sketch.frontends.link import Link
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
-from hvd_sketch.methods.exchanging import ExchangingOptimizer, HorovodOptimizer, Wiring
+from hvd_sketch.methods.exchanging import ExchangingOptimizer
+from hvd_sketch.methods.wiring import HorovodOptimizer, Wiring
 
 Average, Sum = 0, 1  # Horovod's own numbers
+_OTHER_OPS = {2: "Adasum", 3: "Min", 4: "Max", 5: "Product"}
 
 Uncompressed = type[NoCompression] | type[HalfPrecision]
 
@@ -120,7 +122,8 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         groups: Horovod's fusion groups; a sparse exchange is one fused message anyway.
         sparse_as_dense: turn sparse gradients into dense ones instead of refusing them.
         process_set: a Horovod process set; ranks outside it take local steps.
-        comm: an mpi4py communicator or a `hvd_sketch.comm.Communicator` to use in place of Horovod.
+        comm: an mpi4py communicator, a process group of torch.distributed, a mesh of one dimension, or a
+            `hvd_sketch.comm.Communicator`, to use in place of the one chosen by itself.
         grad_scaler: the scaler in use, so that the memory holds unscaled gradients; with
             ``error_feedback`` there is no need to tell.
         momentum_correction: accumulate the momentum of a wrapped SGD, with its weight decay, on
@@ -142,7 +145,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     )
     if feedback is not None:
         check_error_feedback(feedback, optimizer, compression, averages=op == Average, corrects=momentum_correction)
-    if comm is None and has_horovod() and not isinstance(compression, Compressor):
+    if comm is None and chosen_backend() == "horovod" and not isinstance(compression, Compressor):
         return _stock_optimizer(
             optimizer,
             named_parameters=named_parameters,
@@ -203,7 +206,8 @@ def _check_compression(compression: Any, op: int, optimizer: torch.optim.Optimiz
             f"compression={compression!r} is no member of hvd_sketch.Compression: use none, fp16, auto() or another"
         )
     if op not in (Average, Sum):
-        raise ConfigurationError(f"op={op} cannot be combined with compression: only Average and Sum are linear")
+        name = _OTHER_OPS.get(op, str(op))
+        raise ConfigurationError(f"op={name} cannot be combined with compression: only Average and Sum are linear")
     if isinstance(compression, Compressor):
         check_momentum(compression.momentum, optimizer)
 

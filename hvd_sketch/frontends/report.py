@@ -50,7 +50,8 @@ _PARTS = (
     _Part(
         "Horovod",
         _HOROVOD,
-        "mpi4py or a single process still train; `import hvd_sketch as hvd` and unmodified scripts need it",
+        "`import hvd_sketch as hvd` still trains over mpi4py or in a single process, without hvd.elastic, process "
+        "sets, Adasum, SyncBatchNorm and timelines; unmodified scripts need it",
         "`make env` in the sources builds it, or follow environment/create, its build_horovod",
     ),
     _Part(

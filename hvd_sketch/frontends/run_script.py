@@ -9,17 +9,20 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from hvd_sketch.comm import has_horovod
 from hvd_sketch.compressors import Compression
 from hvd_sketch.errors import ConfigurationError
-from hvd_sketch.frontends.optimizer import DistributedOptimizer
 from hvd_sketch.frontends.report import report
+from hvd_sketch.frontends.substitute import substitute
 
 _COMPRESSIONS = ("none", "fp16", "auto", "sketch", "topk", "sharded")
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Parse our own options, put our optimizer in Horovod's place, and hand over to the script."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse our own options, put our optimizer in Horovod's place, and hand over to the script.
+
+    Args:
+        arguments: by default the command line's; this is the command ``hvd-sketch``.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.check:
@@ -34,37 +37,16 @@ def main(arguments: Sequence[str]) -> None:
         compression = _compression(options)
     except ConfigurationError as error:
         parser.error(str(error))
-    if compression is not None:
-        substitute(compression)
+    ours = None if compression is None else substitute(compression)
     sys.argv = [script, *script_arguments]
     sys.path[0] = os.path.dirname(os.path.abspath(script))
-    runpy.run_path(script, run_name="__main__")
-
-
-def substitute(compression: Any) -> None:
-    """Make ``horovod.torch.DistributedOptimizer`` ours, with this compression, in this process.
-
-    Horovod's files stay as they are. A script that chooses ``none`` or ``fp16`` itself gets the
-    given compression instead; one that brings a compressor of its own keeps it. A script with
-    several optimizers gets a compressor for each.
-
-    Raises:
-        ConfigurationError: when Horovod is not installed.
-    """
-    if not has_horovod():
-        raise ConfigurationError("scripts are run unmodified only where Horovod is installed; see the README")
-    import horovod.torch as hvd
-
-    stock = hvd.DistributedOptimizer
-    plain = (hvd.Compression.none, hvd.Compression.fp16, Compression.none, Compression.fp16)
-
-    def distributed_optimizer(optimizer: Any, named_parameters: Any = None, *args: Any, **kwargs: Any) -> Any:
-        own = args[0] if args else kwargs.pop("compression", hvd.Compression.none)
-        chosen = compression if own in plain else own
-        return DistributedOptimizer(optimizer, named_parameters, chosen, *args[1:], **kwargs)
-
-    distributed_optimizer.stock = stock  # type: ignore[attr-defined]
-    hvd.DistributedOptimizer = distributed_optimizer
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as leaving:
+        if leaving.code:
+            raise
+    if ours is not None:
+        ours.tell_if_unused()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,8 +1,7 @@
-"""The part of ``horovod.torch`` that training scripts use, without Horovod."""
+"""Ranks, and what a training script begins with, without Horovod."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -10,59 +9,76 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_sketch.comm import Communicator, default_communicator
+from hvd_sketch.comm import Communicator, as_communicator, default_communicator
+from hvd_sketch.comm.states import broadcast_pickled, broadcast_state
+from hvd_sketch.errors import ConfigurationError
 
 
 @lru_cache(maxsize=1)
-def _world() -> Communicator:
+def world() -> Communicator:
+    """All ranks."""
     return default_communicator()
 
 
-def init() -> None:
-    """Connect to the other processes: mpi4py under a launcher, else this process alone."""
-    _world()
+def init(comm: Any = None, process_sets: Any = None) -> None:
+    """Connect to the other processes, by torch.distributed under torchrun and by mpi4py under mpirun; else none.
+
+    Args:
+        comm: an mpi4py communicator that all of this process's ranks are in, to check its size.
+        process_sets: None; others need Horovod.
+
+    Raises:
+        ConfigurationError: for process sets, or a communicator of other ranks.
+    """
+    if process_sets:
+        raise ConfigurationError("hvd.init(process_sets=…) needs Horovod, which is not installed")
+    if comm is not None and not isinstance(comm, list) and as_communicator(comm).size != world().size:
+        raise ConfigurationError("hvd.init(comm=…) of some ranks only: give that communicator to the optimizer")
+    world()
 
 
 def shutdown() -> None:
-    """Forget the communicator; MPI itself ends with the process."""
-    _world.cache_clear()
+    """Forget the communicator; MPI and torch.distributed end with the process."""
+    world.cache_clear()
 
 
 def is_initialized() -> bool:
     """Whether `init` was called."""
-    return _world.cache_info().currsize > 0
+    return world.cache_info().currsize > 0
 
 
 def rank() -> int:
     """This process's number, 0 … size - 1."""
-    return _world().rank
+    return world().rank
 
 
 def size() -> int:
     """Number of processes."""
-    return _world().size
+    return world().size
 
 
 def local_rank() -> int:
     """This process's number on its host."""
-    return int(os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", os.environ.get("MPI_LOCALRANKID", "0")))
+    return world().local[0]
 
 
 def local_size() -> int:
     """Number of processes on this host."""
-    return int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", os.environ.get("MPI_LOCALNRANKS", "1")))
+    return world().local[1]
 
 
-def allreduce(tensor: Tensor, name: str = "allreduce", op: int = 0) -> Tensor:
-    """The mean (``op=Average``) or sum (``op=Sum``) of a tensor over the ranks; the input stays."""
-    result = tensor.detach().clone(memory_format=torch.contiguous_format)
-    _world().allreduce(result, name)
-    return result / size() if op == 0 else result
+def broadcast_object(obj: Any = None, root_rank: int = 0, name: str | None = None, process_set: Any = None) -> Any:
+    """The root's object of any kind, on every rank.
+
+    It is pickled, as Horovod does, so whoever calls this trusts the root. Its tensors travel by themselves, so that
+    they take the memory that they have, and no more.
+    """
+    return broadcast_pickled(world(), obj, root_rank, "hvd_sketch.object")
 
 
-def broadcast_object(value: Any, root_rank: int = 0, name: str = "object") -> Any:
-    """The root's picklable value, on every rank."""
-    return _world().allgather_object(value if rank() == root_rank else None, name)[root_rank]
+def allgather_object(obj: Any, name: str | None = None) -> list[Any]:
+    """Every rank's object of any kind, by rank, as `broadcast_object` sends it."""
+    return [broadcast_object(obj, root) for root in range(size())]
 
 
 def broadcast_parameters(params: Mapping[str, Any] | Iterable[tuple[str, Tensor]], root_rank: int = 0) -> None:
@@ -71,10 +87,16 @@ def broadcast_parameters(params: Mapping[str, Any] | Iterable[tuple[str, Tensor]
     for name, tensor in sorted(items, key=lambda item: item[0]):
         if isinstance(tensor, Tensor):
             whole = tensor.detach().contiguous()
-            _world().broadcast(whole, root_rank, name)
+            world().broadcast(whole, root_rank, name)
             tensor.detach().copy_(whole)
 
 
-def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int = 0) -> None:
-    """Load the root's optimizer state on every rank; the memory of unsent gradients starts empty."""
-    optimizer.load_state_dict(broadcast_object(optimizer.state_dict(), root_rank, "optimizer"))
+def broadcast_optimizer_state(
+    optimizer: torch.optim.Optimizer, root_rank: int = 0, model: torch.nn.Module | None = None
+) -> None:
+    """Load the root's optimizer state on every rank; the memory of unsent gradients starts empty.
+
+    Takes the memory of one more state, on the ranks that get it.
+    """
+    state = broadcast_state(world(), optimizer.state_dict(), root_rank, "hvd_sketch.optimizer")
+    optimizer.load_state_dict(state)

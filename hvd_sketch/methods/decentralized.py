@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -76,6 +77,7 @@ class Decentralized(Method):
         """One local step and what the method adds to it; a closure is evaluated once, before."""
         if self._averaged:
             raise RuntimeError("step() inside average_model(): it would be lost when the block ends")
+        self._collectives.occupation = f"step {self.stats.steps}"
         self.stats.steps += 1
         self.stats.dense_bytes += self._collectives.allreduce_bytes(4 * self._flat.layout.total)
         return super().step(closure, **keywords)
@@ -83,6 +85,19 @@ class Decentralized(Method):
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's; it belongs to this rank. Save the model inside `average_model`."""
         return super().state_dict()
+
+    def finish(self) -> None:
+        """End training, on all ranks; what is under way comes to its end."""
+        return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.finish()
 
     @contextmanager
     def average_model(self) -> Iterator[torch.nn.Module]:

@@ -4,77 +4,25 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hvd_sketch.compatibility import without_momentum
 from hvd_sketch.exchange import Exchange
-from hvd_sketch.exchange.gradients import Gradients, watch
+from hvd_sketch.exchange.gradients import Gradients, shared_state, take_over, watch
 from hvd_sketch.exchange.scaling import LossScale, tell_scalers
-from hvd_sketch.layout import describe_values
-from hvd_sketch.memory import Momentum
+from hvd_sketch.methods.wiring import HorovodOptimizer, Wiring
 from hvd_sketch.methods.wrapper import WrappedOptimizer
-
-ExchangeFactory = Callable[[dict[str, Tensor], Momentum | None], Exchange]
 
 _SYNCHRONIZED_TWICE = (
     "optimizer.step() called without optimizer.skip_synchronize() context after optimizer.synchronize(). "
     "This can cause training slowdown. You may want to consider using optimizer.skip_synchronize() context "
     "if you use optimizer.synchronize() in your code."
 )
-
-
-class Follower(Protocol):
-    """Asks to be told of every step of an exchange; see `Exchange.observers`."""
-
-    def attach(self, exchange: Exchange) -> None: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wiring:
-    """How an optimizer is connected.
-
-    Attributes:
-        make_exchange: from the parameters that it trains and the momentum correction; called once, on first use.
-        is_active: whether there is anybody to exchange with.
-        backward_passes_per_step: local passes whose gradients are added up before an exchange.
-        sparse_as_dense: turn sparse gradients into dense ones instead of refusing them.
-        grad_scaler: the scaler in use, if it is told.
-        correction: the momentum that is applied before the exchange in place of the optimizer's own.
-        followers: attached to the exchange when it is made.
-        before_step: called between the exchange and the step.
-        attributes: what else Horovod's own optimizer has.
-    """
-
-    make_exchange: ExchangeFactory
-    is_active: Callable[[], bool]
-    backward_passes_per_step: int = 1
-    sparse_as_dense: bool = False
-    grad_scaler: torch.amp.GradScaler | None = None
-    correction: Momentum | None = None
-    followers: Sequence[Follower] = ()
-    before_step: Callable[[torch.optim.Optimizer], None] | None = None
-    attributes: Mapping[str, Any] = field(default_factory=dict)
-
-
-class HorovodOptimizer(torch.optim.Optimizer):
-    """What Horovod's distributed optimizer offers beside what an optimizer does; for type checkers."""
-
-    def synchronize(self) -> None:
-        """Reduce the step's gradients."""
-
-    def skip_synchronize(self) -> AbstractContextManager[None]:
-        """Let `step` inside the block leave the gradients alone, after a `synchronize` by hand."""
-        raise NotImplementedError
-
-    def set_backward_passes_per_step(self, passes: int) -> None:
-        """Accumulate so many backward passes (a sum) before a reduction."""
 
 
 class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
@@ -130,7 +78,9 @@ class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
         if self._parts is None:
             wiring = self._wiring
             exchange = wiring.make_exchange(self._named, wiring.correction)
-            exchange.describe_values = partial(describe_values, self._named)
+            inner = self.optimizer
+            exchange.watch(self._named, lambda: inner.param_groups)
+            exchange.log.notes.append(wiring.note)
             for follower in wiring.followers:
                 follower.attach(exchange)
             if self._memory is not None:
@@ -204,8 +154,7 @@ class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
     def discard(self) -> None:
         """Throw the gradients away that were computed, synchronized or not; nothing of them is kept anywhere."""
         self._throw_away()
-        for parameter in self._named.values():
-            parameter.grad = None
+        super().discard()
 
     def zero_grad(self, *arguments: Any, **keywords: Any) -> None:
         """Clear the gradients; what was synchronized and not stepped with is as if it had never been."""
@@ -227,6 +176,14 @@ class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
         """Restore this rank's memory, after ``load_state_dict``; see `Exchange.load_state_dict`."""
         self.exchange.load_state_dict(state)
 
+    def shared_state(self) -> dict[str, Any]:
+        """Parameters and the optimizer's state, the same on all ranks; not copied."""
+        return shared_state(list(self._named.values()), self.optimizer)
+
+    def take_over(self, state: dict[str, Any]) -> None:
+        """Go on with another rank's `shared_state`; what is unsent here stays."""
+        take_over(state, list(self._named.values()), self.optimizer)
+
     def flush(self) -> None:
         """Send everything in the next step, so that a checkpoint after it needs no memory."""
         self.exchange.flush()
@@ -239,7 +196,7 @@ class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
         exchange, gradients = self._made()
         if exchange.streams:
             with torch.no_grad():
-                gradients.computed(parameter, self.backward_passes_per_step)
+                gradients.computed(parameter, self.backward_passes_per_step, lambda: 1.0 / self._scale.by_hand(self))
 
     def _run(self, scale: float, *, remember: bool = False) -> tuple[Exchange, Gradients]:
         """Exchange the gradients as they are, less their scale."""

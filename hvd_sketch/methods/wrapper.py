@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from hvd_sketch.compatibility import check_steps_once
 from hvd_sketch.errors import ConfigurationError
 
 HOROVODS_MODULE = "horovod.torch.optimizer"
@@ -60,11 +61,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
         return made
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ConfigurationError(
-                "LBFGS evaluates its closure several times a step, and only the first gradient would be exchanged; "
-                "use an optimizer that steps once per gradient"
-            )
+        check_steps_once(optimizer)
         if type(optimizer).__module__ == HOROVODS_MODULE:
             raise ConfigurationError("the optimizer is already a DistributedOptimizer; wrap the plain one")
         self._own(optimizer=optimizer)
@@ -112,6 +109,12 @@ class WrappedOptimizer(torch.optim.Optimizer):
             "add_param_group after the optimizer was wrapped: the new parameters would never be exchanged; add them "
             "before wrapping, or add them to the plain optimizer, then wrap it again"
         )
+
+    def discard(self) -> None:
+        """Throw the gradients away that were computed; nothing of them is kept anywhere."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's."""

@@ -27,7 +27,7 @@ _SIGNATURES = {
     "sketch_limit_lanes": [_int64],
     "sparse_heaviest": [_pointer, *[_int64] * 4, _pointer, _pointer, _int64],
     "sparse_encode": [*[_int64] * 3, *[_pointer] * 4, _int64],
-    "sparse_decode": [*[_int64] * 3, *[_pointer] * 3, _int64],
+    "sparse_decode": [*[_int64] * 3, *[_pointer] * 4, _int64],
     "sparse_keep": [*_PIECES, _pointer, *[_int64] * 3, _pointer, _int64],
     "sparse_put": [*_SCATTER, _int64],
     "sparse_add": _SCATTER,

@@ -51,6 +51,6 @@ class Accordion(CriticalRegimes):
         return [self._low if critical else self._high for critical in self.critical]
 
     def _parts_of(self, layout: Layout) -> list[slice]:
-        parts = [slice(slot.offset, slot.stop) for slot in layout.slots if slot.stop <= layout.compressed]
+        parts = [slice(slot.offset, slot.stop) for slot in layout.slots if slot.offset < layout.compressed]
         self._sizes = [part.stop - part.start for part in parts]
         return parts

@@ -94,6 +94,10 @@ class AdaptiveSchedule(ABC):
         self._attached = True
         exchange.observers.append(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy follows nothing yet."""
+        return {**vars(self), "_attached": False}
+
     @abstractmethod
     def __call__(self, step: int) -> float:
         """The ratio of the coming step."""

@@ -61,7 +61,7 @@ class EnergyTarget(AdaptiveSchedule):
     def observe(self, exchange: Exchange) -> None:
         """Add the step's captured energy up, and move the ratio when it is time."""
         energy = exchange.stats.captured_energy
-        if not (exchange.void or math.isnan(energy)):
+        if not math.isnan(energy):
             self._captured += energy
             self._known += 1
         self._count += 1

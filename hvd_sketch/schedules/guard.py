@@ -71,7 +71,7 @@ class Guard(AdaptiveSchedule):
     def observe(self, exchange: Exchange) -> None:
         """Look at the memory when it is time, and move the ratio."""
         self._count += 1
-        if self._count < self._every or exchange.void:
+        if self._count < self._every:
             return
         self._count = 0
         norms = [

@@ -20,6 +20,11 @@ class Chosen:
     indices: Tensor
     comb: slice = field(default_factory=partial(slice, 0))
 
+    @property
+    def numbers(self) -> Tensor:
+        """The indices; a comb follows from the step."""
+        return self.indices
+
     def at(self, vector: Tensor) -> Tensor:
         """The values of a vector there."""
         values = vector.index_select(0, self.indices)  # in a quarter of the time of general indexing

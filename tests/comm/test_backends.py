@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 import hvd_sketch as hvd
-from hvd_sketch.comm import Communicator, SingleProcess, as_communicator, default_communicator
+from hvd_sketch.comm import Communicator, SingleProcess, as_communicator, chosen_backend, default_communicator
 from hvd_sketch.comm.in_process import run_in_process
-from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.comm.torch import TorchCommunicator
+from hvd_sketch.errors import ConfigurationError, RankLostError
 from tests.support.ranks import Launcher, ranks
 
 DTYPES = (torch.float32, torch.float16, torch.float64, torch.int32, torch.int64, torch.uint8)
@@ -96,6 +99,46 @@ def on_a_rank(use_mpi4py: bool) -> bool:
     from mpi4py import MPI
 
     return check(as_communicator(MPI.COMM_WORLD))
+
+
+def under_torchrun() -> str:
+    """The default, a group, a dimension of a mesh; and what is said of a mesh of two dimensions."""
+    hvd.init()
+    assert chosen_backend() == "torch"
+    assert (hvd.local_rank(), hvd.local_size()) == (hvd.rank(), hvd.size()) == (dist.get_rank(), 3)
+    for comm in (default_communicator(), as_communicator(dist.group.WORLD)):
+        assert isinstance(comm, TorchCommunicator)
+        assert check(comm)
+    pair = as_communicator(dist.new_group([0, 2]))
+    assert pair.included == (hvd.rank() != 1)
+    assert not pair.included or ((pair.rank, pair.size) == (hvd.rank() // 2, 2) and check(pair))
+    mesh = init_device_mesh("cpu", (3, 1), mesh_dim_names=("replicate", "shard"))
+    assert check(as_communicator(mesh["replicate"]))
+    with pytest.raises(ConfigurationError) as refused:
+        as_communicator(mesh)
+    return str(refused.value)
+
+
+def with_a_rank_that_ends() -> str:
+    """The last rank leaves in the middle of training; what the others are told."""
+    hvd.init()
+    comm = default_communicator()
+    comm.allreduce(torch.ones(1), "together")
+    if comm.rank == comm.size - 1:
+        return "left"
+    with pytest.raises(RankLostError) as lost:
+        comm.allreduce(torch.ones(100), "alone")
+    return str(lost.value)
+
+
+def test_torchrun() -> None:
+    told = ranks(3, under_torchrun, launcher="torchrun")
+    assert all('give the one whose ranks hold replicas, as in comm=mesh["replicate"]' in one for one in told)
+
+
+def test_a_rank_that_ends_ends_the_others() -> None:
+    *others, _ = ranks(3, with_a_rank_that_ends, launcher="torchrun")
+    assert [one.split(" lost the others")[0] for one in others] == [f"hvd_sketch: rank {rank} of 3" for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 
 from hvd_sketch import Compression
 from tests.support.simulation import heavy_tailed, lost, rounding, simulate
-from tests.support.triton import compile_all, compiles, interpret, on_interpreter, starts_interpreter
+from tests.support.triton import on_interpreter
 
 SHAPES = {"weight": (400, 300), "other": (64, 500)}
 
@@ -31,12 +30,6 @@ def test_nothing_is_lost_where_products_may_be_rough() -> None:
     runs = simulate(compressor, gradients, SHAPES)
     missing = lost(gradients, runs[0].updates, [run.residual for run in runs])
     assert (missing <= 100 * rounding(gradients)).all()  # 23 times; with rough products 370 000 times
-
-
-@pytest.mark.slow
-@starts_interpreter
-def test_on_the_interpreter(tmp_path: Path) -> None:
-    interpret(tmp_path, __file__)
 
 
 @on_interpreter
@@ -68,10 +61,3 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
 
     for columns in (1, 4):
         yield powersgd_cuda.gram_schmidt, {"matrices": "*fp32", "places": "*i64"}, {"columns": columns, "lanes": 1024}
-
-
-@pytest.mark.slow
-@compiles
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_all_kernels_compile(tmp_path: Path, capability: int) -> None:
-    compile_all(tmp_path, __name__, capability)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,11 +15,7 @@ from hvd_sketch.comm import SingleProcess
 from tests.support.triton import (
     INSTALLED,
     INTERPRETED,
-    compile_all,
-    compiles,
-    interpret,
     on_interpreter,
-    starts_interpreter,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,12 +80,6 @@ def check(device: torch.device, serves: Callable[[Tensor], bool]) -> None:
                 torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, msg=f"{name} {dtype}")
 
 
-@pytest.mark.slow
-@starts_interpreter
-def test_on_the_interpreter(tmp_path: Path) -> None:
-    interpret(tmp_path, __file__)
-
-
 @on_interpreter
 def test_the_kernel_moves_where_pytorch_does(monkeypatch: pytest.MonkeyPatch) -> None:
     from hvd_sketch.error_feedback import anticipate_cuda
@@ -114,10 +103,3 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     pointers |= dict.fromkeys(("errors", "shares", "numbers", "kept"), "*fp32")
     for kind in (tl.float32, tl.float16, tl.bfloat16):
         yield anticipate_cuda.move, pointers, {"kind": kind, "piece": 1 << 14, "lanes": 1024}
-
-
-@pytest.mark.slow
-@compiles
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_all_kernels_compile(tmp_path: Path, capability: int) -> None:
-    compile_all(tmp_path, __name__, capability)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +15,7 @@ from hvd_sketch.error_feedback.factored_moments import MomentsObserver
 from tests.support.triton import (
     INSTALLED,
     INTERPRETED,
-    compile_all,
-    compiles,
-    interpret,
     on_interpreter,
-    starts_interpreter,
 )
 
 SHAPES = {"a": (20, 300), "b": (50,), "c": (3, 7, 11), "d": (300, 2)}
@@ -61,12 +56,6 @@ def check(device: torch.device) -> None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-8)
 
 
-@pytest.mark.slow
-@starts_interpreter
-def test_on_the_interpreter(tmp_path: Path) -> None:
-    interpret(tmp_path, __file__)
-
-
 @on_interpreter
 def test_the_kernels_lend_what_pytorch_does(monkeypatch: pytest.MonkeyPatch) -> None:
     from hvd_sketch.error_feedback import moments_cuda
@@ -93,10 +82,3 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     yield moments_cuda.scale_of, pointers, {"lanes": 1024}
     yield moments_cuda.spread, pointers, {"piece": 1 << 14, "lanes": 1024}
     yield moments_cuda.lend, pointers, {"kind": tl.bfloat16, "piece": 1 << 14, "lanes": 1024}
-
-
-@pytest.mark.slow
-@compiles
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_all_kernels_compile(tmp_path: Path, capability: int) -> None:
-    compile_all(tmp_path, __name__, capability)

@@ -124,4 +124,5 @@ def test_the_demo_trains_twice_and_tells_the_gap(tmp_path: Path) -> None:
     completed = run([sys.executable, str(ROOT / "examples" / "demo.py"), *sizes, *outputs])
     assert completed.returncode == 0, completed.output
     assert "% against dense" in completed.output
+    assert "2 ranks over Horovod" in completed.output
     assert str(tmp_path / "curves.png") in completed.output

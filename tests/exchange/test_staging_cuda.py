@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +15,7 @@ from hvd_sketch.layout import Layout
 from tests.support.triton import (
     INSTALLED,
     INTERPRETED,
-    compile_all,
-    compiles,
-    interpret,
     on_interpreter,
-    starts_interpreter,
 )
 
 SIZES = (5000, 33, 1, 20_000, 700)
@@ -80,12 +75,6 @@ def test_many_without_a_gpu_are_put_one_by_one() -> None:
     check(torch.device("cpu"))
 
 
-@pytest.mark.slow
-@starts_interpreter
-def test_on_the_interpreter(tmp_path: Path) -> None:
-    interpret(tmp_path, __file__)
-
-
 @on_interpreter
 def test_the_kernel_gathers_what_is_put_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     from hvd_sketch import gpu
@@ -117,10 +106,3 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     pointers = {"vector": "*fp32", "pointers": "*i64", "pieces": "*i64", "squares": "*fp64", "factor": "fp32"}
     for kind in (tl.float32, tl.float16, tl.bfloat16):
         yield staging_cuda.gather, pointers, {"kind": kind, "piece": 1 << 14, "lanes": 1024}
-
-
-@pytest.mark.slow
-@compiles
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_all_kernels_compile(tmp_path: Path, capability: int) -> None:
-    compile_all(tmp_path, __name__, capability)

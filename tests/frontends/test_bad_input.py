@@ -72,19 +72,22 @@ def test_more_values_than_parameters_are_refused() -> None:
 def test_an_unreachable_ratio_is_refused_when_the_optimizer_is_wrapped() -> None:
     refused(
         "ratio=1000 cannot be reached: 100 of the 4300 parameters.*at most about.*Lower the ratio",
-        lambda: wrap(net(), Compression.sketch(ratio=1000.0)),
+        lambda: wrap(net(), Compression.sketch(ratio=1000.0, dense_below=1024)),
     )
 
 
 @pytest.mark.parametrize("make", [Compression.topk, Compression.sharded])
 def test_a_ratio_unreachable_for_these_ranks_is_refused_in_the_first_step(make: Any) -> None:
     """Not when the warm-up ends."""
-    optimizer = wrap(net(), make(ratio=1000.0))
+    optimizer = wrap(net(), make(ratio=1000.0, dense_below=1024))
     refused("ratio=1000 cannot be reached.*at most about", lambda: optimizer.exchange)
 
 
 def test_a_model_without_anything_to_compress_is_refused() -> None:
-    refused("nothing to compress: all 40 parameters are 1-D.*dense_below=1024", lambda: wrap(nn.Linear(9, 4)))
+    refused(
+        "nothing to compress: all 40 parameters are 1-D.*dense_below=1024",
+        lambda: wrap(nn.Linear(9, 4), Compression.sketch(ratio=10.0, dense_below=1024)),
+    )
     refused(
         "nothing to compress",
         lambda: wrap(net(), Compression.sketch(exclude=("*",), **SETTINGS)),
@@ -270,7 +273,7 @@ def test_ranks_that_differ_are_told_how_on_all_of_them() -> None:
     assert all(told == results[0] for told in results)
     expected = {name: pattern for name, (_, _, pattern) in MISMATCHES.items()}
     expected["memory"] = "step: rank 0 has '3', rank 1 has '7'"
-    remedy = "Give every rank.*load a saved memory that fits on.*broadcast_parameters before.*the first step"
+    remedy = "Give every rank.*load a saved memory that fits on.*broadcast_parameters.*the first step"
     for name, pattern in expected.items():
         assert re.search(f"(?s)^RankMismatchError.*{pattern}.*{remedy}", results[0][name]), results[0].get(name)
 

@@ -1,15 +1,18 @@
-"""Where Horovod is not installed: the same scripts over mpi4py, and in a process that no launcher started."""
+"""Without Horovod: the same scripts over mpi4py, over torchrun, and in a process that no launcher started."""
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Mapping
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.ranks import launch, ranks, run
+from tests.support.ranks import Launcher, launch, ranks, run
 from tests.support.training import COMPRESSED, flat, loss, net, train
 
 FORBID_HOROVOD = "import sys; sys.modules['horovod'] = None\n"
@@ -53,6 +56,7 @@ class Seen(NamedTuple):
     reduced: list[Tensor]
     ends: dict[str, tuple[Tensor, Tensor]]
     told: str
+    joined: tuple[list[int], Tensor]
 
 
 def end(hvd: Any, compression: Any, settings: dict[str, Any], **keywords: Any) -> Tensor:
@@ -75,13 +79,25 @@ def averaged(size: int, settings: dict[str, Any], *, half: bool = False) -> Tens
     return flat(model)
 
 
+def uneven(hvd: Any) -> tuple[list[int], Tensor]:
+    """Two epochs in which rank 1 has more batches, and rank 0 at first none; who joined last, and the model."""
+    model = net()
+    inner = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    optimizer = hvd.DistributedOptimizer(inner, model.named_parameters(), hvd.Compression.topk(ratio=10.0))
+    lasts = []
+    for count in (3 * hvd.rank(), 2 + hvd.rank()):
+        train(optimizer, model, count, hvd.rank())
+        lasts.append(hvd.join())
+    return lasts, flat(model)
+
+
 def script() -> Seen:
     """What a training script uses of ``horovod.torch``."""
     hvd = forbid_horovod()
     assert not hvd.is_initialized()
     hvd.init()
     assert hvd.is_initialized()
-    rank, size = hvd.rank(), hvd.size()
+    rank, size, joined = hvd.rank(), hvd.size(), uneven(hvd)
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model(torch.full((2, 2, 4, 4), 1.0 + rank))
     model[1].num_batches_tracked.fill_(5 + rank)
@@ -120,15 +136,20 @@ def script() -> Seen:
     hvd.shutdown()
     assert not hvd.is_initialized()
     place = rank, size, hvd.local_rank(), hvd.local_size()
-    return Seen(place, state, momentum, hvd.broadcast_object({"from": rank}, 1), reduced, ends, told)
+    return Seen(place, state, momentum, hvd.broadcast_object({"from": rank}, 1), reduced, ends, told, joined)
 
 
 @pytest.fixture(scope="module")
-def seen() -> list[Seen]:
-    return ranks(2, script)
+def seen_by() -> Mapping[Launcher, list[Seen]]:
+    return {"mpirun": ranks(2, script), "torchrun": ranks(2, script, launcher="torchrun")}
 
 
-def test_the_names_that_scripts_use_work_over_mpi4py(seen: list[Seen]) -> None:
+@pytest.fixture(params=["mpirun", "torchrun"])
+def seen(seen_by: Mapping[Launcher, list[Seen]], request: pytest.FixtureRequest) -> list[Seen]:
+    return seen_by[request.param]
+
+
+def test_the_names_that_scripts_use_work(seen: list[Seen]) -> None:
     for rank, one in enumerate(seen):
         assert one.place == (rank, 2, rank, 2)
         assert one.objects == {"from": 1}
@@ -141,18 +162,29 @@ def test_the_names_that_scripts_use_work_over_mpi4py(seen: list[Seen]) -> None:
     assert len(seen[0].momentum) == 5
 
 
+def test_ranks_with_fewer_batches_join_over_mpi4py(seen: list[Seen]) -> None:
+    assert all(one.joined[0] == [1, 1] for one in seen)
+    assert torch.equal(seen[0].joined[1], seen[1].joined[1])
+
+
 @pytest.mark.parametrize(
     "name", ["none", "none, momentum correction", "fp16", "everything", "everything, momentum correction", "sketch"]
 )
-def test_training_over_mpi4py_is_what_it_should_be(seen: list[Seen], name: str) -> None:
+def test_training_is_what_it_should_be(seen: list[Seen], name: str) -> None:
     for one in seen:
         assert torch.equal(one.ends[name][0], seen[0].ends[name][0])
         torch.testing.assert_close(*one.ends[name], rtol=1e-3 if name == "fp16" else 1e-5, atol=1e-5)
 
 
-def test_ranks_that_differ_are_told_over_mpi4py(seen: list[Seen]) -> None:
+def test_ranks_that_differ_are_told(seen: list[Seen]) -> None:
     assert seen[0].told == seen[1].told
     assert "settings: rank 0 has 'ratio=10.0,', rank 1 has 'ratio=11.0,'" in seen[0].told
+
+
+def test_a_run_under_torchrun_equals_that_under_mpirun(seen_by: Mapping[Launcher, list[Seen]]) -> None:
+    """To rounding: sums over more than two ranks may be taken in another order."""
+    for name, (end, _) in seen_by["mpirun"][0].ends.items():
+        torch.testing.assert_close(seen_by["torchrun"][0].ends[name][0], end, rtol=1e-5, atol=1e-6)
 
 
 def hooks_in_another_order_on_each_rank() -> Tensor:
@@ -204,11 +236,27 @@ def test_launched_processes_that_cannot_connect_are_refused() -> None:
     assert "pip install mpi4py" in completed.output
 
 
-def test_names_of_horovod_alone_are_missed_clearly() -> None:
-    program = FORBID_HOROVOD + "import hvd_sketch as hvd\nhvd.join"
+def test_every_name_of_horovod_is_there_or_says_what_it_needs() -> None:
+    stock = importlib.import_module("horovod.torch")
+    public = {name for name in dir(stock) if not name.startswith("_")} - {"check_extension"}
+    names = sorted(name for name in public if name == "elastic" or not isinstance(getattr(stock, name), ModuleType))
+    program = f"""{FORBID_HOROVOD}
+import hvd_sketch as hvd, torch
+for name in {names}:
+    getattr(hvd, name)
+adasum = lambda: hvd.allreduce(torch.ones(1), op=hvd.Adasum)
+for use in (lambda: hvd.elastic.run, hvd.ProcessSet, hvd.SyncBatchNorm, adasum):
+    try:
+        use()
+    except hvd.ConfigurationError as error:
+        print(error)
+hvd.nonsense
+"""
     completed = run([sys.executable, "-c", program])
     assert completed.returncode == 1
-    assert "hvd_sketch has no attribute 'join', nor has hvd_sketch.frontends.world" in completed.output
+    for name in ("hvd.elastic", "hvd.ProcessSet", "hvd.SyncBatchNorm", "op=Adasum"):
+        assert f"{name} needs Horovod" in completed.output
+    assert "hvd_sketch has no attribute 'nonsense'" in completed.output
 
 
 def test_importing_us_does_not_import_horovod() -> None:

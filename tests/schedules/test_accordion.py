@@ -87,15 +87,18 @@ def test_all_ranks_switch_together_though_their_gradients_differ() -> None:
 
 
 def test_a_step_that_is_not_finite_is_left_out() -> None:
-    def body(comm: Communicator) -> list[float]:
-        gradients = epochs(1.0, 1.0)
-        if comm.rank == 1:
+    """An epoch then lasts a step longer."""
+
+    def body(comm: Communicator, spoilt: int) -> list[float]:
+        gradients = epochs(1.0, 1.1, 0.4).repeat_interleave(torch.tensor([1] * 4 + [1 + spoilt] + [1] * 4), dim=0)
+        if spoilt and comm.rank == 1:
             gradients[4, 7] = float("nan")
         return ratios(Accordion(2.0, 20.0, EPOCH, every=1), comm, gradients)
 
-    seen = run_in_process(2, body)
-    assert seen[0] == seen[1]
-    assert seen[0][-1] == pytest.approx(20.0)  # two thirds of the sum are within the threshold
+    first, second = run_in_process(2, lambda comm: body(comm, 1))
+    assert first == second
+    assert first[:4] + first[5:] == run_in_process(2, lambda comm: body(comm, 0))[0]
+    assert pytest.approx(20.0) in first
 
 
 def test_ranks_that_differ_in_it_are_told() -> None:

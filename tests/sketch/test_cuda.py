@@ -15,12 +15,8 @@ from hvd_sketch.sketch.geometry import TILE_WIDTH
 from tests.support.triton import (
     INSTALLED,
     INTERPRETED,
-    compile_all,
-    compiles,
     in_another_process,
-    interpret,
     on_interpreter,
-    starts_interpreter,
 )
 
 on_gpu = pytest.mark.skipif(
@@ -86,12 +82,6 @@ def check_bounds(sketch: CountSketch, k: int) -> None:
         sketch._kernel.top_k(sketch.geometry, sketch.seed, sketch.table, k)
     for buffer in around:
         assert bool((buffer[:k] == 7).all() & (buffer[2 * k :] == 7).all())
-
-
-@pytest.mark.slow
-@starts_interpreter
-def test_on_the_interpreter(tmp_path: Path) -> None:
-    interpret(tmp_path, __file__)
 
 
 @on_interpreter
@@ -200,13 +190,6 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
             yield cuda_kernels.count_digits, digits, {**shape, **counts}
         yield cuda_kernels.weigh, counted, shape
         yield cuda_kernels.write, {**counted, "ties": "*i64", "indices": "*i64", "estimates": "*fp32"}, shape
-
-
-@pytest.mark.slow
-@compiles
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_all_kernels_compile_and_nothing_is_fused_or_flushed(tmp_path: Path, capability: int) -> None:
-    compile_all(tmp_path, __name__, capability)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="asked once, in the process without the interpreter")

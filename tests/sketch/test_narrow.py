@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +15,7 @@ from hvd_sketch.sketch.narrow import CELLS, NarrowSketches
 from tests.support.triton import (
     INSTALLED,
     INTERPRETED,
-    compile_all,
-    compiles,
-    interpret,
     on_interpreter,
-    starts_interpreter,
 )
 
 STRETCHES = [(0, 1), (1, 33), (33, 33), (33, 1000), (1000, 2111), (2500, 2900)]
@@ -82,12 +77,6 @@ def test_energies_are_those_of_the_stretches() -> None:
     check_energies(torch.device("cpu"))
 
 
-@pytest.mark.slow
-@starts_interpreter
-def test_on_the_interpreter(tmp_path: Path) -> None:
-    interpret(tmp_path, __file__)
-
-
 @on_interpreter
 @pytest.mark.parametrize("size", [256, 1 << 15])
 def test_the_kernels_have_the_bits_of_the_reference(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,10 +117,3 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
         shape = {"size": 1 << 15, "cells": CELLS, "sign_stream": 1 << 20, "energies": energies}
         yield narrow_cuda.add_slices, parts, shape
     yield narrow_cuda.add_up, {"tables": "*fp32", "parts": "*fp32", "edges": "*i64"}, {"cells": CELLS}
-
-
-@pytest.mark.slow
-@compiles
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_all_kernels_compile_and_nothing_is_fused_or_flushed(tmp_path: Path, capability: int) -> None:
-    compile_all(tmp_path, __name__, capability)

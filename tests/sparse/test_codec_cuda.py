@@ -6,7 +6,6 @@ On a GPU itself it is compared in ``tests/exchange/test_device.py``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,15 +13,9 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.sparse.codec import SparseCodec
-from tests.support.triton import compile_all, compiles, interpret, on_interpreter, starts_interpreter
+from tests.support.triton import on_interpreter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.mark.slow
-@starts_interpreter
-def test_on_the_interpreter(tmp_path: Path) -> None:
-    interpret(tmp_path, __file__)
 
 
 def lists(codec: SparseCodec, vectors: int, kind: str) -> tuple[Tensor, Tensor]:
@@ -37,8 +30,17 @@ def lists(codec: SparseCodec, vectors: int, kind: str) -> tuple[Tensor, Tensor]:
 
 
 @on_interpreter
-@pytest.mark.parametrize("kind", ["any", "zeros", "subnormal", "huge", "nothing"])
-@pytest.mark.parametrize(("universe", "count"), [(1, 1), (9, 9), (1000, 3), (5000, 130), (2**33, 40)])
+@pytest.mark.parametrize(
+    ("universe", "count", "kind"),
+    [
+        (1, 1, "any"),
+        (9, 9, "any"),
+        (1000, 3, "zeros"),
+        (5000, 130, "any"),
+        (2**33, 20, "any"),
+        *((5000, 40, kind) for kind in ("zeros", "subnormal", "huge", "nothing")),
+    ],
+)
 def test_the_bytes_of_the_reference(universe: int, count: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from hvd_sketch.sparse import codec_cuda
 
@@ -87,14 +89,7 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     yield codec_cuda.add_up, pointers, {"log": 10}
     yield codec_cuda.average, pointers, {"log": 10}
     yield codec_cuda.count_ones, pointers, {"lanes": 1024}
-    for low_bits in (0, 4, 7):
+    for low_bits in (0, 7):
         yield codec_cuda.pack, pointers, {"low_bits": low_bits, "groups": 128}
         for whole in (tl.int32, tl.int64):
             yield codec_cuda.unpack, pointers, {"low_bits": low_bits, "whole": whole, "lanes": 1024}
-
-
-@pytest.mark.slow
-@compiles
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_all_kernels_compile_and_nothing_is_fused_or_flushed(tmp_path: Path, capability: int) -> None:
-    compile_all(tmp_path, __name__, capability)

@@ -1,6 +1,6 @@
 """Run a function of a test file on real ranks: ``ranks(2, body, argument)``.
 
-The ranks are processes started by mpirun or horovodrun, as a user starts them. Each runs
+The ranks are processes started by mpirun, horovodrun or torchrun, as a user starts them. Each runs
 ``python -m tests.support.ranks FOLDER``, calls the function with the pickled arguments, and leaves its return value or
 its traceback in the folder. A run that does not end in time is killed, and fails with the place where every rank
 stood.
@@ -24,13 +24,14 @@ import psutil
 import pytest
 
 Result = TypeVar("Result")
-Launcher = Literal["mpirun", "horovodrun-gloo", "horovodrun-mpi"]
+Launcher = Literal["mpirun", "horovodrun-gloo", "horovodrun-mpi", "torchrun"]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LAUNCHERS: Mapping[Launcher, Sequence[str]] = {
-    "mpirun": ("mpirun", "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none", "--tag-output"),
-    "horovodrun-gloo": ("horovodrun", "--gloo"),
-    "horovodrun-mpi": ("horovodrun", "--mpi"),
+    "mpirun": ("mpirun", "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none", "--tag-output", "-np"),
+    "horovodrun-gloo": ("horovodrun", "--gloo", "-np"),
+    "horovodrun-mpi": ("horovodrun", "--mpi", "-np"),
+    "torchrun": ("torchrun", "--standalone", "--no-python", "--nproc-per-node"),
 }
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -42,7 +43,7 @@ ENVIRONMENT = {
 }
 quick = False
 """Whether tests that start processes are to be left out; see ``--quick``."""
-RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
+RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "RANK")
 OTHERS_MAY_FAIL_TOO = 1.0  # seconds a failed rank waits before its exit makes the launcher kill the rest
 
 
@@ -97,7 +98,7 @@ def launch(
     timeout: float = 120,
 ) -> Completed:
     """Run a command line on `count` ranks; see `run`."""
-    return run((*LAUNCHERS[launcher], "-np", str(count), *command), env=env, timeout=timeout)
+    return run((*LAUNCHERS[launcher], str(count), *command), env=env, timeout=timeout)
 
 
 def ranks(

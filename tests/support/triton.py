@@ -8,21 +8,29 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
+_Test = TypeVar("_Test", bound=Callable[..., object])
 INTERPRETED = "TRITON_INTERPRET" in os.environ
 INSTALLED = importlib.util.find_spec("triton") is not None
 _UNFIT = INSTALLED and metadata.version("triton") < "3.7" and metadata.version("numpy") >= "2.4"
 
-on_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, on Triton's interpreter")
+_only_interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, on Triton's interpreter")
 starts_interpreter = pytest.mark.skipif(
     INTERPRETED or not INSTALLED or _UNFIT, reason="needs Triton, and for its interpreter a NumPy no newer than that"
 )
 compiles = pytest.mark.skipif(INTERPRETED or not INSTALLED, reason="needs Triton")
+
+
+def on_interpreter(test: _Test) -> _Test:
+    """Mark a test that `interpret` runs."""
+    marked: _Test = pytest.mark.interpreted(_only_interpreted(test))
+    return marked
 
 
 def in_another_process(tmp_path: Path, *arguments: str, **environment: str) -> None:
@@ -32,20 +40,22 @@ def in_another_process(tmp_path: Path, *arguments: str, **environment: str) -> N
         env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), **environment},
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def interpret(tmp_path: Path, file: str) -> None:
-    """Run those tests of a file that are for the interpreter."""
-    in_another_process(tmp_path, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, TRITON_INTERPRET="1")
+def interpret(tmp_path: Path, modules: Iterable[str]) -> None:
+    """Run those tests of some modules that are for the interpreter."""
+    files = [f"{module.replace('.', '/')}.py" for module in modules]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--durations=5", "-m", "interpreted"]
+    in_another_process(tmp_path, "-m", "pytest", *options, *files, TRITON_INTERPRET="1")
 
 
-def compile_all(tmp_path: Path, module: str, capability: int) -> None:
-    """Compile the ``kernels()`` of a test module for a GPU; see `_compile`."""
-    in_another_process(tmp_path, "-m", "tests.support.triton", module, str(capability))
+def compile_all(tmp_path: Path, modules: Iterable[str], capability: int) -> None:
+    """Compile the ``kernels()`` of some test modules for a GPU; see `_compile`."""
+    in_another_process(tmp_path, "-m", "tests.support.triton", str(capability), *modules)
 
 
 def _compile(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], capability: int) -> None:
@@ -69,5 +79,6 @@ def _compile(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], c
 
 
 if __name__ == "__main__":
-    for its_kernel, its_pointers, its_constants in importlib.import_module(sys.argv[1]).kernels():
-        _compile(its_kernel, its_pointers, its_constants, int(sys.argv[2]))
+    for module in sys.argv[2:]:
+        for its_kernel, its_pointers, its_constants in importlib.import_module(module).kernels():
+            _compile(its_kernel, its_pointers, its_constants, int(sys.argv[1]))

@@ -77,6 +77,11 @@ class Sketch(Bucketed):
                 self.fit(layout, ratio, 1)
         return layout
 
+    @property
+    def wants_anticipation(self) -> bool:
+        """Not with sizes by hand, which are taken as published, unless it is asked for."""
+        return super().wants_anticipation and (self.cols is None or self.anticipate is True)
+
     def parts(self) -> int:
         """As many as there are buckets."""
         return self.buckets

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_sketch.comm import Communicator, as_communicator
+from hvd_sketch.comm import Communicator, as_communicator, default_communicator
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.methods.decentralized import Decentralized
 from hvd_sketch.methods.flat import Flat
@@ -24,7 +24,7 @@ class Gossip(Decentralized):
 
     Args:
         graph: a name, a networkx graph or a `hvd_sketch.methods.graphs.Graph`.
-        comm: an mpi4py communicator or a `Communicator`.
+        comm: an mpi4py communicator or a `Communicator`; Horovod where it is installed if None.
         lazy: weights ``(I + A) / 2`` in place of the Metropolis weights A.
         settings: what else must be equal on all ranks.
     """
@@ -40,7 +40,7 @@ class Gossip(Decentralized):
         same_start: bool,
         settings: Mapping[str, str] = _NO_SETTINGS,
     ) -> None:
-        collectives = as_communicator(comm)
+        collectives = default_communicator() if comm is None else as_communicator(comm)
         self.graph = graph_of(graph, collectives.size)
         agreed = {"graph": str(self.graph.neighbours), **settings}
         super().__init__(optimizer, model, collectives, agreed, same_start=same_start)

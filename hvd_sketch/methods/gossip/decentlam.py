@@ -28,7 +28,7 @@ class DmSGD(Gossip):
     Args:
         optimizer: ``torch.optim.SGD`` with momentum gives the equations above.
         model: what it trains.
-        comm: an mpi4py communicator.
+        comm: an mpi4py communicator or one of ours; Horovod where it is installed if None.
         graph: complete, ring, torus, hypercube, or a networkx graph over the ranks; the weights
             are Metropolis's.
         same_start: begin with rank 0's parameters and saved buffers on every rank.
@@ -42,7 +42,7 @@ class DmSGD(Gossip):
         self,
         optimizer: torch.optim.Optimizer,
         model: torch.nn.Module,
-        comm: Any,
+        comm: Any = None,
         graph: Any = "ring",
         *,
         same_start: bool = True,
@@ -77,7 +77,7 @@ class DecentLaM(Gossip):
     Args:
         optimizer: a ``torch.optim.SGD`` with momentum.
         model: what it trains.
-        comm: an mpi4py communicator.
+        comm: an mpi4py communicator or one of ours; Horovod where it is installed if None.
         graph: complete, ring, torus, hypercube, or a networkx graph over the ranks; the weights
             are ``(I + A) / 2`` with Metropolis's A: positive definite, as the method needs.
         same_start: begin with rank 0's parameters and saved buffers on every rank.
@@ -92,7 +92,7 @@ class DecentLaM(Gossip):
         self,
         optimizer: torch.optim.Optimizer,
         model: torch.nn.Module,
-        comm: Any,
+        comm: Any = None,
         graph: Any = "ring",
         *,
         same_start: bool = True,

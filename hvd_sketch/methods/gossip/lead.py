@@ -62,7 +62,7 @@ class LEAD(Gossip):
         optimizer: a ``torch.optim.SGD`` without momentum, one learning rate for all groups;
             weight decay is part of g.
         model: what it trains.
-        comm: an mpi4py communicator.
+        comm: an mpi4py communicator or one of ours; Horovod where it is installed if None.
         graph: complete, ring, torus, hypercube, or a networkx graph over the ranks; the weights
             are Metropolis's.
         same_start: begin with rank 0's parameters and saved buffers on every rank.
@@ -81,7 +81,7 @@ class LEAD(Gossip):
         self,
         optimizer: torch.optim.Optimizer,
         model: torch.nn.Module,
-        comm: Any,
+        comm: Any = None,
         graph: Any = "ring",
         *,
         same_start: bool = True,

@@ -90,7 +90,9 @@ class CSER(LocalSteps):
                     f"CSER: {name} leaves other parameters whole than the other compressor; give both the same "
                     "dense_below and exclude"
                 )
-        return displacement_exchange(compression, layout, self._collectives, self._flat.device)
+        exchange = displacement_exchange(compression, layout, self._collectives, self._flat.device)
+        exchange.log.notes.append(f"CSER, its {name}")
+        return exchange
 
     def advance(self, **keywords: Any) -> None:
         before, after = self._before.vector, self._live.vector

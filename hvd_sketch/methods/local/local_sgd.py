@@ -110,6 +110,7 @@ class LocalSGD(LocalSteps):
         settings = {"compression": repr(compression), "outer": str(self._outer)}
         super().__init__(optimizer, model, comm, rhythm, settings)
         exchange = displacement_exchange(compression, self._flat.layout, self._collectives, self._flat.device)
+        exchange.log.notes.append(f"LocalSGD, in every {period} steps")
         self._own(exchange=exchange)
         self._velocity = self._flat.new() if self._outer.outer_momentum else None
         self._anchor = self._present()

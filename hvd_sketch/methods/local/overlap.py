@@ -101,6 +101,10 @@ class OverlapLocalSGD(LocalSteps):
         anchor.sub_(self._velocity).div_(self._collectives.size)
         self._pending = self._collectives.start_allreduce(anchor, "hvd_sketch.anchor")
 
+    def finish(self) -> None:
+        """As for every method: wait for the anchor that is on its way."""
+        self._arrive()
+
     def _arrive(self) -> None:
         if self._pending is not None:
             self._pending.wait()

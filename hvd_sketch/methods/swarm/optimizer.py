@@ -8,13 +8,14 @@ import random
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from hvd_sketch.comm import as_communicator
 from hvd_sketch.comm.buffers import Buffers
+from hvd_sketch.comm.ending import ending
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.methods.decentralized import Decentralized
 from hvd_sketch.methods.graphs import graph_of
@@ -129,10 +130,17 @@ class SwarmSGD(Decentralized):
             patient=settings.blocking,
             on_meeting=on_meeting,
         )
+        ending.aborts &= settings.on_lost == "raise"
         self._finished, self._steps_left = False, 0
         self.restart()
         self._courier.start()
         atexit.register(self._leave)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise ConfigurationError(
+            "SwarmSGD cannot be copied or pickled, for a thread answers other nodes in its name; save "
+            "optimizer.state_dict(), and the model inside average_model()"
+        )
 
     def finish(self) -> None:
         """Collective: wait, answering, until all nodes are done, and end the courier.
@@ -151,9 +159,6 @@ class SwarmSGD(Decentralized):
         self._courier.stop(away, _LAST_WORDS)
         self._finished = True
         atexit.unregister(self._leave)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

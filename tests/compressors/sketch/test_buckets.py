@@ -65,7 +65,7 @@ def test_parameters_given_last_come_first_in_buckets_of_about_equal_size(buckets
 def test_the_first_bucket_travels_while_backward_computes_the_next() -> None:
     comm, model = Recording(), net()
     optimizer: Any = hvd.DistributedOptimizer(
-        torch.optim.SGD(model.parameters(), 0.1), model.named_parameters(), TWO, comm=comm
+        torch.optim.SGD(model.parameters(), 0.1), model.named_parameters(), TWO, comm=comm, error_feedback=None
     )
     train(optimizer, model, 2)
     comm.names.clear()

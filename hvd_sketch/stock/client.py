@@ -1,26 +1,11 @@
-"""The full exchange behind the two calls that *stock* Horovod makes for each gradient.
-
-Horovod calls ``compress(gradient)`` for every parameter as its gradient gets ready, and
-``decompress(reduced, ctx)`` for every parameter afterwards, each rank in an order of its own,
-and tells neither the parameter nor the step. A collective inside ``decompress`` would wait for
-a rank that waits for another one. So ``compress`` only notes the gradient and hands Horovod a
-token of one element; every ``compress`` of a step precedes every ``decompress`` on every rank,
-so the first ``decompress`` runs the whole exchange, in the order of names, and writes all
-updates into the gradients themselves; the others have nothing left to do.
-
-Which parameter a gradient belongs to is known by identity: what arrives is ``p.grad`` itself.
-The optimizer is the one that holds this compressor, found once among the live objects.
-"""
+"""One stock optimizer and its exchange: from the gradients that Horovod hands over to the updates in their place."""
 
 from __future__ import annotations
 
-import gc
 import math
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -30,9 +15,9 @@ from hvd_sketch.comm.base import Communicator
 from hvd_sketch.compatibility import check_momentum
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
-from hvd_sketch.exchange.gradients import Gradients, watch
+from hvd_sketch.exchange.gradients import Gradients, shared_state, take_over, watch
 from hvd_sketch.exchange.scaling import LossScale
-from hvd_sketch.layout import Layout, describe_values
+from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
 
 
@@ -66,6 +51,7 @@ Accompany = Callable[[Compressing, torch.optim.Optimizer, bool], tuple[Compressi
 
 def alone(client: Any, exchange: Exchange, named: Mapping[str, Tensor]) -> None:
     """Nobody goes along."""
+    exchange.log.notes.append("error_feedback=None")
 
 
 _accompany: list[Accompany] = [lambda compressor, optimizer, averages: (compressor, alone)]
@@ -87,13 +73,13 @@ class Ticket:
             one of zeros where there is none.
     """
 
-    client: _Client
+    client: Client
     parameter: Tensor
     computed: bool
     done: bool = False
 
 
-class _Client:
+class Client:
     """One stock optimizer and its exchange.
 
     Horovod's class and the one behind it both call the hooks of a step, the first before and the second after
@@ -108,7 +94,9 @@ class _Client:
         self.names = names
         self.parameters = {name: parameter for parameter, name in names.items() if parameter.requires_grad}
         self.exchange = _make_exchange(compressor, optimizer, compressor.layout(self.parameters.items()))
-        self.exchange.describe_values = partial(describe_values, self.parameters)
+        held = weakref.ref(optimizer)
+        self.exchange.watch(self.parameters, lambda: getattr(held(), "param_groups", ()))
+        self.exchange.log.notes.append("stock Horovod")
         self.gradients = Gradients(self.exchange, self.parameters, sparse_as_dense=False, decay_of=None)
         self.tickets: list[Ticket] = []
         self._order = list(self.parameters.values())
@@ -143,6 +131,14 @@ class _Client:
         """Called by backward."""
         if self._companion is not None:
             self._companion.took(parameter)
+
+    def shared_state(self) -> dict[str, Any]:
+        """Parameters and the optimizer's state, the same on all ranks; not copied."""
+        return shared_state(self.gradients.parameters, self.optimizer())
+
+    def take_over(self, state: dict[str, Any]) -> None:
+        """Go on with another rank's `shared_state`; what is unsent here stays."""
+        take_over(state, self.gradients.parameters, self.optimizer())
 
     def settle(self) -> None:
         """Exchange the gradients of all open tickets, as they are now, and write the updates into them."""
@@ -211,106 +207,13 @@ class _Client:
                 )
 
 
-def _hook_of(reference: weakref.ref[_Client], change: int) -> Callable[..., None]:
+def _hook_of(reference: weakref.ref[Client], change: int) -> Callable[..., None]:
     def hook(*arguments: Any) -> None:
         client = reference()
         if client is not None:
             client.in_step(change)
 
     return hook
-
-
-class _Desk:
-    """The optimizers that use one compressor."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.clients: list[_Client] = []
-
-    def note(self, compressor: Compressing, gradient: Tensor) -> Ticket:
-        """The ticket of a gradient.
-
-        Raises:
-            ConfigurationError: when it is no parameter's.
-        """
-        with self.lock:
-            self.clients = [client for client in self.clients if client.optimizer() is not None]
-            for look in (False, True):
-                if look:
-                    self._find_clients(compressor)
-                for client in self.clients:
-                    parameter = client.parameter_of(gradient)
-                    if parameter is not None:
-                        in_backward = torch._C._current_graph_task_id() >= 0
-                        ticket = Ticket(client, parameter, in_backward)
-                        client.note(ticket)
-                        return ticket
-        raise ConfigurationError(
-            "a tensor that is no parameter's gradient was given to a sparsifying compressor; "
-            "give hvd.allreduce and hvd.reducescatter Compression.none or fp16"
-        )
-
-    def _find_clients(self, compressor: Compressing) -> None:
-        known = {id(client.optimizer()) for client in self.clients}
-        for candidate in gc.get_objects():
-            if (
-                issubclass(type(candidate), torch.optim.Optimizer)
-                and vars(candidate).get("_compression") is compressor
-                and id(candidate) not in known
-            ):
-                self.clients.append(_Client(compressor, candidate))
-        if not self.clients:
-            raise ConfigurationError(
-                "a sparsifying compressor works only inside horovod.torch.DistributedOptimizer, where it can tell "
-                "which parameter a gradient belongs to; give hvd.allreduce Compression.none or fp16"
-            )
-
-
-_desks: weakref.WeakKeyDictionary[Compressing, _Desk] = weakref.WeakKeyDictionary()
-
-
-def compress(compressor: Compressing, tensor: Tensor) -> tuple[Tensor, Ticket]:
-    """Note a gradient; return a one-element token for Horovod to reduce, and the ticket.
-
-    Raises:
-        ConfigurationError: outside a DistributedOptimizer, or with settings that cannot work.
-    """
-    if isinstance(tensor, torch.nn.Parameter):
-        raise ConfigurationError(
-            "a parameter itself was given to a sparsifying compressor, as op=Adasum does; use op=Average or Sum, and "
-            "give hvd.allreduce Compression.none or fp16"
-        )
-    ticket = _desks.setdefault(compressor, _Desk()).note(compressor, tensor)
-    return torch.zeros(1, dtype=torch.float32, device=tensor.device), ticket
-
-
-def decompress(compressor: Compressing, tensor: Tensor, ticket: Ticket | None) -> Tensor:
-    """Return the gradient of the parameter that `compress` was given one of, by now holding the update of all ranks.
-
-    A sparse gradient, which Horovod sums by itself and never compresses, comes without a
-    ticket and is returned as it is.
-    """
-    if ticket is None:
-        return tensor
-    if not ticket.done:
-        ticket.client.settle()
-    gradient = ticket.parameter.grad
-    assert gradient is not None
-    return gradient
-
-
-def exchange_of(compressor: Compressing) -> Exchange:
-    """The exchange behind a compressor in stock Horovod, for its `stats`, `flush` and state.
-
-    Raises:
-        ConfigurationError: before the first step, or when several optimizers share the compressor.
-    """
-    desk = _desks.get(compressor)
-    if desk is None or len(desk.clients) != 1:
-        raise ConfigurationError(
-            "the exchange exists from the first step on, and only for a compressor that one optimizer uses"
-        )
-    return desk.clients[0].exchange
 
 
 def _make_exchange(compressor: Compressing, optimizer: Any, layout: Layout) -> Exchange:

@@ -1,0 +1,66 @@
+"""Compression for scripts that were not written for it: where it would gain nothing, training is dense."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.comm.base import Communicator
+from hvd_sketch.compressors import Compressor
+from hvd_sketch.errors import NothingGainedError
+from hvd_sketch.exchange import DenseExchange, Exchange, Setting
+from hvd_sketch.layout import Layout
+from hvd_sketch.memory import Momentum
+
+_logger = logging.getLogger("hvd_sketch")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OrDense(Compressor):
+    """Another compressor, or a dense exchange of a model that is too small for it.
+
+    Attributes:
+        wanted: the other one.
+    """
+
+    wanted: Compressor
+
+    def layout(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Layout:
+        """The other's; of a model that is too small, one of which everything is sent whole."""
+        named = list(named_parameters)
+        try:
+            return self.wanted.layout(named)
+        except NothingGainedError:
+            return Layout.of(named, lambda name, parameter: True)
+
+    def exchange(
+        self,
+        layout: Layout,
+        comm: Communicator,
+        *,
+        average: bool,
+        device: torch.device,
+        momentum: Momentum | None = None,
+    ) -> Exchange:
+        """The other's, or a dense one, of which rank 0 is told."""
+        try:
+            if layout.compressed == 0:
+                raise NothingGainedError("all parameters are 1-D, small or excluded")
+            return self.wanted.exchange(layout, comm, average=average, device=device, momentum=momentum)
+        except NothingGainedError as reason:
+            if comm.rank == 0:
+                _logger.warning("hvd_sketch: the model is too small to compress and trains dense: %s", reason)
+            return DenseExchange(layout, comm, average=average, device=device)
+
+    def plan(self, layout: Layout, step: int, ranks: int) -> Any:
+        """The other's."""
+        return self.wanted.plan(layout, step, ranks)
+
+    def build(self, setting: Setting) -> Exchange:
+        """The other's."""
+        return self.wanted.build(setting)

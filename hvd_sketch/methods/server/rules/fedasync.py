@@ -1,0 +1,65 @@
+"""FedAsync: the server's model moves towards each worker's, the less the staler that is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hvd_sketch.methods.server.rules.base import Push, Rule, check
+
+Staleness = Callable[[int], float]
+"""Maps the staleness (0, 1, …) to a factor from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """``(1 + staleness) ** -exponent``; exponent 0 is constant."""
+
+    exponent: float = 0.5
+
+    def __call__(self, staleness: int) -> float:
+        """The factor."""
+        return float((1.0 + staleness) ** -self.exponent)
+
+
+@dataclass(frozen=True)
+class Hinge:
+    """1 up to a staleness of ``after``, then ``1 / (slope (staleness - after) + 1)``."""
+
+    slope: float = 10.0
+    after: int = 4
+
+    def __call__(self, staleness: int) -> float:
+        """The factor."""
+        return 1.0 / (self.slope * max(0, staleness - self.after) + 1.0)
+
+
+class FedAsync(Rule):
+    """With the model x_j = base - u that worker j arrived at, and its staleness t::
+
+        a_t = alpha factor(t)          x <- (1 - a_t) x + a_t x_j
+
+    Source: Xie, Koyejo, Gupta, "Asynchronous Federated Optimization" (2019), arXiv 1903.03934.
+
+    Args:
+        alpha: from 0 to 1.
+        staleness: the factor; `Polynomial` with exponent 0.5, or `Hinge`, or any function.
+    """
+
+    needs_base = True
+
+    def __init__(self, alpha: float = 0.6, staleness: Staleness | None = None) -> None:
+        check("FedAsync", alpha=(0.0 < alpha <= 1.0, "above 0 and at most 1", alpha))
+        self.alpha, self._staleness = alpha, staleness or Polynomial()
+
+    def weight(self, staleness: int) -> float:
+        """a_t."""
+        return self.alpha * self._staleness(staleness)
+
+    def apply(self, model: Tensor, pushes: Sequence[Push]) -> list[bool]:
+        for push in pushes:
+            assert push.base is not None
+            model.lerp_(push.base - push.change, self.weight(push.staleness))
+        return [True] * len(pushes)

@@ -1,0 +1,510 @@
+"""DistributedDataParallel with our hook: what it trains is what `DistributedOptimizer` trains, and nothing is lost.
+
+One launch of two ranks goes through all cases; each test looks at one of them.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import hvd_sketch as hvd
+from hvd_sketch import Anticipate, Compression, ConfigurationError
+from hvd_sketch.comm import Communicator
+from hvd_sketch.comm.in_process import run_in_process
+from tests.support.ranks import ranks
+from tests.support.training import flat, flat_gradient, loss, net
+
+SIZE, STEPS, RATE = 2, 6, 0.125  # a power of two: no product with it is rounded
+AHEAD: dict[str, Any] = {"ratio": 8.0, "warmup_steps": 0, "dense_below": 100, "clip_norm": None}
+PLAIN: dict[str, Any] = {**AHEAD, "anticipate": False}
+COMPRESSORS: Mapping[str, Callable[[], Any]] = {
+    "topk": lambda: Compression.topk(**PLAIN),
+    "sharded": lambda: Compression.sharded(**AHEAD),
+    "sketch": lambda: Compression.sketch(**AHEAD),
+    "sketch, buckets": lambda: Compression.sketch(**PLAIN, buckets=3),
+    "powersgd": lambda: Compression.powersgd(rank=2),
+}
+WRAPPINGS: Mapping[str, dict[str, Any]] = {
+    "plain": {},
+    "small buckets": {"bucket_cap_mb": 0.004},
+    "views": {"gradient_as_bucket_view": True, "bucket_cap_mb": 0.004},
+    "static graph": {"static_graph": True},
+    "unused looked for": {"find_unused_parameters": True},
+}
+
+
+def sgd(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), RATE, **settings)
+
+
+def wrapped(model: nn.Module, **settings: Any) -> DistributedDataParallel:
+    return DistributedDataParallel(model, **settings)
+
+
+def step(model: nn.Module, optimizer: Any, number: int) -> None:
+    optimizer.zero_grad()
+    loss(model, dist.get_rank(), number).backward()
+    optimizer.step()
+
+
+def trained(make: Callable[[], Any], **settings: Any) -> Tensor:
+    """Six steps with the hook; the parameters."""
+    model = wrapped(net(), **settings)
+    optimizer = sgd(model, momentum=0.5)
+    hvd.ddp.register(model, optimizer, make())
+    for number in range(STEPS):
+        step(model, optimizer, number)
+    return flat(model)
+
+
+def accumulated() -> Tensor:
+    """Two passes a step, the first one inside ``no_sync``."""
+    model = wrapped(net())
+    optimizer = sgd(model)
+    hvd.ddp.register(model, optimizer, COMPRESSORS["topk"]())
+    for number in range(STEPS):
+        optimizer.zero_grad()
+        for part in range(2):
+            with nullcontext() if part else model.no_sync():
+                loss(model, dist.get_rank(), 2 * number + part).backward()
+        optimizer.step()
+    return flat(model)
+
+
+def anticipating() -> Tensor:
+    model = wrapped(net())
+    optimizer = hvd.ddp.register(model, sgd(model), COMPRESSORS["sharded"](), error_feedback=Anticipate(0.4))
+    for number in range(STEPS):
+        step(model, optimizer, number)
+    assert optimizer.exchange.stats.steps == STEPS
+    assert optimizer.memory_state_dict()["size"] == SIZE
+    return flat(model)
+
+
+class Branches(nn.Module):
+    """Two layers, of which a pass may leave the second one out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.sometimes = net(1), net(2)
+
+    def forward(self, inputs: Tensor, both: bool = True) -> Tensor:
+        result: Tensor = self.always(inputs)
+        return result + self.sometimes(inputs) if both else result
+
+
+class Balance(NamedTuple):
+    """What all ranks computed, on the mean, and what became of it: the difference of the two, and the sizes."""
+
+    difference: float
+    computed: float
+    kept: float
+
+
+def balance(model: nn.Module, start: Tensor, state: Any, computed: Tensor) -> Balance:
+    """``computed``: the sum of this rank's gradients that count; plain SGD has stepped with what was sent."""
+    kept = torch.zeros(computed.numel())
+    names = [name.removeprefix("module.") for name, _ in model.named_parameters()]
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    places = dict(zip(names, torch.tensor([0, *sizes]).cumsum(0).tolist(), strict=False))
+    for slot in state.exchange.layout.slots:
+        place = places[slot.name]
+        kept[place : place + slot.numel] = state.exchange.memory.residual[slot.offset : slot.stop]
+    both = torch.stack([computed, kept])
+    dist.all_reduce(both)
+    both /= SIZE
+    sent = (start - flat(model)) / RATE
+    return Balance(float((both[0] - both[1] - sent).norm()), float(both[0].norm()), float(both[1].norm()))
+
+
+def local_gradient(model: nn.Module, value: Tensor) -> Tensor:
+    parameters = list(model.parameters())
+    parts = torch.autograd.grad(value, parameters, allow_unused=True)
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(parameters, parts, strict=True)]
+    )
+
+
+def branching(buckets: int, **settings: Any) -> Balance:
+    """The second branch is used by all, by rank 0 alone, or by none."""
+    torch.manual_seed(dist.get_rank())
+    inner = Branches()
+    model = wrapped(inner, find_unused_parameters=True, **settings)
+    optimizer = sgd(model)
+    state = hvd.ddp.register(model, optimizer, Compression.sketch(**PLAIN, buckets=buckets))
+    start, computed, rank = flat(model), torch.zeros(flat(model).numel()), dist.get_rank()
+    for number in range(2 * STEPS):
+        both = number % 3 == 0 or (number % 3 == 1 and rank == 0)
+        inputs = torch.randn(8, 30)
+        before = flat(inner.sometimes)
+        computed += local_gradient(inner, inner(inputs, both).square().mean())
+        optimizer.zero_grad()
+        model(inputs, both).square().mean().backward()
+        optimizer.step()
+        if number % 3 == 2:
+            assert torch.equal(flat(inner.sometimes), before)
+    return balance(inner, start, state, computed)
+
+
+def synchronized_twice(set_to_none: bool) -> Balance:
+    """Accumulation without ``no_sync``, and gradients that are cleared in place of a step now and then."""
+    inner = net()
+    model = wrapped(inner)
+    optimizer, rank = sgd(model), dist.get_rank()
+    state = hvd.ddp.register(model, optimizer, COMPRESSORS["topk"]())
+    start, computed = flat(model), torch.zeros(flat(model).numel())
+    for number in range(STEPS):
+        optimizer.zero_grad(set_to_none)
+        for part in range(2):
+            value = loss(inner, rank, 2 * number + part)
+            if number % 3 != 1:
+                computed += local_gradient(inner, value)
+            loss(model, rank, 2 * number + part).backward()
+        if number % 3 != 1:
+            optimizer.step()
+    return balance(inner, start, state, computed)
+
+
+def cleared() -> bool:
+    """What is cleared without a step leaves the memory as it was."""
+    model = wrapped(net())
+    optimizer = sgd(model)
+    state = hvd.ddp.register(model, optimizer, COMPRESSORS["topk"]())
+    step(model, optimizer, 0)
+    before = state.memory_state_dict()
+    optimizer.zero_grad()
+    loss(model, dist.get_rank(), 1).backward()
+    changed = not torch.equal(before["memory"]["residual"], state.exchange.memory.residual)
+    optimizer.zero_grad()
+    after = state.memory_state_dict()
+    same = torch.equal(before["memory"]["residual"], after["memory"]["residual"])
+    return changed and same and before["step"] == after["step"] == 1
+
+
+def uneven() -> tuple[Balance, int, Tensor]:
+    """Rank 0 has half of the batches of rank 1."""
+    inner = net()
+    model = wrapped(inner)
+    optimizer, rank = sgd(model), dist.get_rank()
+    state = hvd.ddp.register(model, optimizer, COMPRESSORS["topk"]())
+    start, computed = flat(model), torch.zeros(flat(model).numel())
+    with model.join():
+        for number in range(STEPS * (1 + rank) // 2):
+            computed += local_gradient(inner, loss(inner, rank, number))
+            step(model, optimizer, number)
+    return balance(inner, start, state, computed), state.exchange.stats.steps, flat(model)
+
+
+def void(*, scales: bool = False, closure: bool = False) -> tuple[bool, bool, float, int]:
+    """Rank 1's gradient of the third step is not a number, with momentum and weight decay at work."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0) if scales else None
+    model = wrapped(net())
+    optimizer = sgd(model, momentum=0.9, weight_decay=0.1)
+    state = hvd.ddp.register(model, optimizer, COMPRESSORS["sketch"]())
+    rank, same = dist.get_rank(), False
+    for number in range(4):
+        before = flat(model)
+        value = torch.nan if (rank, number) == (1, 2) else 1.0
+
+        def evaluate(number: int = number, value: float = value) -> float:
+            optimizer.zero_grad()
+            result = loss(model, rank, number) * value
+            (scaler.scale(result) if scaler else result).backward()
+            return float(result)
+
+        if closure:
+            optimizer.step(evaluate)
+        else:
+            evaluate()
+            if scaler:
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+        same = same or (number == 2 and torch.equal(flat(model), before))
+    end = flat(model)
+    return same, bool(end.isfinite().all()), scaler.get_scale() if scaler else 0.0, state.exchange.stats.skipped
+
+
+def scaled() -> tuple[Tensor, Tensor]:
+    """With a scaler and without: powers of two round nothing."""
+    ends = []
+    for scaler in (torch.amp.GradScaler("cpu", init_scale=1024.0), None):
+        model = wrapped(net())
+        optimizer = sgd(model)
+        hvd.ddp.register(model, optimizer, COMPRESSORS["topk"](), grad_scaler=scaler)
+        for number in range(STEPS):
+            optimizer.zero_grad()
+            value = loss(model, dist.get_rank(), number)
+            (scaler.scale(value) if scaler else value).backward()
+            if scaler:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 1e3)
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+        ends.append(flat(model))
+    return ends[0], ends[1]
+
+
+def autocast() -> Tensor:
+    model = wrapped(net())
+    optimizer = sgd(model)
+    hvd.ddp.register(model, optimizer, COMPRESSORS["sharded"]())
+    for number in range(STEPS):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss(model, dist.get_rank(), number)
+        value.backward()
+        optimizer.step()
+    return flat(model)
+
+
+def compiled() -> Tensor:
+    model: Any = torch.compile(wrapped(net()), backend="aot_eager")
+    optimizer = sgd(model, momentum=0.5)
+    hvd.ddp.register(model, optimizer, COMPRESSORS["sharded"]())
+    for number in range(STEPS):
+        step(model, optimizer, number)
+    return flat(model)
+
+
+def plain_hook() -> tuple[Tensor, int, float]:
+    model = wrapped(net())
+    optimizer = sgd(model)
+    state = hvd.ddp.State(COMPRESSORS["topk"](), optimizer)
+    model.register_comm_hook(state, hvd.ddp.hook)
+    for number in range(STEPS):
+        step(model, optimizer, number)
+    assert state.exchange.stats.bytes_sent > 0
+    averaged = flat_gradient(model)
+    state.flush()
+    step(model, optimizer, STEPS)
+    return averaged, state.exchange.stats.steps, float(state.exchange.memory.residual.abs().max())
+
+
+def resumed() -> bool:
+    """A saved run goes on as if it had never been saved."""
+    model, saved = wrapped(net()), {}
+    optimizer = sgd(model, momentum=0.5)
+    state = hvd.ddp.register(model, optimizer, COMPRESSORS["sharded"]())
+    for number in range(STEPS):
+        if number == 3:
+            saved = {
+                "model": {n: t.clone() for n, t in model.state_dict().items()},
+                "memory": state.memory_state_dict(),
+            }
+            saved["optimizer"] = {**optimizer.state_dict()}
+            saved["optimizer"]["state"] = {
+                at: {"momentum_buffer": entry["momentum_buffer"].clone()}
+                for at, entry in saved["optimizer"]["state"].items()
+            }
+        step(model, optimizer, number)
+    other = wrapped(net(5))
+    second = sgd(other, momentum=0.5)
+    state = hvd.ddp.register(other, second, COMPRESSORS["sharded"]())
+    other.load_state_dict(saved["model"])
+    second.load_state_dict(saved["optimizer"])
+    state.load_memory_state_dict(saved["memory"])
+    for number in range(3, STEPS):
+        step(other, second, number)
+    return torch.equal(flat(model), flat(other))
+
+
+def refused(body: Callable[[], Any]) -> str:
+    with pytest.raises((ConfigurationError, hvd.RankMismatchError, RuntimeError)) as told:
+        body()
+    return f"{type(told.value).__name__}: {told.value}"
+
+
+def mismatched() -> None:
+    model = wrapped(net())
+    optimizer = sgd(model)
+    hvd.ddp.register(model, optimizer, Compression.topk(**{**PLAIN, "ratio": 8.0 + dist.get_rank()}))
+    step(model, optimizer, 0)
+
+
+def unknown() -> None:
+    model = wrapped(net())
+    optimizer = torch.optim.SGD(list(model.parameters())[:2], RATE)
+    model.register_comm_hook(hvd.ddp.State(COMPRESSORS["topk"](), optimizer), hvd.ddp.hook)
+    step(model, optimizer, 0)
+
+
+def sparse() -> None:
+    model = wrapped(nn.Embedding(50, 20, sparse=True))
+    optimizer = sgd(model)
+    hvd.ddp.register(model, optimizer, COMPRESSORS["topk"]())
+    model(torch.arange(5)).square().mean().backward()
+
+
+def errors() -> dict[str, str]:
+    model = wrapped(net())
+    none: Any = Compression.none
+    return {
+        "ranks differ": refused(mismatched),
+        "a parameter that State does not know": refused(unknown),
+        "sparse": refused(sparse),
+        "not wrapped": refused(lambda: hvd.ddp.register(net(), sgd(model), COMPRESSORS["topk"]())),
+        "no compressor": refused(lambda: hvd.ddp.register(model, sgd(model), none)),
+        "lbfgs": refused(lambda: hvd.ddp.State(COMPRESSORS["topk"](), torch.optim.LBFGS(model.parameters()))),
+        "foreign": refused(
+            lambda: hvd.ddp.register(
+                model,
+                torch.optim.SGD(list(model.parameters())[:2], RATE),
+                COMPRESSORS["topk"](),
+                error_feedback=Anticipate(),
+            )
+        ),
+    }
+
+
+def on_a_rank() -> dict[str, Any]:
+    """All cases, without Horovod and mpi4py."""
+    sys.modules["horovod"] = sys.modules["mpi4py"] = None  # type: ignore[assignment]
+    hvd.init()
+    warnings.simplefilter("ignore")
+    return {
+        **{f"trained, {name}": trained(make) for name, make in COMPRESSORS.items()},
+        **{f"wrapped, {name}": trained(COMPRESSORS["sharded"], **kw) for name, kw in WRAPPINGS.items()},
+        "buckets in small buckets": trained(COMPRESSORS["sketch, buckets"], bucket_cap_mb=0.004),
+        "accumulated": accumulated(),
+        "anticipating": anticipating(),
+        "balances": [
+            branching(1),
+            branching(3, bucket_cap_mb=0.004, gradient_as_bucket_view=True),
+            synchronized_twice(True),
+            synchronized_twice(False),
+        ],
+        "cleared": cleared(),
+        "uneven": uneven(),
+        "void": [void(), void(closure=True)],
+        "void, scaled": void(scales=True),
+        "scaled": scaled(),
+        "autocast": autocast(),
+        "compiled": compiled(),
+        "plain hook": plain_hook(),
+        "resumed": resumed(),
+        "errors": errors(),
+    }
+
+
+@pytest.fixture(scope="module")
+def seen() -> list[dict[str, Any]]:
+    return ranks(SIZE, on_a_rank, launcher="torchrun")
+
+
+def expected(compressor: str, passes: int = 1, momentum: float = 0.0, **feedback: Any) -> Tensor:
+    """What `DistributedOptimizer` trains, on simulated ranks."""
+
+    def body(comm: Communicator) -> Tensor:
+        model = net()
+        optimizer: Any = hvd.DistributedOptimizer(
+            sgd(model, momentum=momentum),
+            model.named_parameters(),
+            COMPRESSORS[compressor](),
+            comm=comm,
+            **feedback,
+        )
+        for number in range(STEPS):
+            optimizer.zero_grad()
+            for part in range(passes):
+                loss(model, comm.rank, passes * number + part).backward()
+            optimizer.step()
+        return flat(model)
+
+    end, other = run_in_process(SIZE, body)
+    assert torch.equal(end, other)
+    return end
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_it_trains_what_the_optimizer_trains(seen: list[dict[str, Any]], name: str) -> None:
+    for one in seen:
+        assert torch.equal(one[f"trained, {name}"], expected(name, momentum=0.5))
+
+
+@pytest.mark.parametrize("name", WRAPPINGS)
+def test_however_the_model_is_wrapped(seen: list[dict[str, Any]], name: str) -> None:
+    for one in seen:
+        assert torch.equal(one[f"wrapped, {name}"], seen[0]["trained, sharded"])
+        assert torch.equal(one["buckets in small buckets"], seen[0]["trained, sketch, buckets"])
+        assert torch.equal(one["compiled"], seen[0]["trained, sharded"])
+
+
+def test_passes_that_accumulate_and_steps_ahead_are_those_of_the_optimizer(seen: list[dict[str, Any]]) -> None:
+    for one in seen:
+        assert torch.equal(one["accumulated"], expected("topk", passes=2))
+        assert torch.equal(one["anticipating"], expected("sharded", error_feedback=Anticipate(0.4)))
+
+
+def test_what_was_sent_and_what_is_kept_is_what_was_computed(seen: list[dict[str, Any]]) -> None:
+    """Unused parameters, accumulation without ``no_sync``, gradients cleared in between, and ranks without data."""
+    for one in seen:
+        for balance in (*one["balances"], one["uneven"][0]):
+            assert balance.difference < 1e-5 * balance.computed
+            assert balance.kept > 0.1 * balance.computed
+
+
+def test_cleared_gradients_leave_no_trace(seen: list[dict[str, Any]]) -> None:
+    assert all(one["cleared"] for one in seen)
+
+
+def test_uneven_data_end_in_one_model(seen: list[dict[str, Any]]) -> None:
+    assert [one["uneven"][1] for one in seen] == [STEPS, STEPS]
+    assert torch.equal(seen[0]["uneven"][2], seen[1]["uneven"][2])
+
+
+def test_a_bad_gradient_on_one_rank_makes_the_step_void(seen: list[dict[str, Any]]) -> None:
+    """With and without a closure; a scaler lowers its scale on all ranks."""
+    for one in seen:
+        assert one["void"] == [(True, True, 0.0, 1), (True, True, 0.0, 1)]
+        assert one["void, scaled"] == (True, True, 32.0, 1)
+
+
+def test_mixed_precision(seen: list[dict[str, Any]]) -> None:
+    for one in seen:
+        assert torch.equal(*one["scaled"])
+        assert torch.equal(one["autocast"], seen[0]["autocast"])
+        torch.testing.assert_close(one["autocast"], expected("sharded"), rtol=0.1, atol=0.02)
+
+
+def test_the_plain_hook(seen: list[dict[str, Any]]) -> None:
+    """Every rank has the update in its gradients, and a flush sends everything."""
+    for one in seen:
+        averaged, steps, kept = one["plain hook"]
+        assert torch.equal(averaged, seen[0]["plain hook"][0])
+        assert (steps, kept) == (STEPS + 1, 0.0)
+
+
+def test_a_saved_run_continues_as_if_never_saved(seen: list[dict[str, Any]]) -> None:
+    assert all(one["resumed"] for one in seen)
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("ranks differ", "RankMismatchError: .*rank 0 has 'ratio=8.0,', rank 1 has 'ratio=9.0,'"),
+        ("a parameter that State does not know", "give State named_parameters=model.named_parameters()"),
+        ("sparse", "rank 1: parameter 'weight' has a sparse gradient; make its embedding with sparse=False"),
+        ("not wrapped", "needs a torch.nn.parallel.DistributedDataParallel model, got Sequential"),
+        ("no compressor", "PyTorch's own fp16_compress_hook"),
+        ("lbfgs", "use an optimizer that steps once per gradient"),
+        ("foreign", "which does not hold '2.weight'"),
+    ],
+)
+def test_what_cannot_work_is_refused_alike(seen: list[dict[str, Any]], what: str, told: str) -> None:
+    assert re.search(told, seen[0]["errors"][what], re.DOTALL)
+    assert seen[0]["errors"][what] == seen[1]["errors"][what]
