@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hvd_sketch import wire
 from hvd_sketch.bits import pack, packed_bytes, unpack
 from hvd_sketch.comm.base import Communicator
 
@@ -76,23 +78,27 @@ class Summed(NamedTuple):
     lost: Tensor
 
 
-def sum_coarsely(values: Tensor, code: Coarse, comm: Communicator, name: str) -> Summed:
+def sum_coarsely(
+    values: Tensor, code: Coarse, comm: Communicator, name: str, unseal: Callable[[Tensor, str], Tensor]
+) -> Summed:
     """Collective: the sum of a vector (float32) over the ranks, rounded once by every rank and once by its owner.
 
     An owner's own values are not rounded. Sends ``2 (W-1)/W`` codes in an alltoall and an allgather; not for ranks
-    of which some have left with ``hvd.join``.
+    of which some have left with ``hvd.join``. ``unseal`` opens sealed rows that came under a name.
     """
     size, rank, count = comm.size, comm.rank, values.numel()
+    up, down = f"{name}.up", f"{name}.down"
     share = -(-count // size)
     share = share if share < BLOCK else BLOCK * -(-share // BLOCK)
     shares = torch.nn.functional.pad(values, (0, share * size - count)).view(size, share)
     codes = code.encode(shares)
     sent = code.decode(codes, share)
     sent[rank] = shares[rank]
-    received = code.decode(comm.alltoall(codes, f"{name}.up"), share)
+    received = code.decode(unseal(comm.alltoall(wire.seal(codes), up), up), share)
     received[rank] = shares[rank]
     owned = received.sum(0)
-    total = code.decode(comm.allgather(code.encode(owned.unsqueeze(0))[0], f"{name}.down"), share)
+    gathered = comm.allgather(wire.seal(code.encode(owned.unsqueeze(0)))[0], down)
+    total = code.decode(unseal(gathered, down), share)
     lost = torch.zeros_like(total)
     lost[rank] = owned - total[rank]
     return Summed(*(each.flatten()[:count] for each in (total, sent, lost)))

@@ -130,12 +130,12 @@ class Rounds:
             self._drift.note(values)
 
     def sum_coarsely(self, values: Tensor, what: str) -> None:
-        """As `sum_values`, in floats of eight bits, see `Coarse`; in float32 where a rank has left with ``hvd.join``."""
+        """The same, in floats of eight bits, see `Coarse`; in float32 where a rank has left in ``hvd.join``."""
         if not self.all_present:
             self.sum_values(values, what)
             return
         with self._stats.counting(self.comm), self._stats.phase("exchange"):
-            summed = sum_coarsely(values.flatten(), _EIGHT_BITS, self.comm, self.name_of(what))
+            summed = sum_coarsely(values.flatten(), _EIGHT_BITS, self.comm, self.name_of(what), self.unseal)
             values.copy_(summed.total.view_as(values))
         if self.comm.size > 1:
             self._drift.note(values)
