@@ -7,7 +7,7 @@ PYTEST ?= python -m pytest
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: help env demo test quick check bench cluster-bench accuracy faults clean
+.PHONY: help env demo test quick check fuzz soak faults bench cluster-bench accuracy clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,7 +15,7 @@ help: ## list the targets
 env: ## create the environment in .venv, or bring it up to date
 	@environment/create
 
-demo test quick check bench cluster-bench accuracy faults: export PATH := $(CURDIR)/.venv/bin:$(PATH)
+demo test quick check fuzz soak faults bench cluster-bench accuracy: export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 demo: env ## train a small transformer on 2 processes, dense and sketched, and compare
 	$(DEMO)
@@ -30,6 +30,13 @@ check: env ## lint and type-check
 	ruff check
 	ruff format --check
 	mypy
+
+SECONDS_TO_FUZZ ?= 120
+fuzz: env ## attack the native kernel under sanitizers, for SECONDS_TO_FUZZ (120) seconds
+	python -m tests.fuzz.sanitized --seconds $(SECONDS_TO_FUZZ)
+
+soak: env ## wrap, train and drop on two real ranks for ten minutes: memory, threads and files must stay
+	python -m tests.soak
 
 bench: env ## time the kernels against one copy of the vector: some minutes
 	python -m benchmarks.kernels

@@ -1,6 +1,8 @@
 """Build and metadata: the package, and its native kernel as a plain shared library that ctypes loads."""
 
 import os
+import runpy
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,11 +22,12 @@ except ImportError:  # before 70.1
             "`pip install --upgrade setuptools` first"
         ) from None
 
-SOURCES = Path("hvd_sketch", "native")
+SOURCES = runpy.run_path(str(Path("hvd_sketch", "native", "sources.py")))
+NATIVE = SOURCES["files"]()
 KERNEL = Extension(
     "hvd_sketch.native._kernel",
-    [str(source) for source in sorted(SOURCES.glob("*.cpp"))],
-    depends=[str(header) for header in sorted(SOURCES.rglob("*.hpp"))],
+    [str(file) for file in NATIVE if file.suffix == ".cpp"],
+    depends=[str(file) for file in NATIVE if file.suffix == ".hpp"],
 )
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-fPIC", "-shared", "-Wno-psabi")
 
@@ -93,7 +96,8 @@ class BuildKernel(build_ext):
             )
         library = self.get_ext_fullpath(ext.name)
         Path(library).parent.mkdir(parents=True, exist_ok=True)
-        if subprocess.run([compiler, *FLAGS, *ext.sources, "-o", library], check=False).returncode:
+        flags = (*FLAGS, f'-DKERNEL_SOURCES="{SOURCES["digest"]()}"', *shlex.split(os.environ.get("CXXFLAGS", "")))
+        if subprocess.run([compiler, *flags, *ext.sources, "-o", library], check=False).returncode:
             raise SystemExit(
                 f"hvd_sketch: {compiler} could not compile {' '.join(ext.sources)}; its messages are above"
             )

@@ -18,6 +18,7 @@ from hvd_sketch.exchange.setting import Setting
 from hvd_sketch.layout import describe_values
 from hvd_sketch.memory import Memory
 from hvd_sketch.saved import Equal, Form, unfit
+from hvd_sketch.sketch import geometry
 from hvd_sketch.stats import Stats
 
 _NOT_BEGUN = "not-begun"
@@ -172,7 +173,8 @@ class Progress(ABC):
         """Compare settings, parameters and their values; on a difference, tell every rank what differs."""
         setting = self._setting
         mine = {
-            "settings": f"{self._agreed} average={setting.average} momentum_correction={setting.momentum}",
+            "settings": f"{self._agreed} average={setting.average} momentum_correction={setting.momentum} "
+            f"sketch_geometry={geometry.VERSION}",
             "step": self._progress(),
             "parameters": self.layout.describe(),
             "compressed": str(self.layout.compressed),

@@ -46,7 +46,7 @@ class Staging:
         self._arrived[position] = True
         if parameter is None and native.serves_floats(gradient) and native.serves(part):
             self._squares[position] = native.library().stage_gradient(
-                gradient.data_ptr(),
+                native.address(gradient, torch.float32, part.numel()),
                 part.data_ptr(),
                 part.numel(),
                 factor,

@@ -15,6 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hvd_sketch.native import sources
+
+ABI = 3
+"""Of the functions below; raised together with ``kernel_abi`` in ``identity.cpp``."""
+
 _int64, _pointer = ctypes.c_int64, ctypes.c_void_p
 _SKETCH = [_int64, _int64, ctypes.c_uint64, _pointer]
 _PIECES = [_pointer, _int64]
@@ -37,18 +42,34 @@ _SIGNATURES = {
 
 @functools.cache
 def _load() -> ctypes.CDLL | None:
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_kernel{suffix}")
-        if path.exists():
-            library = ctypes.CDLL(str(path))
-            for name, arguments in _SIGNATURES.items():
-                getattr(library, name).argtypes = arguments
-            library.stage_gradient.restype = ctypes.c_double
-            return library
-    logging.getLogger(__name__).warning(
-        "hvd_sketch: the native kernel is not built; the reference serves in its place, many times slower. "
-        "To build it, install a C++ compiler and run `pip install --no-build-isolation .` again"
-    )
+    candidates = (Path(__file__).with_name(f"_kernel{suffix}") for suffix in EXTENSION_SUFFIXES)
+    path = next((path for path in candidates if path.exists()), None)
+    found = None if path is None else ctypes.CDLL(str(path))
+    problem = "is not built" if found is None else _problem(found)
+    if found is None or problem is not None:
+        logging.getLogger(__name__).warning(
+            "hvd_sketch: the native kernel %s; the reference serves in its place, many times slower. To build it, "
+            "install a C++ compiler and run `pip install --no-build-isolation .` again, with -e if it was so",
+            problem,
+        )
+        return None
+    for name, arguments in _SIGNATURES.items():
+        getattr(found, name).argtypes = arguments
+    found.stage_gradient.restype = ctypes.c_double
+    return found
+
+
+def _problem(found: ctypes.CDLL) -> str | None:
+    """Why a library is not the kernel that is meant, or None: another would give wrong numbers in silence."""
+    try:
+        found.kernel_sources.restype = ctypes.c_char_p
+        abi, built_from = found.kernel_abi(), found.kernel_sources().decode()
+    except AttributeError:
+        return f"in {found._name} is older than this package"
+    if abi != ABI:
+        return f"in {found._name} has ABI {abi}, and this package needs {ABI}"
+    if sources.files() and built_from != sources.digest():
+        return f"in {found._name} was built from other sources than those beside it"
     return None
 
 
@@ -79,7 +100,24 @@ def serves_floats(tensor: Tensor) -> bool:
     return tensor.dtype == torch.float32 and tensor.is_contiguous() and serves(tensor)
 
 
+def address(tensor: Tensor, dtype: torch.dtype, count: int) -> int:
+    """Where these values lie, for the kernel, which cannot see what it is given.
+
+    Raises:
+        ValueError: unless they are so many, of this type, contiguous and in the processor's memory.
+    """
+    if tensor.dtype != dtype or tensor.numel() != count or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        strides = "contiguous" if tensor.is_contiguous() else f"strides {tensor.stride()}"
+        raise ValueError(
+            f"hvd_sketch: the native kernel needs {count} contiguous values of {dtype} in the processor's memory, "
+            f"got {tensor.numel()} of {tensor.dtype} on {tensor.device}, {strides}"
+        )
+    return tensor.data_ptr()
+
+
 def pieces(tensors: Mapping[int, Tensor]) -> tuple[ctypes.Array[ctypes.c_int64], int]:
     """Stretches of a vector for the kernel: contiguous float32 tensors by the coordinate of their first element."""
-    numbers = [number for start, piece in tensors.items() for number in (piece.data_ptr(), start, piece.numel())]
+    numbers: list[int] = []
+    for start, piece in tensors.items():
+        numbers += (address(piece, torch.float32, piece.numel()), start, piece.numel())
     return (_int64 * len(numbers))(*numbers), len(tensors)

@@ -8,7 +8,6 @@
 
 #include "pool.hpp"
 #include "sketch/add.hpp"
-#include "sketch/advance.hpp"
 #include "sketch/estimate.hpp"
 #include "sketch/select.hpp"
 
@@ -16,34 +15,23 @@ namespace {
 
 using namespace sketch;
 
-struct AdvanceAndAdd {
-    Add add;
-    Advance advance;
-};
-
 struct Kernel {
     int64_t lanes;
-    void (*add_by_chunk)(Add&, Worker&);
-    void (*add_by_tile)(Add&, Worker&);
-    void (*advance_by_tile)(AdvanceAndAdd&, Worker&);
+    void (*add)(Add&, Worker&);
     void (*estimate_all)(EstimateAll&, Worker&);
     void (*sample)(TopK&, Worker&);
     void (*search)(TopK&, Worker&);
+    void (*write)(TopK&, Worker&);
 };
 
 #define SKETCH_KERNEL(name, lanes, ...)                                                                         \
     namespace name {                                                                                            \
-    __VA_ARGS__ void add_by_chunk(Add& add, Worker& worker) { add.by_chunk<lanes>(worker.draws); }              \
-    __VA_ARGS__ void add_by_tile(Add& add, Worker& worker) {                                                    \
-        add.by_tile<lanes>(worker.draws, worker.number, Nothing{});                                             \
-    }                                                                                                           \
-    __VA_ARGS__ void advance_by_tile(AdvanceAndAdd& both, Worker& worker) {                                     \
-        both.add.by_tile<lanes>(worker.draws, worker.number, both.advance);                                     \
-    }                                                                                                           \
+    __VA_ARGS__ void add(Add& all, Worker& worker) { all.some<lanes>(worker.draws, worker.number); }            \
     __VA_ARGS__ void estimate_all(EstimateAll& all, Worker& w) { all.by_tile(w.draws, w.estimator, w.number); } \
     __VA_ARGS__ void sample(TopK& top, Worker& worker) { top.sample(worker); }                                  \
     __VA_ARGS__ void search(TopK& top, Worker& worker) { top.search<lanes>(worker); }                           \
-    constexpr Kernel kernel = {lanes, add_by_chunk, add_by_tile, advance_by_tile, estimate_all, sample, search};\
+    __VA_ARGS__ void write(TopK& top, Worker& worker) { top.write(worker); }                                    \
+    constexpr Kernel kernel = {lanes, add, estimate_all, sample, search, write};                                \
     }
 
 SKETCH_KERNEL(baseline, 4)
@@ -71,7 +59,9 @@ struct Crew {
     Buffer<Worker> workers;
     Split split;
     Buffer<int64_t> starts;
+    Buffer<const Run*> found;
     Buffer<Place> edge;
+    Puts puts;
 
     Worker* call(int threads) {
         Worker* all = workers.reserve(threads);
@@ -108,23 +98,19 @@ void share(void (*work)(Job&, Worker&), Job& job, Worker* workers, int threads) 
     Pool::run(Task<Job>::run, &task, threads);
 }
 
+void share_add(Add add, int64_t max_threads) {
+    const int threads = add.short_slice() ? 1 : useful(add.layout, add.stop() - add.start(), max_threads);
+    add.split.start(add.items(), threads);
+    share(kernel->add, add, crew.call(threads), threads);
+}
+
 }  // namespace
 
 extern "C" {
 
 void sketch_add(int64_t rows, int64_t cols, uint64_t seed, float* table, const Segment* segments, int64_t count,
                 float scale, int64_t max_threads) {
-    if (count == 0) return;
-    Add add{{rows, cols, seed}, table, segments, count, scale, crew.split};
-    const int64_t coordinates = add.stop() - add.start();
-    const int threads = useful(add.layout, coordinates, max_threads);
-    Worker* workers = crew.call(threads);
-    if (threads == 1 && coordinates <= add.layout.width * add.layout.tiles) {
-        kernel->add_by_chunk(add, *workers);
-    } else {
-        add.tiles.start(add.layout.tiles, threads);
-        share(kernel->add_by_tile, add, workers, threads);
-    }
+    if (count > 0) share_add({{rows, cols, seed}, table, segments, count, scale, nullptr, crew.split}, max_threads);
 }
 
 void sketch_advance(int64_t rows, int64_t cols, uint64_t seed, float* table, int64_t dim, float* vector,
@@ -133,12 +119,9 @@ void sketch_advance(int64_t rows, int64_t cols, uint64_t seed, float* table, int
     const Segment whole = {reinterpret_cast<const char*>(vector), kFloat32, 0, dim};
     const Layout layout{rows, cols, seed};
     const Kept kept = {index, count, offset, stride, values};
-    AdvanceAndAdd both = {{layout, table, &whole, 1, 1, crew.split}, {vector, change, scale, kept, layout.width}};
-    const int64_t chunks = (dim + layout.width - 1) / layout.width;
-    both.advance.find(chunks, crew.starts.reserve(chunks));
-    const int threads = useful(layout, dim, max_threads);
-    both.add.tiles.start(layout.tiles, threads);
-    share(kernel->advance_by_tile, both, crew.call(threads), threads);
+    crew.puts.sort(layout, kept);
+    const Advance advance = {layout, dim, vector, change, scale, kept, crew.puts};
+    share_add({layout, table, &whole, 1, 1, &advance, crew.split}, max_threads);
 }
 
 void sketch_estimate_all(int64_t rows, int64_t cols, uint64_t seed, const float* table, int64_t dim, float* to,
@@ -154,7 +137,7 @@ void sketch_top_k(int64_t rows, int64_t cols, uint64_t seed, const float* table,
     const Layout layout{rows, cols, seed};
     const int threads = useful(layout, dim, max_threads);
     Worker* workers = crew.call(threads);
-    TopK top{layout, table, dim, k, index, estimate, workers, threads, crew.split, crew.starts, crew.edge};
+    TopK top{layout, table, dim, k, index, estimate, workers, threads, crew.split, crew.starts, crew.found, crew.edge};
     const auto pass = [&](void (*work)(TopK&, Worker&)) { share(work, top, workers, threads); };
     top.begin(0, top.samples());
     pass(kernel->sample);
@@ -167,7 +150,7 @@ void sketch_top_k(int64_t rows, int64_t cols, uint64_t seed, const float* table,
     }
     pass([](TopK& top, Worker& worker) { top.weigh(worker); });
     top.settle();
-    pass([](TopK& top, Worker& worker) { top.write(worker); });
+    pass(kernel->write);
 }
 
 int64_t sketch_limit_lanes(int64_t most) {

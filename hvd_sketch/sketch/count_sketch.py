@@ -24,8 +24,8 @@ _MOST_ROWS_ON_GPU = 9
 class CountSketch:
     """A linear summary of a vector of ``dim`` coordinates in ``rows * cols`` floats.
 
-    Coordinate i is added to one bucket of each row with a random sign; its estimate is the
-    median over the rows of the signed buckets. A row's estimate is unbiased with variance at
+    Coordinate i is added to one cell of each row with a random sign; its estimate is the
+    median over the rows of the signed cells. A row's estimate is unbiased with variance at
     most ``||v||^2 / cols``; coordinates well above ``||v|| / sqrt(cols)`` stand out.
 
     Tables made with the same (dim, rows, cols, seed) may be summed cell by cell: the sketch of
@@ -34,7 +34,7 @@ class CountSketch:
     Args:
         dim: coordinates of the vector; may exceed 2^31.
         rows: independent estimates of each coordinate. Odd, or the median is biased (one warning).
-        cols: buckets of a row.
+        cols: cells of a row.
         seed: any integer; sketches with different seeds must not be summed.
         device: where the table lives.
         table: storage to use, float32 of shape ``(rows, cols)``; made and zeroed when not given.
@@ -78,7 +78,7 @@ class CountSketch:
         return reference
 
     def reset(self, seed: int) -> None:
-        """Empty the table and draw new buckets and signs."""
+        """Empty the table and draw new cells and signs."""
         self.seed = seed
         self.table.zero_()
 
@@ -145,7 +145,7 @@ class CountSketch:
                     f"got {given.numel()} of dtype {given.dtype}"
                 )
         if self._kernel is native:
-            native.add_advanced(self.geometry, self.seed, self.table, vector, change, scale, kept, values)
+            native.add_advanced(self.geometry, self.seed, self.table, vector, (change, scale), kept, values)
             return
         vector.add_(change, alpha=scale)
         kept.put(vector, values)

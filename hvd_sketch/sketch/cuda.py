@@ -2,7 +2,7 @@
 
 Importing this module needs Triton. Nothing here waits for the GPU: sizes are known beforehand, and what is found on
 the device stays there. Memory beyond table, vector and results: what is drawn, ``2 + rows`` words of 32 bits for each
-chunk of ``width`` coordinates, and a megabyte to choose with.
+chunk of 256 coordinates, and a megabyte to choose with.
 
 **Adding.** Each program keeps some columns of one row of one tile in registers and takes the blocks in ascending
 order: no atomic operation, and the order of additions that the reference defines. A small table has few tiles, so
@@ -12,10 +12,10 @@ the columns of a program are halved, from 512 down to 32, until there are progra
 
 1. count the upper 16 bits of magnitudes, and find in which of these bins the k-th largest lies;
 2. count the lower 15 bits of those in the bin: now the k-th largest is known;
-3. count, in each run of chunks, those above it and those equal to it;
+3. count, in each run of coordinates, those above it and those equal to it;
 4. write them where the counts before say, in ascending order.
 
-Before 1, the same is counted in every 64th chunk: that tells about how large the k-th largest is, and 1 need not count
+Before 1, the same is counted in every 64th step: that tells about how large the k-th largest is, and 1 need not count
 what lies well below, which saves most of its atomic additions. Should it be too few after all, the others are counted.
 """
 
@@ -50,7 +50,7 @@ def add(geometry: Geometry, seed: int, table: Tensor, vector: Tensor, offset: in
     blocks = -(-(offset + vector.numel()) // geometry.block) - first_block
     first = first_block * geometry.tiles
     cells = geometry.rows * geometry.tiles * geometry.width
-    columns = _columns(geometry)
+    columns = _columns(geometry.width)
     while columns > _NARROWEST and cells < columns * _PROGRAMS:
         columns //= 2
     parts = -(-geometry.width // columns)
@@ -68,6 +68,7 @@ def add(geometry: Geometry, seed: int, table: Tensor, vector: Tensor, offset: in
             geometry.rows,
             geometry.cols,
             geometry.width,
+            geometry.length,
             geometry.tiles,
             parts,
             lanes=columns,
@@ -81,7 +82,7 @@ def estimate_all(geometry: Geometry, seed: int, table: Tensor) -> Tensor:
     estimates = torch.empty(geometry.dim, dtype=torch.float32, device=table.device)
     with torch.cuda.device_of(table):
         passes = _Passes(geometry, seed, table)
-        passes.launch(kernels.estimate_all, passes.chunks, estimates)
+        passes.launch(kernels.estimate_all, passes.steps, estimates)
     return estimates
 
 
@@ -127,10 +128,13 @@ class _Passes:
 
     def __init__(self, geometry: Geometry, seed: int, table: Tensor) -> None:
         self._geometry, self._table = geometry, table
-        self.chunks = -(-geometry.dim // geometry.width)
-        self.run = -(-self.chunks // (2 * _PROGRAMS))
-        self.runs = -(-self.chunks // self.run)
-        self._draws = _draws(geometry, seed, table.device, 0, self.chunks)
+        blocks = -(-geometry.dim // geometry.block)
+        self._lanes = _columns(geometry.block)
+        self._chunks = blocks * geometry.tiles
+        self.steps = blocks * -(-geometry.block // self._lanes)
+        self.run = -(-self.steps // (2 * _PROGRAMS))
+        self.runs = -(-self.steps // self.run)
+        self._draws = _draws(geometry, seed, table.device, 0, self._chunks)
 
     def launch(self, kernel: Any, programs: int, *tensors: Tensor, **numbers: int) -> None:
         """Run a kernel on the table, with tensors and numbers of its own."""
@@ -142,9 +146,12 @@ class _Passes:
             dim=geometry.dim,
             cols=geometry.cols,
             width=geometry.width,
-            chunks=self.chunks,
+            length=geometry.length,
+            tiles=geometry.tiles,
+            chunks=self._chunks,
+            steps=self.steps,
             row_count=geometry.rows,
-            lanes=_columns(geometry),
+            lanes=self._lanes,
             **numbers,
             enable_fp_fusion=False,
         )
@@ -158,16 +165,16 @@ class _Passes:
         return counts.sum(dim=0, keepdim=True)
 
     def before(self, limit: Tensor) -> tuple[Tensor, Tensor]:
-        """How many magnitudes before each run of chunks lie above the limit, and how many are equal to it."""
+        """How many magnitudes before each run of steps lie above the limit, and how many are equal to it."""
         counts = torch.empty(2, self.runs, dtype=torch.int64, device=limit.device)
         self.launch(kernels.weigh, self.runs, limit, counts[0], counts[1], run=self.run)
         above, equal = counts.cumsum(1) - counts
         return above, equal
 
 
-def _columns(geometry: Geometry) -> int:
-    """Columns that a program takes at once: a power of two."""
-    return min(_WIDEST, max(_NARROWEST, 1 << (geometry.width - 1).bit_length()))
+def _columns(width: int) -> int:
+    """Of so many columns or coordinates, those that a program takes at once: a power of two."""
+    return min(_WIDEST, max(_NARROWEST, 1 << (width - 1).bit_length()))
 
 
 def _draws(geometry: Geometry, seed: int, device: torch.device, first: int, chunks: int) -> Tensor:

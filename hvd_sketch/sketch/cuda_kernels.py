@@ -1,7 +1,8 @@
 """What runs on the GPU: the Triton kernels that `hvd_sketch.sketch.cuda` launches.
 
-A chunk's 64-bit draws are made once, by `draw`, and kept as ``draws``, int32 of shape ``(2 + rows, chunks)``: the
+What is drawn for a chunk is drawn once, by `draw`, and kept as ``draws``, int32 of shape ``(2 + rows, chunks)``: the
 tile, the key of the sign words, and each row's offset. The other kernels hash 32 bits for each coordinate and row.
+What they take together is part of a block: lane by lane, coordinates that follow each other.
 
 Signs are applied by flipping the sign bit, so no product is followed by a sum that a compiler could fuse with it, and
 every result has the bits of `hvd_sketch.sketch.reference`.
@@ -27,19 +28,20 @@ def _mix64(x):
 @triton.jit
 def _mix32(x):
     x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
+    return (x ^ (x >> 15)) * 0x846CA68B
 
 
 @triton.jit
-def _drawn(seed, stream, index):
-    start = _mix64(seed.to(tl.uint64) + stream.to(tl.uint64) * 0xD1B54A32D192ED03)
-    return _mix64(start ^ index.to(tl.uint64))
+def _drawn(seed, number, index):
+    """32 bits for each index, as int64: the number-th of what is drawn for it."""
+    start = _mix64(seed.to(tl.uint64) + (number // 2).to(tl.uint64) * 0xD1B54A32D192ED03)
+    word = _mix64(start ^ index.to(tl.uint64))
+    return (tl.where(number % 2 == 0, word >> 32, word) & 0xFFFFFFFF).to(tl.int64)
 
 
 @triton.jit
 def _below(bits, bound):
-    return (((bits >> 32) * bound.to(tl.uint64)) >> 32).to(tl.int64)
+    return (bits * bound) >> 32
 
 
 @triton.jit(do_not_specialize=["seed", "first", "chunks", "width", "tiles"])
@@ -60,21 +62,24 @@ def draw(
         rotation = _below(_drawn(seed, line + (1 << 21), chunk // tiles), tiles)
         word = (chunk % tiles + rotation) % tiles
     elif line == 1:
-        word = _drawn(seed, line - 1 + (1 << 20), chunk).to(tl.int64)
+        word = _drawn(seed, line - 1, chunk)
     else:
-        word = _below(_drawn(seed, line - 2, chunk), width)
+        word = _below(_drawn(seed, line - 1, chunk), width)
     tl.store(draws + line * chunks + column, word.to(tl.int32), mask=column < chunks)
 
 
 @triton.jit
-def _flip(value, key, position, row):
-    """The value with the sign that this position has in this row."""
-    word = _mix32(key.to(tl.uint32, bitcast=True) + position.to(tl.uint32))
-    sign = ((word >> row.to(tl.uint32)) & 1) << 31
+def _flip(value, key, position, row, rows):
+    """The value with the sign that this position has in this row; one word has signs for 16 // rows pieces."""
+    piece, together = position // 64, 16 // rows
+    word = _mix32(key.to(tl.uint32, bitcast=True) + (piece // together * 64 + position % 64).to(tl.uint32))
+    sign = (word << (piece % together * rows + row).to(tl.uint32)) & 0x80000000
     return (value.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["first", "offset", "count", "blocks", "rows", "cols", "width", "tiles", "parts"])
+@triton.jit(
+    do_not_specialize=["first", "offset", "count", "blocks", "rows", "cols", "width", "length", "tiles", "parts"]
+)
 def add(
     table: tl.tensor,
     draws: tl.tensor,
@@ -87,6 +92,7 @@ def add(
     rows: tl.int64,
     cols: tl.int64,
     width: tl.int64,
+    length: tl.int64,
     tiles: tl.int64,
     parts: tl.int64,
     lanes: tl.constexpr,
@@ -94,12 +100,13 @@ def add(
     """Add the vector to the table; ``first`` is the chunk with which ``draws`` begins, and a block too.
 
     A program keeps lanes columns of one tile and row in registers and adds to them what each block in turn has for
-    them. Programs of one tile follow each other, so they read the same chunks at the same time, from the cache.
+    them, if anything: a chunk fills a part of the tile. Programs of one tile follow each other, so they read the same
+    chunks at the same time, from the cache.
     Grid: rows * parts * tiles.
     """
     program = tl.program_id(0).to(tl.int64)
     row, part, tile = program % rows, program // rows % parts, program // rows // parts
-    span = width.to(tl.int32)
+    span, size = width.to(tl.int32), length.to(tl.int32)
     column = (part * lanes).to(tl.int32) + tl.arange(0, lanes)
     inside = column < span
     cells = table + (row * cols + tile * width) + column
@@ -108,14 +115,17 @@ def add(
         slot = tile - tl.load(draws + block * tiles)
         chunk = block * tiles + tl.where(slot < 0, slot + tiles, slot)
         key = tl.load(draws + blocks * tiles + chunk)
-        place = column - tl.load(draws + (2 + row) * blocks * tiles + chunk)
-        position = tl.where(place < 0, place + span, place)
-        base = (first + chunk) * width - offset
-        start = tl.minimum(tl.maximum(-base, 0), width).to(tl.int32)
-        stop = tl.minimum(tl.maximum(count - base, 0), width).to(tl.int32)
-        used = inside & (position >= start) & (position < stop)
-        value = tl.load(vector + base + position, mask=used).to(tl.float32) * scale
-        sums = tl.where(used, sums + _flip(value, key, position, row), sums)
+        shift = tl.load(draws + (2 + row) * blocks * tiles + chunk)
+        ahead = (part * lanes).to(tl.int32) - shift
+        ahead = tl.where(ahead < 0, ahead + span, ahead)
+        if (ahead < size) | (ahead + lanes > span):
+            place = column - shift
+            position = tl.where(place < 0, place + span, place)
+            base = (first + block * tiles) * length + (chunk - block * tiles) * 64 - offset
+            at = base + position // 64 * (tiles * 64) + position % 64
+            used = inside & (position < size) & (at >= 0) & (at < count)
+            value = tl.load(vector + at, mask=used).to(tl.float32) * scale
+            sums = tl.where(used, sums + _flip(value, key, position, row.to(tl.int32), rows.to(tl.int32)), sums)
     tl.store(cells, sums, mask=inside)
 
 
@@ -134,20 +144,31 @@ def _median(values, row_count: tl.constexpr):
 
 
 @triton.jit
-def _estimates(table, draws, dim, cols, width, chunks, chunk, start, row_count: tl.constexpr, lanes: tl.constexpr):
-    """Of the chunk's positions ``start, start + 1, …``: their coordinates, estimates, and which of them there are."""
-    span = width.to(tl.int32)
-    position = (start + tl.arange(0, lanes)).to(tl.int32)
-    inside = position < tl.minimum(width, dim - chunk * width).to(tl.int32)
-    tile = tl.load(draws + chunk).to(tl.int64)
-    key = tl.load(draws + chunks + chunk)
+def _estimates(
+    table, draws, dim, cols, width, length, tiles, chunks, step, row_count: tl.constexpr, lanes: tl.constexpr
+):
+    """Of a step's coordinates: which they are, their estimates, and which of them there are.
+
+    A block has as many steps as it has times lanes coordinates.
+    """
+    span, size = width.to(tl.int32), (tiles * length).to(tl.int32)
+    steps = (size + lanes - 1) // lanes
+    block = step // steps
+    place = (step % steps).to(tl.int32) * lanes + tl.arange(0, lanes)
+    index = block * size + place
+    inside = (place < size) & (index < dim)
+    dealt, turns = place // 64, tiles.to(tl.int32)
+    position = dealt // turns * 64 + place % 64
+    chunk = block * tiles + dealt % turns
+    tile = tl.load(draws + chunk, mask=inside, other=0).to(tl.int64)
+    key = tl.load(draws + chunks + chunk, mask=inside, other=0)
     values = ()
     for row in tl.static_range(row_count):
-        place = position + tl.load(draws + (2 + row) * chunks + chunk)
-        column = tl.where(place < span, place, place - span)
+        column = position + tl.load(draws + (2 + row) * chunks + chunk, mask=inside, other=0)
+        column = tl.where(column < span, column, column - span)
         value = tl.load(table + (row * cols + tile * width) + column, mask=inside, other=0.0)
-        values += (_flip(value, key, position, tl.full((), row, tl.int32)),)
-    return chunk * width + position, _median(values, row_count), inside
+        values += (_flip(value, key, position, tl.full((), row, tl.int32), row_count),)
+    return index, _median(values, row_count), inside
 
 
 @triton.jit
@@ -162,7 +183,7 @@ def _kind(bits, least, inside):
     return (inside & (bits > least)).to(tl.int32) + ((inside & (bits == least)).to(tl.int32) << 16)
 
 
-@triton.jit(do_not_specialize=["dim", "cols", "width", "chunks"])
+@triton.jit(do_not_specialize=["dim", "cols", "width", "length", "tiles", "chunks", "steps"])
 def estimate_all(
     table: tl.tensor,
     draws: tl.tensor,
@@ -170,18 +191,20 @@ def estimate_all(
     dim: tl.int64,
     cols: tl.int64,
     width: tl.int64,
+    length: tl.int64,
+    tiles: tl.int64,
     chunks: tl.int64,
+    steps: tl.int64,
     row_count: tl.constexpr,
     lanes: tl.constexpr,
 ):
-    """Write all estimates. Grid: chunks."""
-    chunk = tl.program_id(0).to(tl.int64)
-    for start in range(0, width, lanes):
-        index, estimate, inside = _estimates(table, draws, dim, cols, width, chunks, chunk, start, row_count, lanes)
-        tl.store(to + index, estimate, mask=inside)
+    """Write all estimates. Grid: steps."""
+    step = tl.program_id(0).to(tl.int64)
+    index, estimate, inside = _estimates(table, draws, dim, cols, width, length, tiles, chunks, step, row_count, lanes)
+    tl.store(to + index, estimate, mask=inside)
 
 
-@triton.jit(do_not_specialize=["dim", "cols", "width", "chunks", "stride"])
+@triton.jit(do_not_specialize=["dim", "cols", "width", "length", "tiles", "chunks", "steps", "stride"])
 def count_digits(
     table: tl.tensor,
     draws: tl.tensor,
@@ -190,7 +213,10 @@ def count_digits(
     dim: tl.int64,
     cols: tl.int64,
     width: tl.int64,
+    length: tl.int64,
+    tiles: tl.int64,
     chunks: tl.int64,
+    steps: tl.int64,
     stride: tl.int64,
     lower: tl.constexpr,
     low_bits: tl.constexpr,
@@ -199,7 +225,7 @@ def count_digits(
     row_count: tl.constexpr,
     lanes: tl.constexpr,
 ):
-    """Count magnitudes by one digit, the lower low_bits or those above, in the chunks ``0, stride, 2 stride, …``.
+    """Count magnitudes by one digit, the lower low_bits or those above, in the steps ``0, stride, 2 stride, …``.
 
     By the upper digit: those in which it is at least ``limit[0]`` and below ``limit[1]``. By the lower one: those in
     which the upper is ``limit[0]``. ``counts``: ``copies`` times ``bins``, so that fewer programs meet at an address.
@@ -208,19 +234,18 @@ def count_digits(
     begin = tl.program_id(0).to(tl.int64) * stride
     wanted, beyond = tl.load(limit).to(tl.int32), tl.load(limit + 1).to(tl.int32)
     counts += tl.program_id(0) % copies * bins
-    for chunk in range(begin, tl.where(wanted < beyond, chunks, 0), tl.num_programs(0) * stride):
-        for start in range(0, width, lanes):
-            _, estimate, inside = _estimates(table, draws, dim, cols, width, chunks, chunk, start, row_count, lanes)
-            bits = _magnitude(estimate)
-            upper = bits >> low_bits
-            if lower:
-                counted, digit = upper == wanted, bits & ((1 << low_bits) - 1)
-            else:
-                counted, digit = (upper >= wanted) & (upper < beyond), upper
-            tl.atomic_add(counts + digit, 1, mask=inside & counted & (bits > 0), sem="relaxed")
+    for step in range(begin, tl.where(wanted < beyond, steps, 0), tl.num_programs(0) * stride):
+        _, estimate, inside = _estimates(table, draws, dim, cols, width, length, tiles, chunks, step, row_count, lanes)
+        bits = _magnitude(estimate)
+        upper = bits >> low_bits
+        if lower:
+            counted, digit = upper == wanted, bits & ((1 << low_bits) - 1)
+        else:
+            counted, digit = (upper >= wanted) & (upper < beyond), upper
+        tl.atomic_add(counts + digit, 1, mask=inside & counted & (bits > 0), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["dim", "cols", "width", "chunks", "run"])
+@triton.jit(do_not_specialize=["dim", "cols", "width", "length", "tiles", "chunks", "steps", "run"])
 def weigh(
     table: tl.tensor,
     draws: tl.tensor,
@@ -230,28 +255,30 @@ def weigh(
     dim: tl.int64,
     cols: tl.int64,
     width: tl.int64,
+    length: tl.int64,
+    tiles: tl.int64,
     chunks: tl.int64,
+    steps: tl.int64,
     run: tl.int64,
     row_count: tl.constexpr,
     lanes: tl.constexpr,
 ):
-    """How many magnitudes of each run of chunks lie above the limit, and how many are equal to it."""
+    """How many magnitudes of each run of steps lie above the limit, and how many are equal to it."""
     program = tl.program_id(0).to(tl.int64)
     begin = program * run
     least = tl.load(limit)
     more, same = tl.zeros((), tl.int64), tl.zeros((), tl.int64)
-    for chunk in range(begin, tl.minimum(begin + run, chunks)):
-        for start in range(0, width, lanes):
-            _, estimate, inside = _estimates(table, draws, dim, cols, width, chunks, chunk, start, row_count, lanes)
-            bits = _magnitude(estimate)
-            total = tl.sum(_kind(bits, least, inside))
-            more += total & 0xFFFF
-            same += total >> 16
+    for step in range(begin, tl.minimum(begin + run, steps)):
+        _, estimate, inside = _estimates(table, draws, dim, cols, width, length, tiles, chunks, step, row_count, lanes)
+        bits = _magnitude(estimate)
+        total = tl.sum(_kind(bits, least, inside))
+        more += total & 0xFFFF
+        same += total >> 16
     tl.store(above + program, more)
     tl.store(equal + program, same)
 
 
-@triton.jit(do_not_specialize=["dim", "cols", "width", "chunks", "k", "run"])
+@triton.jit(do_not_specialize=["dim", "cols", "width", "length", "tiles", "chunks", "steps", "k", "run"])
 def write(
     table: tl.tensor,
     draws: tl.tensor,
@@ -264,7 +291,10 @@ def write(
     dim: tl.int64,
     cols: tl.int64,
     width: tl.int64,
+    length: tl.int64,
+    tiles: tl.int64,
     chunks: tl.int64,
+    steps: tl.int64,
     k: tl.int64,
     run: tl.int64,
     row_count: tl.constexpr,
@@ -272,27 +302,26 @@ def write(
 ):
     """Write what lies above the limit and the first ``ties[0]`` that are equal to it, in ascending order.
 
-    ``above`` and ``equal`` tell how many of either kind lie before each run of chunks. Nothing is written beyond k,
+    ``above`` and ``equal`` tell how many of either kind lie before each run of steps. Nothing is written beyond k,
     whatever the table holds: with NaN in it the passes need not agree.
     """
     program = tl.program_id(0).to(tl.int64)
     begin = program * run
     least, room = tl.load(limit), tl.load(ties)
     more, same = tl.load(above + program), tl.load(equal + program)
-    for chunk in range(begin, tl.minimum(begin + run, chunks)):
-        for start in range(0, width, lanes):
-            index, estimate, inside = _estimates(
-                table, draws, dim, cols, width, chunks, chunk, start, row_count, lanes
-            )
-            bits = _magnitude(estimate)
-            if tl.max(tl.where(inside, bits, -1)) >= least:
-                kind = _kind(bits, least, inside)
-                before = tl.cumsum(kind) - kind
-                same_before = same + (before >> 16)
-                at = more + (before & 0xFFFF) + tl.minimum(same_before, room)
-                taken = ((kind == 1) | ((kind > 1) & (same_before < room))) & (at < k)
-                tl.store(indices + at, index, mask=taken)
-                tl.store(estimates + at, estimate, mask=taken)
-                total = tl.sum(kind)
-                more += total & 0xFFFF
-                same += total >> 16
+    for step in range(begin, tl.minimum(begin + run, steps)):
+        index, estimate, inside = _estimates(
+            table, draws, dim, cols, width, length, tiles, chunks, step, row_count, lanes
+        )
+        bits = _magnitude(estimate)
+        if tl.max(tl.where(inside, bits, -1)) >= least:
+            kind = _kind(bits, least, inside)
+            before = tl.cumsum(kind) - kind
+            same_before = same + (before >> 16)
+            at = more + (before & 0xFFFF) + tl.minimum(same_before, room)
+            taken = ((kind == 1) | ((kind > 1) & (same_before < room))) & (at < k)
+            tl.store(indices + at, index, mask=taken)
+            tl.store(estimates + at, estimate, mask=taken)
+            total = tl.sum(kind)
+            more += total & 0xFFFF
+            same += total >> 16

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from hvd_sketch.sketch.cuda_kernels import _below, _drawn, _flip
 
-_SIGN_STREAM = 1 << 20
-
 
 class NarrowKernels:
     """The tables of all stretches; see `hvd_sketch.sketch.narrow.NarrowSketches`.
@@ -55,7 +53,6 @@ class NarrowKernels:
                 1.0 / (owned.step or 1),
                 size=self._size,
                 cells=cells,
-                sign_stream=_SIGN_STREAM,
                 energies=energies,
                 num_warps=1,
                 enable_fp_fusion=False,
@@ -79,7 +76,6 @@ def add_slices(
     share: tl.float32,
     size: tl.constexpr,
     cells: tl.constexpr,
-    sign_stream: tl.constexpr,
     energies: tl.constexpr,
 ):
     """The table of one slice, and with ``energies`` sums of squares to be added up. Grid: slices."""
@@ -92,12 +88,12 @@ def add_slices(
     turn = ((start - first_owned) % ranks).to(tl.int32)  # the owner's next coordinate is where it comes to 0
     owned = tl.minimum(tl.maximum(last_owned - start, 0), size).to(tl.int32)
     for first in tl.range(0, count, cells, loop_unroll_factor=8):
-        offset = _below(_drawn(seed, chunk * 0, chunk), chunk * 0 + cells).to(tl.int32)
-        key = _drawn(seed, chunk * 0 + sign_stream, chunk).to(tl.int64).to(tl.int32)
+        key = _drawn(seed, chunk * 0, chunk).to(tl.int32)
+        offset = _below(_drawn(seed, chunk * 0 + 1, chunk), cells).to(tl.int32)
         position = (cell - offset) & (cells - 1)
         used = first + position < count
         value = tl.load(vector + start + first + position, mask=used, other=0.0).to(tl.float32) * scale
-        sums = tl.where(used, sums + _flip(value, key, position, tl.full((), 0, tl.int32)), sums)
+        sums = tl.where(used, sums + _flip(value, key, position, tl.full((), 0, tl.int32), 1), sums)
         if energies:
             its = first + position
             value = tl.where((its < owned) & ((turn + its) % ranks.to(tl.int32) == 0), value * share, value)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hvd_sketch.native import available, library
+from hvd_sketch.native import address, available, library
 from hvd_sketch.sketch.geometry import Geometry
 from hvd_sketch.sparse.chosen import Chosen
 
@@ -23,8 +23,7 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 def add(geometry: Geometry, seed: int, table: Tensor, vector: Tensor, offset: int, scale: float) -> None:
     """As `reference.add`; ``vector`` is contiguous, of dtype float32, float16 or bfloat16."""
-    segment = (vector.data_ptr(), _DTYPES[vector.dtype], offset, vector.numel())
-    _add_segments(geometry, seed, table, segment, scale)
+    _add_segments(geometry, seed, table, _segment(vector, offset), scale)
 
 
 def add_many(
@@ -33,8 +32,17 @@ def add_many(
     """As `add` of each vector at its offset. The slices are in ascending order, without overlap."""
     segments: list[int] = []
     for vector, offset in zip(vectors, offsets, strict=True):
-        segments += (vector.data_ptr(), _DTYPES[vector.dtype], offset, vector.numel())
+        segments += _segment(vector, offset)
     _add_segments(geometry, seed, table, segments, scale)
+
+
+def _segment(vector: Tensor, offset: int) -> tuple[int, int, int, int]:
+    count = vector.numel()
+    return address(vector, vector.dtype, count), _DTYPES[vector.dtype], offset, count
+
+
+def _table(geometry: Geometry, table: Tensor) -> int:
+    return address(table, torch.float32, geometry.rows * geometry.cols)
 
 
 def _add_segments(geometry: Geometry, seed: int, table: Tensor, segments: Sequence[int], scale: float) -> None:
@@ -42,7 +50,7 @@ def _add_segments(geometry: Geometry, seed: int, table: Tensor, segments: Sequen
         geometry.rows,
         geometry.cols,
         seed,
-        table.data_ptr(),
+        _table(geometry, table),
         (ctypes.c_int64 * len(segments))(*segments),
         len(segments) // 4,
         scale,
@@ -55,26 +63,26 @@ def add_advanced(
     seed: int,
     table: Tensor,
     vector: Tensor,
-    change: Tensor,
-    scale: float,
+    scaled: tuple[Tensor, float],
     kept: Chosen,
     values: Tensor,
 ) -> None:
-    """As `CountSketch.add_advanced`, tile by tile; all tensors are contiguous."""
+    """As `CountSketch.add_advanced`, tile by tile; ``scaled`` is the change and its scale."""
+    change, scale = scaled
     library().sketch_advance(
         geometry.rows,
         geometry.cols,
         seed,
-        table.data_ptr(),
+        _table(geometry, table),
         geometry.dim,
-        vector.data_ptr(),
-        change.data_ptr(),
+        address(vector, torch.float32, geometry.dim),
+        address(change, torch.float32, geometry.dim),
         scale,
-        kept.indices.data_ptr(),
+        address(kept.indices, torch.int64, kept.indices.numel()),
         kept.indices.numel(),
         kept.comb.start or 0,
         kept.comb.step or 0,
-        values.data_ptr(),
+        address(values, torch.float32, kept.count),
         torch.get_num_threads(),
     )
 
@@ -86,7 +94,7 @@ def estimate_all(geometry: Geometry, seed: int, table: Tensor) -> Tensor:
         geometry.rows,
         geometry.cols,
         seed,
-        table.data_ptr(),
+        _table(geometry, table),
         geometry.dim,
         estimates.data_ptr(),
         torch.get_num_threads(),
@@ -104,7 +112,7 @@ def top_k(geometry: Geometry, seed: int, table: Tensor, k: int) -> tuple[Tensor,
         geometry.rows,
         geometry.cols,
         seed,
-        table.data_ptr(),
+        _table(geometry, table),
         geometry.dim,
         k,
         indices.data_ptr(),

@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hvd_sketch.sketch.geometry import Geometry, buckets_and_signs
+from hvd_sketch.sketch.geometry import Geometry, cells_and_signs
 
 
 def add(geometry: Geometry, seed: int, table: Tensor, vector: Tensor, offset: int, scale: float) -> None:
-    """``table[j, bucket_j(i)] += sign_j(i) * scale * vector[i - offset]`` for every i and row j.
+    """``table[j, cell_j(i)] += sign_j(i) * scale * vector[i - offset]`` for every i and row j.
 
-    A bucket receives its coordinates in ascending order, one block after the other, so the
+    A cell receives its coordinates in ascending order, one block after the other, so the
     floating-point result is defined to the last bit.
     """
     start, stop = offset, offset + vector.numel()
@@ -23,19 +23,19 @@ def add(geometry: Geometry, seed: int, table: Tensor, vector: Tensor, offset: in
     while start < stop:
         end = min(stop, (start // geometry.block + 1) * geometry.block)
         index = torch.arange(start, end, device=table.device)
-        bucket, sign = buckets_and_signs(geometry, seed, index)
+        cell, sign = cells_and_signs(geometry, seed, index)
         values = vector[start - offset : end - offset].to(torch.float32) * scale
-        flat.index_add_(0, (row_start + bucket).view(-1), (sign * values).view(-1))
+        flat.index_add_(0, (row_start + cell).view(-1), (sign * values).view(-1))
         start = end
 
 
 def estimate(geometry: Geometry, seed: int, table: Tensor, index: Tensor) -> Tensor:
-    """``median_j sign_j(i) * table[j, bucket_j(i)]`` (float32) for each coordinate of ``index``.
+    """``median_j sign_j(i) * table[j, cell_j(i)]`` (float32) for each coordinate of ``index``.
 
     With an even number of rows the median is the mean of the two middle values.
     """
-    bucket, sign = buckets_and_signs(geometry, seed, index)
-    ordered = (table.gather(1, bucket) * sign).sort(dim=0).values
+    cell, sign = cells_and_signs(geometry, seed, index)
+    ordered = (table.gather(1, cell) * sign).sort(dim=0, stable=True).values
     middle = geometry.rows // 2
     if geometry.rows % 2:
         return ordered[middle]

@@ -77,8 +77,17 @@ class SparseCodec:
         indices, values = indices.contiguous(), values.contiguous()
         code = torch.empty(len(values), self.nbytes, dtype=torch.uint8, device="cpu")
         decoded = torch.empty_like(values)
-        pointers = (tensor.data_ptr() for tensor in (indices, values, code, decoded))
-        native.library().sparse_encode(self.universe, self.count, len(values), *pointers, torch.get_num_threads())
+        count = len(values) * self.count
+        native.library().sparse_encode(
+            self.universe,
+            self.count,
+            len(values),
+            native.address(indices, torch.int64, count),
+            native.address(values, torch.float32, count),
+            code.data_ptr(),
+            decoded.data_ptr(),
+            torch.get_num_threads(),
+        )
         return code, decoded
 
     def decode(self, code: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,10 +105,17 @@ class SparseCodec:
         code = code.contiguous()
         indices = torch.empty(len(code), self.count, dtype=torch.int64, device="cpu")
         values = torch.empty(len(code), self.count, dtype=torch.float32, device="cpu")
-        pointers = (tensor.data_ptr() for tensor in (code, indices, values))
         known = torch.empty(len(code), dtype=torch.bool, device="cpu")
-        threads = torch.get_num_threads()
-        native.library().sparse_decode(self.universe, self.count, len(code), *pointers, known.data_ptr(), threads)
+        native.library().sparse_decode(
+            self.universe,
+            self.count,
+            len(code),
+            native.address(code, torch.uint8, len(code) * self.nbytes),
+            indices.data_ptr(),
+            values.data_ptr(),
+            known.data_ptr(),
+            torch.get_num_threads(),
+        )
         return self._checked(indices, values, known)
 
     def _encode(self, indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,8 +57,8 @@ class Rows:
             self.first,
             1,
             *self.rows.shape,
-            self.rows.data_ptr(),
-            values.data_ptr(),
+            native.address(self.rows, torch.int64, self.rows.numel()),
+            native.address(values, torch.float32, self.rows.numel()),
             clear,
         )
 
@@ -72,7 +72,13 @@ def add(vector: Tensor, shards: int, shard: int, rows: Tensor, values: Tensor) -
     if native.serves(vector):
         values = values.contiguous()
         native.library().sparse_add(
-            *native.pieces({0: vector}), shards, shard, 0, *rows.shape, rows.data_ptr(), values.data_ptr()
+            *native.pieces({0: vector}),
+            shards,
+            shard,
+            0,
+            *rows.shape,
+            native.address(rows, torch.int64, rows.numel()),
+            native.address(values, torch.float32, rows.numel()),
         )
         return
     if gpu.serves(vector):

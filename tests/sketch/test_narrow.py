@@ -114,6 +114,6 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     parts = {"parts": "*fp32", "squares": "*fp32", "places": "*i64", "vector": "*fp32"}
     parts |= {"scale": "fp32", "share": "fp32"}
     for energies in (False, True):
-        shape = {"size": 1 << 15, "cells": CELLS, "sign_stream": 1 << 20, "energies": energies}
+        shape = {"size": 1 << 15, "cells": CELLS, "energies": energies}
         yield narrow_cuda.add_slices, parts, shape
     yield narrow_cuda.add_up, {"tables": "*fp32", "parts": "*fp32", "edges": "*i64"}, {"cells": CELLS}

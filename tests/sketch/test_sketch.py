@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hvd_sketch.sketch import CountSketch, Geometry
-from hvd_sketch.sketch.geometry import TILE_WIDTH, buckets_and_signs
+from hvd_sketch.sketch.geometry import TILE_WIDTH, cells_and_signs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NARROW = (300, 20)
@@ -81,8 +81,8 @@ def test_pairs_of_different_blocks_collide_once_in_cols(dim: int, cols: int, see
     collisions = torch.zeros(2, dtype=torch.float64)
     agreements = 0.0
     for seed in range(seeds):
-        bucket, sign = buckets_and_signs(geometry, seed, some)
-        equal = bucket[:, :, None] == bucket[:, None]
+        cell, sign = cells_and_signs(geometry, seed, some)
+        equal = cell[:, :, None] == cell[:, None]
         assert not (equal & same).any()
         collisions += (equal & apart).sum(dim=(1, 2))
         agreements += float((sign[0].outer(sign[0]) * (equal[0] & apart)).sum())
@@ -95,17 +95,17 @@ def test_pairs_of_different_blocks_collide_once_in_cols(dim: int, cols: int, see
 
 def test_rows_meet_different_pairs() -> None:
     """With one shared row of offsets, all rows would fail together."""
-    bucket, sign = buckets_and_signs(Geometry(10_000, 5, 100), 7, torch.arange(10_000))
+    cell, sign = cells_and_signs(Geometry(10_000, 5, 100), 7, torch.arange(10_000))
     for one in range(5):
         for two in range(one):
-            assert float((bucket[one] == bucket[two]).double().mean()) < 0.1
+            assert float((cell[one] == cell[two]).double().mean()) < 0.1
             assert abs(float((sign[one] * sign[two]).mean())) < 0.06
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 33])
 @pytest.mark.filterwarnings("ignore:CountSketch")
 def test_a_vector_of_one_block_comes_back_exactly(rows: int) -> None:
-    vector = randn(9000)
+    vector = randn(Geometry(9000, rows, 9000).block)
     assert torch.equal(sketch_of(vector, rows, 9000).estimate(), vector)
 
 
@@ -181,9 +181,9 @@ def test_dimensions_above_32_bits(start: int) -> None:
     sketch.add(vector, start)
     index = torch.arange(start, start + 1400)
     assert torch.equal(sketch.estimate(index), vector)
-    bucket, sign = buckets_and_signs(sketch.geometry, 9, index)
-    assert int(bucket.max()) < 8200
-    assert torch.equal(sketch.table.gather(1, bucket) * sign, vector.expand(3, -1))
+    cell, sign = cells_and_signs(sketch.geometry, 9, index)
+    assert int(cell.max()) < 8200
+    assert torch.equal(sketch.table.gather(1, cell) * sign, vector.expand(3, -1))
 
 
 def test_different_seeds_draw_differently_and_reset_starts_over() -> None:

@@ -6,7 +6,7 @@
 
 namespace sketch {
 
-constexpr int kBatch = 256;  // coordinates estimated together
+constexpr int kEstimates = kChunk;  // at once
 
 // Ascending order of two values; equal ones, 0.0 and -0.0, stay as they are.
 INLINE void order(float& low, float& high) {
@@ -21,7 +21,7 @@ INLINE void median_of(const float* __restrict rows, int count, float* __restrict
     for (int first = 0; first < count; first += kLanes)
         for (int i = first; i < first + kLanes; i++) {
             float x[R];
-            for (int j = 0; j < R; j++) x[j] = rows[j * kBatch + i];
+            for (int j = 0; j < R; j++) x[j] = rows[j * kEstimates + i];
 #pragma GCC unroll 8
             for (int top = R - 1; top >= R / 2; top--)
 #pragma GCC unroll 8
@@ -35,64 +35,73 @@ INLINE void median_of_many(float* rows, int64_t row_count, int count, float* to)
     for (int i = 0; i < count; i++) {
         float* x = rows + i;
         for (int64_t j = 1; j < row_count; j++) {
-            const float value = x[j * kBatch];
+            const float value = x[j * kEstimates];
             int64_t at = j;
-            for (; at > 0 && value < x[(at - 1) * kBatch]; at--)
-                x[at * kBatch] = x[(at - 1) * kBatch];
-            x[at * kBatch] = value;
+            for (; at > 0 && value < x[(at - 1) * kEstimates]; at--)
+                x[at * kEstimates] = x[(at - 1) * kEstimates];
+            x[at * kEstimates] = value;
         }
-        const float upper = x[row_count / 2 * kBatch];
-        to[i] = row_count % 2 ? upper : (x[(row_count / 2 - 1) * kBatch] + upper) * 0.5f;
+        const float upper = x[row_count / 2 * kEstimates];
+        to[i] = row_count % 2 ? upper : (x[(row_count / 2 - 1) * kEstimates] + upper) * 0.5f;
     }
 }
 
-INLINE float flip(float value, uint32_t word, int bit) {
-    return bit_cast<float>(bit_cast<uint32_t>(value) ^ sign(word, bit));
+INLINE float flip(float value, uint32_t word, int64_t number) {
+    return bit_cast<float>(bit_cast<uint32_t>(value) ^ sign(word, number));
 }
 
-// Estimates of up to kBatch coordinates of one chunk.
+// Estimates of up to kEstimates coordinates that fall into one tile, of which `cells` is the first row's.
 class Estimator {
 public:
     const float* estimates() const { return estimates_; }
 
-    // Positions first, first + 1, …
-    INLINE void range(const Layout& layout, const Draws& draws, const float* tile, int64_t first, int count) {
-        float* rows = rows_.reserve(layout.rows * kBatch);
-        for (int64_t row = 0; row < layout.rows; row++, tile += layout.cols) {
-            if (row % 32 == 0)
-                for (int i = 0; i < count; i++) word_[i] = mix32(draws.key.data()[row / 32] + uint32_t(first + i));
-            int64_t at = first + draws.offset.data()[row];
+    // Positions first, first + 1, … of chunk i of those drawn.
+    INLINE void range(const Layout& layout, const Draws& draws, int chunk, const float* cells, int64_t first,
+                      int count) {
+        float* rows = rows_.reserve(layout.rows * kEstimates);
+        for (int64_t row = 0; row < layout.rows; row++, cells += layout.cols) {
+            if (row % kSigns == 0)
+                for (int i = 0; i < count; i++) word_[i] = word(layout, draws.keys(row)[chunk], uint32_t(first + i));
+            int64_t at = first + draws.offsets(row)[chunk];
             if (at >= layout.width) at -= layout.width;
-            const int before = int(std::min<int64_t>(count, layout.width - at)), bit = int(row % 32);
-            float* to = rows + row * kBatch;
-            for (int i = 0; i < before; i++) to[i] = flip(tile[at + i], word_[i], bit);
-            for (int i = before; i < count; i++) to[i] = flip(tile[i - before], word_[i], bit);
+            const int before = int(std::min<int64_t>(count, layout.width - at));
+            float* to = rows + row * kEstimates;
+            for (int i = 0; i < before; i++) to[i] = flip(cells[at + i], word_[i], row % kSigns);
+            for (int i = before; i < count; i++) to[i] = flip(cells[i - before], word_[i], row % kSigns);
         }
         median(rows, layout.rows, count);
     }
 
-    // The positions listed. The list is full, with any positions, up to a multiple of kLanes.
-    INLINE void list(const Layout& layout, const Draws& draws, const float* tile, const uint32_t* position, int count) {
-        float* rows = rows_.reserve(layout.rows * kBatch);
+    // Those listed: position p mod kChunk of chunk p / kChunk. The list is full, with any of them, up to a multiple of
+    // kLanes.
+    template <int N>
+    INLINE void list(const Layout& layout, const Draws& draws, const float* cells, const uint32_t* place, int count) {
+        using Word = typename Lanes<N>::Word;
+        float* rows = rows_.reserve(layout.rows * kEstimates);
         const uint32_t width = uint32_t(layout.width);
-        for (int64_t row = 0; row < layout.rows; row++, tile += layout.cols) {
-            if (row % 32 == 0)
-                for (int first = 0; first < count; first += kLanes)
-                    for (int i = first; i < first + kLanes; i++)
-                        word_[i] = mix32(draws.key.data()[row / 32] + position[i]);
-            const uint32_t offset = uint32_t(draws.offset.data()[row]);
-            float* to = rows + row * kBatch;
+        for (int64_t row = 0; row < layout.rows; row++, cells += layout.cols) {
+            for (int i = 0; i < count; i += N) {
+                const Word listed = load_words<N>(place + i), chunk = listed / uint32_t(kChunk);
+                const Word position = listed % uint32_t(kChunk);
+                if (row % kSigns == 0) store(word_ + i, word(layout, look_up<N>(draws.keys(row), chunk), position));
+                const Word at = position + look_up<N>(draws.offsets(row), chunk), wrapped = at - width;
+                store(cell_ + i, at < wrapped ? at : wrapped);
+            }
+            float* to = rows + row * kEstimates;
+            for (int i = 0; i < count; i++) to[i] = cells[cell_[i]];
             for (int first = 0; first < count; first += kLanes)
-                for (int i = first; i < first + kLanes; i++)
-                    bucket_[i] = std::min(position[i] + offset, position[i] + offset - width);
-            for (int i = 0; i < count; i++) to[i] = tile[bucket_[i]];
-            for (int first = 0; first < count; first += kLanes)
-                for (int i = first; i < first + kLanes; i++) to[i] = flip(to[i], word_[i], int(row % 32));
+                for (int i = first; i < first + kLanes; i++) to[i] = flip(to[i], word_[i], row % kSigns);
         }
         median(rows, layout.rows, count);
     }
 
 private:
+    // That begins with the position's own signs.
+    template <class Word>
+    static INLINE Word word(const Layout& layout, const Word& key, const Word& position) {
+        return mix32(layout.hashed(key, position), 0) << layout.before(position);
+    }
+
     INLINE void median(float* rows, int64_t row_count, int count) {
         switch (row_count) {
             case 1: return median_of<1>(rows, count, estimates_);
@@ -104,8 +113,8 @@ private:
     }
 
     Buffer<float> rows_;
-    uint32_t word_[kBatch], bucket_[kBatch];
-    float estimates_[kBatch];
+    uint32_t word_[kEstimates], cell_[kEstimates];
+    float estimates_[kEstimates];
 };
 
 // The estimates of all coordinates, for a caller who has room for them.
@@ -117,18 +126,25 @@ struct EstimateAll {
     Split& tiles;
 
     INLINE void by_tile(Draws& draws, Estimator& estimator, int thread) const {
+        const int64_t blocks = layout.blocks(dim);
+        draws.start(layout);
         for (int64_t tile; (tile = tiles.take(thread)) >= 0;)
-            for (int64_t block = 0; block * layout.tiles * layout.width < dim; block++) {
-                const int64_t m = layout.chunk_of(tile, block), base = m * layout.width;
-                const int64_t last = std::min(layout.width, dim - base);
-                if (last <= 0) continue;
-                draws.fill(layout, m);
-                for (int64_t q = 0; q < last; q += kBatch) {
-                    const int count = int(std::min<int64_t>(kBatch, last - q));
-                    estimator.range(layout, draws, table + tile * layout.width, q, count);
-                    std::memcpy(to + base + q, estimator.estimates(), count * sizeof(float));
-                }
+            for (int64_t block = 0; block < blocks; block += kTogether) {
+                const int together = int(std::min<int64_t>(kTogether, blocks - block));
+                draws.chunks.find(layout, tile, block);
+                draws.fill(layout, together);
+                for (int i = 0; i < together; i++) chunk(draws, i, tile, estimator);
             }
+    }
+
+private:
+    INLINE void chunk(const Draws& draws, int i, int64_t tile, Estimator& estimator) const {
+        const int64_t begin = draws.chunks.begin[i], count = layout.size(begin, dim);
+        if (count == 0) return;
+        estimator.range(layout, draws, i, table + tile * layout.width, 0, int(count));
+        for (int64_t q = 0; q < count; q += kPiece)
+            std::memcpy(to + layout.at(begin, q), estimator.estimates() + q,
+                        std::min(kPiece, count - q) * sizeof(float));
     }
 };
 

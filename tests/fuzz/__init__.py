@@ -1,0 +1,1 @@
+"""The native kernel under sanitizers: `make fuzz`."""

@@ -1,0 +1,1 @@
+"""Training, wrapping and dropping for a long time: `make soak`."""
