@@ -21,13 +21,14 @@ ROUNDING = (17 / 16) ** 6 - 1
 
 
 class Small(nn.Module):
-    """Few enough coordinates for a sketch of 32 columns to be exact; the last one travels whole."""
+    """Few enough coordinates for a sketch of 32 columns to be exact; one travels whole, and one is large enough to gain."""
 
     def __init__(self) -> None:
         super().__init__()
         self.kernel = nn.Parameter(torch.zeros(3, 2, 2))
         self.vector = nn.Parameter(torch.zeros(7))
         self.whole = nn.Parameter(torch.zeros(4))
+        self.rest = nn.Parameter(torch.zeros(400))
 
 
 def gradients(rank: int, step: int) -> dict[str, Tensor]:
