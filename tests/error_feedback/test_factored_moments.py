@@ -21,7 +21,7 @@ ROUNDING = (17 / 16) ** 6 - 1
 
 
 class Small(nn.Module):
-    """Few enough coordinates for a sketch of 32 columns to be exact; one travels whole, and one is large enough to gain."""
+    """Few coordinates, for which a sketch of 32 columns is exact; some that travel whole, and enough to gain by it."""
 
     def __init__(self) -> None:
         super().__init__()
