@@ -106,7 +106,7 @@ class TwoWaySignExchange(OneWaySignExchange):
     The server's error is in its owner's memory, as in `hvd_sketch.compressors.sharded`. Up and down together are
     ``2 (W-1)/W (n / 8 + 2 W tensors)`` bytes, up to 32 times less than a dense exchange. Sources: two ways with an
     error on each, 1-bit Adam, Tang et al. (ICML 2021), arXiv 2102.02888; with a scale for each tensor, Zheng et al.
-    (NeurIPS 2019), arXiv 1905.10936. Cannot be combined with ``hvd.join``.
+    (NeurIPS 2019), arXiv 1905.10936.
     """
 
     @property

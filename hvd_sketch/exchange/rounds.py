@@ -10,11 +10,13 @@ from torch import Tensor
 from hvd_sketch import wire
 from hvd_sketch.comm.base import Communicator, Pending
 from hvd_sketch.errors import ConfigurationError, RankMismatchError
+from hvd_sketch.exchange.coarse import Coarse, sum_coarsely
 from hvd_sketch.exchange.drift import Drift
 from hvd_sketch.scope import next_scope
 from hvd_sketch.stats import Stats
 
 _FEW = 64
+_EIGHT_BITS = Coarse(8, floating=True)
 
 
 class Rounds:
@@ -125,6 +127,17 @@ class Rounds:
             one, other, third = message.view(3, *values.shape)
             values.copy_(torch.where((one == other) | (one == third), one, other))
         if self.all_present and self.comm.size > 1:
+            self._drift.note(values)
+
+    def sum_coarsely(self, values: Tensor, what: str) -> None:
+        """The same, in floats of eight bits, see `Coarse`; in float32 where a rank has left in ``hvd.join``."""
+        if not self.all_present:
+            self.sum_values(values, what)
+            return
+        with self._stats.counting(self.comm), self._stats.phase("exchange"):
+            summed = sum_coarsely(values.flatten(), _EIGHT_BITS, self.comm, self.name_of(what), self.unseal)
+            values.copy_(summed.total.view_as(values))
+        if self.comm.size > 1:
             self._drift.note(values)
 
     def _problems(self) -> Exception:
