@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from hvd_sketch import native
 from hvd_sketch.comm.states import broadcast_state
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.agreement import Answers, agree, newcomers
@@ -19,6 +20,7 @@ from hvd_sketch.layout import describe_values
 from hvd_sketch.memory import Memory
 from hvd_sketch.saved import Equal, Form, unfit
 from hvd_sketch.stats import Stats
+from hvd_sketch.version import VERSION
 
 _NOT_BEGUN = "not-begun"
 
@@ -172,6 +174,7 @@ class Progress(ABC):
         """Compare settings, parameters and their values; on a difference, tell every rank what differs."""
         setting = self._setting
         mine = {
+            "software": f"version={VERSION} kernel={native.identity()}",
             "settings": f"{self._agreed} average={setting.average} momentum_correction={setting.momentum}",
             "step": self._progress(),
             "parameters": self.layout.describe(),
