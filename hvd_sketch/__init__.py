@@ -35,6 +35,7 @@ from hvd_sketch.schedules.guard import Guard
 from hvd_sketch.sketch import CountSketch
 from hvd_sketch.stats import Stats
 from hvd_sketch.stock import exchange_of
+from hvd_sketch.version import VERSION
 
 if TYPE_CHECKING:
     from hvd_sketch import ddp
@@ -99,7 +100,7 @@ __all__ = [
     "shutdown",
     "size",
 ]
-__version__ = "0.1.0"
+__version__ = VERSION
 
 if not TYPE_CHECKING:  # a type checker would take any name for one of ours
 

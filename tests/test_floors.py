@@ -24,7 +24,7 @@ FLOORS = (
     ("exchange",),
     ("memory", "memory_cuda", "layout", "grid", "saved", "stats", "scope"),
     ("sketch", "sparse", "comm"),
-    ("native", "gpu", "precision", "bits", "wire"),
+    ("native", "gpu", "precision", "bits", "wire", "version"),
     ("errors",),
 )
 HEIGHT = {room: len(FLOORS) - number for number, rooms in enumerate(FLOORS) for room in rooms}

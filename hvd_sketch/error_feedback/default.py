@@ -99,6 +99,7 @@ def follow(
         what keeps them ahead, to be told when a gradient is computed, and of every step.
     """
     exchange.log.notes.append(f"error_feedback={feedback}")
+    exchange.agree_on(f"error_feedback={feedback}")
     shares, first = CommonShare(), next(iter(named.values()))
     shares.attach(exchange)
     flat = FlatParameters(named, exchange.layout, first.device)

@@ -85,6 +85,7 @@ class State:
         self.exchange = compression.exchange(layout, comm, average=True, device=device)
         held = self._optimizer
         self.exchange.watch(trained, lambda: getattr(held(), "param_groups", ()))
+        self.exchange.drift.parameters = ()  # which may be ahead while backward runs, on each rank elsewhere
         self._parameters = [trained[slot.name] for slot in layout.slots]
         self._positions = {parameter: position for position, parameter in enumerate(self._parameters)}
         self._used: set[int] = set()

@@ -191,7 +191,8 @@ def two_models_with_equal_names(same: bool) -> Tensor:
 def broadcast_of(method: Method) -> tuple[Tensor, Tensor]:
     """State and rates after rank 0 alone has loaded what a plain optimizer had, and the model after some training."""
     model = net(seed=hvd.rank())
-    optimizer = method.make(method.optimizer(model.parameters()), model, None)
+    everybody: Any = None
+    optimizer = method.make(method.optimizer(model.parameters()), model, everybody)
     if hvd.rank() == 0:
         elsewhere = net(seed=5)
         inner = method.optimizer(elsewhere.parameters())
