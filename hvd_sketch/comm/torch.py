@@ -134,7 +134,7 @@ class TorchCommunicator(Communicator):
             yield
         except RuntimeError as error:
             raise RankLostError(
-                f"rank {self._rank} of {self._size} lost the others in {what}: one of them ended, or did not take part "
+                f"rank {self._rank} of {self._size} lost the others in {what}: one of them ended, or did not come "
                 f"in time; look for the first error of all ranks. torch.distributed says: {error}"
             ) from error
 

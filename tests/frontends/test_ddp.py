@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.nn.parallel import DistributedDataParallel
 
 import hvd_sketch as hvd
@@ -306,16 +307,16 @@ def resumed(folder: str) -> bool:
         if number == 3:
             model_state, optimizer_state = get_state_dict(model, optimizer)
             entries = {"model": model_state, "optimizer": optimizer_state, "memory": SavedMemory(state)}
-            dcp.save(entries, checkpoint_id=folder)
+            save(entries, checkpoint_id=folder)
         step(model, optimizer, number)
     other = wrapped(net(5))
     second = sgd(other, momentum=0.5)
     state = hvd.ddp.register(other, second, COMPRESSORS["sharded"]())
     model_state, optimizer_state = get_state_dict(other, second)
     entries = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(entries, checkpoint_id=folder)
+    load(entries, checkpoint_id=folder)
     set_state_dict(other, second, model_state_dict=model_state, optim_state_dict=optimizer_state)
-    dcp.load({"memory": SavedMemory(state)}, checkpoint_id=folder)
+    load({"memory": SavedMemory(state)}, checkpoint_id=folder)
     for number in range(3, STEPS):
         step(other, second, number)
     return torch.equal(flat(model), flat(other))
