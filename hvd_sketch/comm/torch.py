@@ -134,8 +134,8 @@ class TorchCommunicator(Communicator):
             yield
         except RuntimeError as error:
             raise RankLostError(
-                f"rank {self._rank} of {self._size} lost the others in {what}: one of them ended, or did not take "
-                f"part in time; look for the first error of all ranks. torch.distributed says: {error}"
+                f"rank {self._rank} of {self._size} lost the others in {what}: one of them ended, or did not come "
+                f"in time; look for the first error of all ranks. torch.distributed says: {error}"
             ) from error
 
     def _within_reach(self, tensor: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from hvd_sketch.error_feedback.passes import Passes
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.exchange.gradients import shared_state, take_over, watch
+from hvd_sketch.exchange.joining import attend
 from hvd_sketch.exchange.scaling import LossScale
 from hvd_sketch.frontends.optimizer import DistributedOptimizer
 from hvd_sketch.methods.wrapper import HOROVODS_MODULE
@@ -44,8 +45,8 @@ class State:
 
     Gradients are anticipated where the compressor's ``anticipate`` has it so, see `Compressor`.
 
-    Sent: what the compressor sends. Ranks that have run out of data inside ``model.join()`` take part with a
-    gradient of zero and with what they have kept.
+    Sent: what the compressor sends; zeros by ranks that have run out of data inside ``model.join()``, whose memory
+    stays as it is. Such steps do not count for schedules.
 
     Args:
         compression: one of `hvd_sketch.Compression` that sparsifies.
@@ -93,7 +94,7 @@ class State:
         self._views: dict[int, Tensor] = {}
         self._open: list[tuple[torch.futures.Future[Tensor], Tensor]] = []
         self._undo: Callable[[], None] | None = None
-        self._stepping = self._unstepped = self._ever_stepped = self._added_to = False
+        self._stepping = self._unstepped = self._ever_stepped = self._added_to = self._joined = False
         self._passes: Passes | None = None
         if isinstance(feedback, Anticipate):
             self._passes = follow(optimizer, feedback, self, self.exchange, trained)
@@ -137,15 +138,15 @@ class State:
         """The first bucket of a step."""
         optimizer = self._optimizer()
         self._factor = 1.0 if optimizer is None else self._scale.by_hand(optimizer)
-        joined = torch._C._current_graph_task_id() < 0  # there is no backward, the others' buckets are matched
-        if not joined and not self._used:
+        self._joined = torch._C._current_graph_task_id() < 0  # there is no backward, the others' buckets are matched
+        if not self._joined and not self._used:
             self._used = set(self._positions.values())
-        if joined or self._stepping:
+        if self._joined or self._stepping:
             self._undo = None
         self._added_to = self._undo is not None  # gradients that were exchanged before: they count with these
-        if not (joined or self._stepping or self._added_to):
+        if not (self._joined or self._stepping or self._added_to):
             self._undo = self.exchange.snapshot()
-        self._unstepped = not joined
+        self._unstepped = not self._joined
 
     def _take(self, gradients: Mapping[int, Tensor]) -> None:
         """Hand in what was used on this rank; the rest is zero, or left over from an earlier pass and comes last."""
@@ -164,8 +165,11 @@ class State:
         exchange.frozen = [at for at, parameter in enumerate(self._parameters) if not parameter.requires_grad]
         opened, self._open = self._open, []
         try:
-            exchange.run()
-            exchange.write_update(self._views, self._factor)
+            if self._joined:
+                attend(exchange)
+            else:
+                exchange.run()
+                exchange.write_update(self._views, self._factor)
         finally:
             self._used.clear()
             self._stale.clear()

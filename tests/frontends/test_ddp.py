@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
-from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.nn.parallel import DistributedDataParallel
 
 import hvd_sketch as hvd
@@ -307,16 +307,16 @@ def resumed(folder: str) -> bool:
         if number == 3:
             model_state, optimizer_state = get_state_dict(model, optimizer)
             entries = {"model": model_state, "optimizer": optimizer_state, "memory": SavedMemory(state)}
-            save_checkpoint(entries, checkpoint_id=folder)
+            save(entries, checkpoint_id=folder)
         step(model, optimizer, number)
     other = wrapped(net(5))
     second = sgd(other, momentum=0.5)
     state = hvd.ddp.register(other, second, COMPRESSORS["sharded"]())
     model_state, optimizer_state = get_state_dict(other, second)
     entries = {"model": model_state, "optimizer": optimizer_state}
-    load_checkpoint(entries, checkpoint_id=folder)
+    load(entries, checkpoint_id=folder)
     set_state_dict(other, second, model_state_dict=model_state, optim_state_dict=optimizer_state)
-    load_checkpoint({"memory": SavedMemory(state)}, checkpoint_id=folder)
+    load({"memory": SavedMemory(state)}, checkpoint_id=folder)
     for number in range(3, STEPS):
         step(other, second, number)
     return torch.equal(flat(model), flat(other))
