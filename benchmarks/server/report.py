@@ -49,7 +49,8 @@ def attacks(mine: Sequence[Row], rows: Sequence[Row], folder: Path) -> str:
         "## Ten workers, some of them hostile\n",
         "`benchmarks.server.attacks`: handwritten digits, 130 images a worker, 137 that the server trusts, a "
         "perceptron of 4810 parameters. Percent of 360 other images that are read correctly at the end, mean of the "
-        f"seeds ({_seeds(mine)}), by the number of hostile workers. Trained on the trusted images alone: "
+        f"seeds ({_seeds(mine)}, not all of them in every cell), by the number of hostile workers; - where nothing was "
+        "measured. Trained on the trusted images alone: "
         f"{_percent(alone)}.\n",
     ]
     for name in names:
@@ -81,7 +82,7 @@ def straggler(mine: Sequence[Row], rows: Sequence[Row], folder: Path) -> str:
     body = {method: [f"{_where(mine, method=method)[0]['rate']:g}"] for method in methods}
     for factor, plot in zip(factors, axes[0], strict=True):
         curves = {method: _mean_curve(_where(mine, method=method, factor=factor)) for method in methods}
-        for colour, (method, curve) in zip(COLOURS, curves.items(), strict=True):
+        for colour, (method, curve) in zip(COLOURS, curves.items(), strict=False):
             share = [100.0 * (moment + 1) / len(curve) for moment in range(len(curve))]
             plot.semilogy(share, curve, color=colour, label=method, linewidth=1.4)
             megabytes = statistics.fmean(row["megabytes"] for row in _where(mine, method=method, factor=factor))
