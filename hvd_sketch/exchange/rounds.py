@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hvd_sketch import wire
 from hvd_sketch.comm.base import Communicator, Pending
+from hvd_sketch.comm.copies import thrice
 from hvd_sketch.errors import ConfigurationError, RankMismatchError
 from hvd_sketch.exchange.drift import Drift
 from hvd_sketch.scope import next_scope
@@ -118,7 +119,7 @@ class Rounds:
         Few ones, on which sizes of messages may depend, are sent three times, and damage to one of them does no harm.
         """
         few = values.numel() <= _FEW
-        message = wire.thrice(values.view(-1)) if few else values
+        message = thrice(values.view(-1)) if few else values
         with self._stats.counting(self.comm), self._stats.phase("exchange"):
             self.comm.allreduce(message, self.name_of(what))
         if few:
