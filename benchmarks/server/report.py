@@ -49,8 +49,8 @@ def attacks(mine: Sequence[Row], rows: Sequence[Row], folder: Path) -> str:
         "## Ten workers, some of them hostile\n",
         "`benchmarks.server.attacks`: handwritten digits, 130 images a worker, 137 that the server trusts, a "
         "perceptron of 4810 parameters. Percent of 360 other images that are read correctly at the end, mean of the "
-        f"seeds ({_seeds(mine)}, not all of them in every cell), by the number of hostile workers; - where nothing was "
-        "measured. Trained on the trusted images alone: "
+        f"seeds ({_seeds(mine)}, not all of them in every cell), by the number of hostile workers, - where nothing "
+        "was measured. Trained on the trusted images alone: "
         f"{_percent(alone)}.\n",
     ]
     for name in names:
