@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import hvd_sketch as hvd
 from hvd_sketch import Compression, ConfigurationError
 from tests.support import methods
-from tests.support.methods import METHODS, Method
+from tests.support.methods import METHODS
 from tests.support.ranks import ranks
 from tests.support.training import flat, loss, net, train
 
@@ -188,7 +188,7 @@ def two_models_with_equal_names(same: bool) -> Tensor:
     return torch.cat([flat(model) for model in models])
 
 
-def broadcast_of(method: Method) -> tuple[Tensor, Tensor]:
+def broadcast_of(method: Any) -> tuple[Tensor, Tensor]:
     """State and rates after rank 0 alone has loaded what a plain optimizer had, and the model after some training."""
     model = net(seed=hvd.rank())
     everybody: Any = None
