@@ -1,7 +1,7 @@
 # `make` lists the targets. Each of them creates the environment in .venv when it is missing.
 SHELL := /bin/bash
 DEMO ?= python examples/demo.py
-PYTEST ?= python -m pytest
+PYTEST ?= python -m pytest -n 2 --dist loadfile
 
 # Open MPI wants this said when root trains; nobody else is affected.
 export OMPI_ALLOW_RUN_AS_ROOT := 1

@@ -50,6 +50,7 @@ EXTRAS = {
     "dev": [
         "pytest>=8,<10",  # runs the tests
         "pytest-timeout>=2.3,<3",  # a hang is a failure
+        "pytest-xdist>=3.6,<4",  # two files of tests at a time
         "hypothesis>=6.100,<7",  # invariants on generated input
         "psutil>=5.9,<8",  # ends all descendants of a launcher that hangs
         "ruff>=0.17,<0.18",  # lint; its rules change between minor versions

@@ -5,21 +5,20 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from hvd_sketch.comm.copies import COPIES, majority
 
 _TOLD = 5
 """Numbers of a header, each a sum over the ranks: those that lack a gradient, those where one is not finite, those
 that take part, those with a problem, those that want to flush."""
 
-_COPIES = 3
-"""Of each number: what two of them say counts, so that a damaged lane leads no rank another way than the others."""
-
 DIGEST_BITS = 32
 
-DIGEST = slice(_COPIES * _TOLD, _COPIES * _TOLD + DIGEST_BITS)
+DIGEST = slice(COPIES * _TOLD, COPIES * _TOLD + DIGEST_BITS)
 """Lanes of a header that tell in sum whether the ranks agree; see `write_digest`."""
 
 HEADER = DIGEST.stop
@@ -33,9 +32,6 @@ _HALF_LIMIT = 32768.0
 _HEADROOM = 8.0
 _LARGEST_EXPONENT = 126
 """Of a scale: it and its inverse are normal float32 numbers, however small the values are."""
-
-
-Number = TypeVar("Number", int, float)
 
 
 class Header(NamedTuple):
@@ -124,19 +120,7 @@ def write_header(
 @functools.cache
 def _lanes(device: torch.device, told: tuple[bool, ...]) -> Tensor:
     """Kept on its device, for numbers that come from the host would wait for it."""
-    return torch.tensor(told * _COPIES, dtype=torch.float32, device=device)
-
-
-def majority(copies: Sequence[Number]) -> list[Number]:
-    """Of numbers that were sent three times, one after the other, what two of the three say."""
-    count = len(copies) // _COPIES
-    thrice = zip(copies[:count], copies[count : 2 * count], copies[2 * count :], strict=True)
-    return [one if one in (other, third) else other for one, other, third in thrice]
-
-
-def thrice(numbers: Tensor) -> Tensor:
-    """A few numbers to be sent for `majority`."""
-    return numbers.repeat(_COPIES)
+    return torch.tensor(told * COPIES, dtype=torch.float32, device=device)
 
 
 def read_header(message: Tensor) -> Header:

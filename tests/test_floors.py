@@ -22,10 +22,10 @@ FLOORS = (
     ("schedules",),
     ("stock", "compatibility"),
     ("exchange",),
-    ("memory", "memory_cuda", "layout", "grid", "saved", "stats", "scope"),
+    ("memory", "memory_cuda", "layout", "wire", "grid", "saved", "stats", "scope"),
     ("sketch", "sparse", "comm"),
-    ("native", "gpu", "precision", "bits", "wire"),
-    ("errors",),
+    ("native", "gpu", "precision", "bits"),
+    ("errors", "version"),
 )
 HEIGHT = {room: len(FLOORS) - number for number, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = {

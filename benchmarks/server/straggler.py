@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.server import rows
 from benchmarks.server.crew import Crew
-from benchmarks.server.digits import Split, loss_of, network, split
+from benchmarks.server.digits import Digits, loss_of, network, split
 from benchmarks.server.rows import Row
 from hvd_sketch import Compression
 from hvd_sketch.methods.flat import Flat, FlatModel
@@ -47,7 +47,7 @@ Moment = tuple[float, Tensor, float]
 class Task(NamedTuple):
     """What is trained, and how."""
 
-    data: Split
+    shares: list[Digits]
     model: torch.nn.Module
     parameters: FlatModel
     start: Flat
@@ -56,10 +56,9 @@ class Task(NamedTuple):
     seed: int
 
     def crew(self, period: int, proximal: float = 0.0) -> Crew:
-        """The workers, each with an eighth of the data."""
-        shares = [self.data.workers.at(slice(number, None, WORKERS)) for number in range(WORKERS)]
+        """The workers."""
         layout, rate = self.parameters.layout, self.rate
-        return Crew(layout, shares, rate=rate, period=period, batch=BATCH, proximal=proximal, seed=self.seed)
+        return Crew(layout, self.shares, rate=rate, period=period, batch=BATCH, proximal=proximal, seed=self.seed)
 
     def seconds(self, worker: int, period: int) -> float:
         """What so many steps take."""
@@ -71,13 +70,14 @@ class Task(NamedTuple):
         return self.start.vector.nbytes
 
 
-def task_of(cell: Row, rate: float) -> Task:
-    """A fresh one."""
+def task_of(cell: Row, rate: float, shares: list[Digits] | None = None) -> Task:
+    """A fresh one; each worker has an eighth of the data unless shares are given."""
     model = network(cell["seed"])
     parameters = FlatModel(torch.optim.SGD(model.parameters()), model, SPARSE.layout)
     start = parameters.new()
     parameters.read(start)
-    return Task(split(), model, parameters, start, cell["factor"], rate, cell["seed"])
+    eighths = [split().workers.at(slice(number, None, WORKERS)) for number in range(WORKERS)]
+    return Task(shares or eighths, model, parameters, start, cell["factor"], rate, cell["seed"])
 
 
 def together(period: int) -> Callable[[Task], Iterator[Moment]]:
@@ -123,7 +123,8 @@ def served(make: Callable[[], Rule], period: int = 1, sparse: bool = False, prox
         code: Code = Whole(layout.total, torch.float32)
         if sparse:
             code = sparse_code(SPARSE, layout)
-        workers = Served(layout, task.model, dict.fromkeys(range(WORKERS), 1))
+        samples = {number: len(share.labels) for number, share in enumerate(task.shares)}
+        workers = Served(layout, task.model, samples)
         store = Store(x, make(), workers, up=code, down=code if sparse else None)
         return exchange(store, Side(task.crew(period, proximal), code, layout.total), task, period)
 
@@ -203,7 +204,7 @@ def run(cell: Row, rate: float) -> Row:
 @torch.no_grad()
 def _loss(task: Task, shown: Flat) -> float:
     task.parameters.write(shown)
-    loss = float(loss_of(task.model, task.data.test))
+    loss = float(loss_of(task.model, split().test))
     return loss if loss == loss else float("inf")
 
 

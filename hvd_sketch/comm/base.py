@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from hvd_sketch import wire
+from hvd_sketch.comm.copies import majority, thrice
 from hvd_sketch.comm.launcher import on_host
 from hvd_sketch.comm.pending import Pending
 from hvd_sketch.comm.staged import HostStaging
@@ -154,10 +154,10 @@ class Communicator(ABC):
         text = json.dumps(value).encode()
         told = torch.zeros(self.size, 2, dtype=torch.int64, device="cpu")
         told[self.rank] = torch.tensor([len(text), zlib.crc32(text)], dtype=torch.int64, device="cpu")
-        message = wire.thrice(told.view(-1))
+        message = thrice(told.view(-1))
         self.allreduce(message, f"{name}.length")
-        majority = torch.tensor(wire.majority(message.tolist()), dtype=torch.int64, device="cpu")
-        lengths, checksums = majority.view(self.size, 2).t().tolist()
+        known = majority(message.tolist())
+        lengths, checksums = known[::2], known[1::2]
         rows = torch.zeros(self.size, -(-max(lengths) // 4), dtype=torch.int32, device="cpu")
         own = rows[self.rank].view(torch.uint8)[: lengths[self.rank]]
         own.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8)[: own.numel()])

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import Tensor
 
-from hvd_sketch import wire
+from hvd_sketch.comm.copies import majority, thrice
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.rounds import Rounds
 from hvd_sketch.layout import Layout
@@ -68,9 +68,9 @@ def gather_absent(rounds: Rounds, layout: Layout, missing: Collection[int], froz
     lanes[0] = 1.0  # the last one counts the ranks: one that has joined is not among them
     lanes[0, list(missing)] = 0.0
     lanes[1, list(frozen)] = 1.0
-    message = wire.thrice(lanes.view(-1))
+    message = thrice(lanes.view(-1))
     rounds.comm.allreduce(message, rounds.name_of("present"))
-    told = wire.majority(message.tolist())
+    told = majority(message.tolist())
     having, ranks, freezing = told[:count], told[count], told[count + 1 : -1]
     for slot, some, without in zip(layout.slots, having, freezing, strict=True):
         if some and 0 < without < ranks:

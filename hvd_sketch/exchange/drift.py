@@ -71,11 +71,11 @@ class Drift:
         """The digest for the header of a step; ``state`` is what the algorithm keeps in common."""
         self.step, self._state = step, state
         tensors, text = _taken_apart([state, _numbers(self.groups())])
-        nothing = torch.zeros(1, dtype=torch.int32, device=device)
-        parts = [nothing, *self._noted, *map(wire.words, tensors), *map(wire.words, self._sample(step))]
-        content = torch.cat([part.to(device, non_blocking=True) for part in parts])
+        parts = [*self._noted, *map(wire.words, tensors), *map(wire.words, self._sample(step))]
+        begin = torch.zeros(1, dtype=torch.int32, device=device)  # content also where there is none
+        content = torch.cat([begin, *(part.to(device, non_blocking=True) for part in parts)])
         lanes = torch.empty(wire.DIGEST_BITS, dtype=torch.float32, device=device)
-        wire.write_digest(lanes, wire.fold(content.to(device)), zlib.crc32(text.encode()))
+        wire.write_digest(lanes, wire.fold(content), zlib.crc32(text.encode()))
         return lanes
 
     def tell(self, comm: Communicator, name: Callable[[str], str]) -> RankMismatchError:

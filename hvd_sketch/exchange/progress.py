@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from hvd_sketch import native
 from hvd_sketch.comm.states import broadcast_state
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.agreement import Answers, agree, newcomers
@@ -20,6 +21,7 @@ from hvd_sketch.memory import Memory
 from hvd_sketch.saved import Equal, Form, unfit
 from hvd_sketch.sketch import geometry
 from hvd_sketch.stats import Stats
+from hvd_sketch.version import VERSION
 
 _NOT_BEGUN = "not-begun"
 
@@ -173,8 +175,8 @@ class Progress(ABC):
         """Compare settings, parameters and their values; on a difference, tell every rank what differs."""
         setting = self._setting
         mine = {
-            "settings": f"{self._agreed} average={setting.average} momentum_correction={setting.momentum} "
-            f"sketch_geometry={geometry.VERSION}",
+            "software": f"version={VERSION} sketch_geometry={geometry.VERSION} kernel={native.identity()}",
+            "settings": f"{self._agreed} average={setting.average} momentum_correction={setting.momentum}",
             "step": self._progress(),
             "parameters": self.layout.describe(),
             "compressed": str(self.layout.compressed),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hvd_sketch import wire
 from hvd_sketch.comm.base import Communicator, Pending
+from hvd_sketch.comm.copies import thrice
 from hvd_sketch.errors import ConfigurationError, RankMismatchError
 from hvd_sketch.exchange.coarse import Coarse, sum_coarsely
 from hvd_sketch.exchange.drift import Drift
@@ -120,7 +121,7 @@ class Rounds:
         Few ones, on which sizes of messages may depend, are sent three times, and damage to one of them does no harm.
         """
         few = values.numel() <= _FEW
-        message = wire.thrice(values.view(-1)) if few else values
+        message = thrice(values.view(-1)) if few else values
         with self._stats.counting(self.comm), self._stats.phase("exchange"):
             self.comm.allreduce(message, self.name_of(what))
         if few:

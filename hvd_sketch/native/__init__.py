@@ -90,6 +90,11 @@ def available() -> bool:
     return _load() is not None
 
 
+def identity() -> str:
+    """What ranks compare: whether the kernel works here, or the reference in its place."""
+    return "native" if available() else "reference"
+
+
 def serves(tensor: Tensor) -> bool:
     """Whether the kernel can work on this tensor: it is in the processor's memory, and the kernel is built."""
     return tensor.device.type == "cpu" and available()

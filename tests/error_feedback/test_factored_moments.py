@@ -43,8 +43,8 @@ def run(
     spoil: Callable[[int], bool] = lambda step: False,
 ) -> list[list[dict[str, Any]]]:
     """Of every rank and step: by parameter its update, and Adam's running mean of squares after the step."""
-    compressor = Compression.topk(
-        ratio=2.0, warmup_steps=0, dense_below=0, exclude=("whole",), clip_norm=clip_norm, half=False
+    compressor = Compression.sketch(
+        cols=32, k=3, dense_below=0, exclude=("whole",), clip_norm=clip_norm, half=False, anticipate=False
     )
 
     def on_rank(comm: Communicator) -> list[dict[str, Any]]:
@@ -162,7 +162,7 @@ def test_an_optimizer_without_second_moments_is_refused(make: Callable[[Any], to
         hvd_sketch.DistributedOptimizer(
             make(model.parameters()),
             model.named_parameters(),
-            Compression.topk(ratio=2.0, dense_below=0),
+            Compression.sketch(cols=32, k=3, dense_below=0),
             error_feedback=Anticipate(second_moments=FactoredMoments()),
         )
 
@@ -174,7 +174,7 @@ def test_ranks_that_differ_in_it_are_told() -> None:
         optimizer: Any = hvd_sketch.DistributedOptimizer(
             torch.optim.Adam(model.parameters()),
             model.named_parameters(),
-            Compression.topk(ratio=2.0, dense_below=0),
+            Compression.sketch(cols=32, k=3, dense_below=0),
             comm=comm,
             error_feedback=Anticipate(second_moments=moments),
         )

@@ -110,3 +110,39 @@ def test_a_flipped_bit_is_told_to_all_or_does_nothing(number: int) -> None:
     way = list(flips.WAYS)[number % len(flips.WAYS)]
     flip = flips.draw(way, 1000 + number)
     assert flips.outcome(way, flip) in ("told", "no effect"), (way, flip)
+
+
+def wrapped(rank: int, model: torch.nn.Module, comm: Communicator, other: str) -> Any:
+    """An optimizer that differs on rank 1."""
+    differs = other if rank == 1 else ""
+    make: Any = torch.optim.Adagrad if differs == "optimizer" else torch.optim.SGD
+    feedback = {"anticipate": hvd.Anticipate(), "step ahead": hvd.StepAhead()}.get(differs)
+    named, compression = model.named_parameters(), Compression.topk(ratio=6, warmup_steps=0, anticipate=False)
+    inner = make(model.parameters(), 0.02 if differs == "lr" else 0.05)
+    return hvd.DistributedOptimizer(inner, named, compression, comm=comm, error_feedback=feedback)
+
+
+@pytest.mark.parametrize(
+    ("other", "word"),
+    [
+        ("anticipate", "error_feedback=Anticipate"),
+        ("step ahead", "error_feedback=StepAhead"),
+        ("optimizer", "optimizer=Adagrad"),
+        ("lr", "group0.lr=0.02"),
+    ],
+)
+def test_settings_that_differ_are_told_in_the_first_step(other: str, word: str) -> None:
+    def body(comm: Communicator) -> str:
+        model = net()
+        optimizer = wrapped(comm.rank, model, comm, other)
+        loss(model, comm.rank, 0).backward()
+        try:
+            optimizer.step()
+        except hvd.RankMismatchError as error:
+            return str(error)
+        return "not told"
+
+    texts = InProcessGroup(RANKS, timeout=60).run(body)
+    assert len(set(texts)) == 1
+    assert word in texts[0]
+    assert "rank 1 has" in texts[0]

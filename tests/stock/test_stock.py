@@ -202,6 +202,84 @@ def cloudpickled_compressor(wrap: Wrap, rank: int) -> Tensor:
     return train(wrap(torch.optim.SGD(model.parameters(), 0.1), model, lambda **settings: pickled), model, 5, rank)
 
 
+def changed_before_the_step(wrap: Wrap, rank: int) -> Tensor:
+    """Clipped, scaled, replaced; set to None on one rank, and on all of them."""
+    model = net()
+    optimizer = wrap(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.01), model)
+    weight: Any = model[2].weight
+
+    def change(step: int) -> None:
+        assert weight.grad is not None
+        if step == 0:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        elif step == 1:
+            weight.grad.mul_(0.5)
+        elif step == 2:
+            weight.grad = torch.full_like(weight, 0.01 * (rank + 1))
+        elif step == 4 or rank == 1:
+            weight.grad = None
+
+    train(optimizer, model, 4, rank, change)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    train(optimizer, model, range(4, 5), rank, change)
+    stood = [torch.equal(was, now) for was, now in zip(before, model.parameters(), strict=True)]
+    assert stood == [parameter is weight for parameter in model.parameters()]
+    return train(optimizer, model, range(5, 7), rank)
+
+
+def thrown_away(wrap: Wrap, rank: int) -> Tensor:
+    """Synchronized, and cleared: as if it had never been."""
+    model = net()
+    optimizer = wrap(torch.optim.SGD(model.parameters(), 0.1), model)
+    reference = net()
+    expected = wrap(torch.optim.SGD(reference.parameters(), 0.1), reference)
+    for step in range(5):
+        for batch in (50 + step, step):
+            optimizer.zero_grad()
+            loss(model, rank, batch).backward()
+            optimizer.synchronize()
+        with optimizer.skip_synchronize():
+            optimizer.step()
+    assert torch.equal(flat(model), train(expected, reference, 5, rank))
+    return flat(model)
+
+
+def void_steps(wrap: Wrap, rank: int) -> Tensor:
+    """Not a number on rank 1: as if it had never been, weight decay and momentum included."""
+    ends = []
+    for spoilt in (True, False):
+        model = net()
+        inner = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.01)
+        optimizer = wrap(inner, model)
+        for step in range(5):
+            for bad in (True, False) if spoilt and step in (0, 3) else (False,):
+                optimizer.zero_grad()
+                value = loss(model, rank, step)
+                (value * float("nan") if bad and rank == 1 else value).backward()
+                optimizer.step()
+        ends.append(flat(model))
+    assert torch.equal(*ends)
+    return ends[0]
+
+
+def scaled_in_horovods_order(wrap: Wrap, rank: int) -> Tensor:
+    """With an overflow on rank 1, which halves the scale on both."""
+    model = net()
+    optimizer = wrap(torch.optim.SGD(model.parameters(), 0.1), model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    for step in range(5):
+        optimizer.zero_grad()
+        value = scaler.scale(loss(model, rank, step))
+        (value * float("inf") if (step, rank) == (2, 1) else value).backward()
+        optimizer.synchronize()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        with optimizer.skip_synchronize():
+            scaler.step(optimizer)
+        scaler.update()
+    return torch.cat([flat(model), torch.tensor([scaler.get_scale() / 2.0**15])])
+
+
 SCENARIOS: list[Callable[[Wrap, int], Tensor]] = [
     plain,
     topk,
@@ -220,6 +298,10 @@ SCENARIOS: list[Callable[[Wrap, int], Tensor]] = [
     two_models_before_either_steps,
     one_model_after_another_with_equal_names,
     cloudpickled_compressor,
+    changed_before_the_step,
+    thrown_away,
+    void_steps,
+    scaled_in_horovods_order,
 ]
 
 
