@@ -1,13 +1,13 @@
 # `make` lists the targets. Each of them creates the environment in .venv when it is missing.
 SHELL := /bin/bash
 DEMO ?= python examples/demo.py
-PYTEST ?= python -m pytest
+PYTEST ?= python -m pytest -n 2 --dist loadfile
 
 # Open MPI wants this said when root trains; nobody else is affected.
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: help env demo test quick check fuzz soak bench cluster-bench accuracy clean
+.PHONY: help env demo test quick check fuzz soak faults bench cluster-bench accuracy clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,7 +15,7 @@ help: ## list the targets
 env: ## create the environment in .venv, or bring it up to date
 	@environment/create
 
-demo test quick check fuzz soak bench cluster-bench accuracy: export PATH := $(CURDIR)/.venv/bin:$(PATH)
+demo test quick check fuzz soak faults bench cluster-bench accuracy: export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 demo: env ## train a small transformer on 2 processes, dense and sketched, and compare
 	$(DEMO)
@@ -46,6 +46,9 @@ cluster-bench: env ## time the methods on a cluster of network namespaces on thi
 
 accuracy: env ## train dense and with every method on three tasks, 8 simulated ranks: hours, resumable run by run
 	python -m benchmarks.accuracy $(ACCURACY)
+
+faults: env ## let a rank fail in every way, and damage messages: ten minutes
+	python -m benchmarks.faults
 
 clean: ## remove what was built, except for the environment
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis hvd_sketch/native/_kernel.so

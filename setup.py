@@ -42,9 +42,15 @@ EXTRAS = {
         "scikit-learn>=1.4,<2",  # the digits
         "rich>=13,<16",  # the final table
     ],
+    "frameworks": [  # examples/with_….py
+        "accelerate>=1.0,<2",
+        "transformers>=4.48,<6",
+        "lightning>=2.4,<3",
+    ],
     "dev": [
         "pytest>=8,<10",  # runs the tests
         "pytest-timeout>=2.3,<3",  # a hang is a failure
+        "pytest-xdist>=3.6,<4",  # two files of tests at a time
         "hypothesis>=6.100,<7",  # invariants on generated input
         "psutil>=5.9,<8",  # ends all descendants of a launcher that hangs
         "ruff>=0.17,<0.18",  # lint; its rules change between minor versions

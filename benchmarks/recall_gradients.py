@@ -63,7 +63,7 @@ def convolution(seed: int) -> Tensor:
 GRADIENTS = {"embedding": embedding, "perceptron": perceptron, "convolution": convolution}
 
 
-def _gradient(model: nn.Module, parameter: nn.Parameter, loss: Loss, seed: int, rate: float) -> Tensor:
+def _gradient(model: nn.Module, parameter: Tensor, loss: Loss, seed: int, rate: float) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), rate)
     for step in range(STEPS + 1):

@@ -106,7 +106,7 @@ def with_server(make: Callable[..., Any], **settings: Any) -> Callable[..., Log]
     """A method with a server: all ranks by the clock, the server's model is what counts."""
 
     def method(options: argparse.Namespace, model: nn.Module, sgd: Any, text: Tensor, lr: float, _: Any) -> Log:
-        log = Log(options, model, lambda: sum(optimizer._engine.traffic))
+        log = Log(options, model, lambda: optimizer.stats.bytes_sent + optimizer.stats.bytes_received)
 
         def look(version: int) -> None:
             with optimizer.server_model():

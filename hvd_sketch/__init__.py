@@ -16,7 +16,8 @@ from hvd_sketch.compressors import Compression, TensorTopK
 from hvd_sketch.error_feedback.anticipate import Anticipate
 from hvd_sketch.error_feedback.factored_moments import FactoredMoments
 from hvd_sketch.error_feedback.step_ahead import StepAhead
-from hvd_sketch.errors import ConfigurationError, RankMismatchError
+from hvd_sketch.errors import ConfigurationError, RankLostError, RankMismatchError
+from hvd_sketch.frontends.checkpoint import SavedMemory
 from hvd_sketch.frontends.join import join
 from hvd_sketch.frontends.optimizer import Average, DistributedOptimizer, Sum
 from hvd_sketch.memory import Momentum
@@ -34,6 +35,7 @@ from hvd_sketch.schedules.guard import Guard
 from hvd_sketch.sketch import CountSketch
 from hvd_sketch.stats import Stats
 from hvd_sketch.stock import exchange_of
+from hvd_sketch.version import VERSION
 
 if TYPE_CHECKING:
     from hvd_sketch import ddp
@@ -74,7 +76,9 @@ __all__ = [
     "LocalSGD",
     "Momentum",
     "OverlapLocalSGD",
+    "RankLostError",
     "RankMismatchError",
+    "SavedMemory",
     "SingleProcess",
     "Stats",
     "StepAhead",
@@ -96,7 +100,7 @@ __all__ = [
     "shutdown",
     "size",
 ]
-__version__ = "0.1.0"
+__version__ = VERSION
 
 if not TYPE_CHECKING:  # a type checker would take any name for one of ours
 

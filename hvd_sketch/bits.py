@@ -14,7 +14,7 @@ def packed_bytes(count: int, bits: int) -> int:
 def pack(integers: Tensor, bits: int, packed: Tensor) -> None:
     """Write signed integers of ``bits`` bits (int8, or int16 for 16; 0 and -1 of one bit) to ``packed`` bytes (uint8).
 
-    Below 8 bits a byte holds one integer of each of ``8 / bits`` equal parts of the vector.
+    Below 8 bits a byte holds one integer of each of ``8 / bits`` equal parts of the vector, or of each row.
     """
     if bits == 16:
         packed.view(torch.int16).copy_(integers)
@@ -23,8 +23,8 @@ def pack(integers: Tensor, bits: int, packed: Tensor) -> None:
         packed.view(torch.int8).copy_(integers)
         return
     target = packed.view(torch.int8).zero_()
-    for position, part in enumerate(torch.split(integers, packed.numel())):
-        target[: part.numel()] |= (part & ((1 << bits) - 1)) << (bits * position)
+    for position, part in enumerate(torch.split(integers, packed.shape[-1], dim=-1)):
+        target[..., : part.shape[-1]] |= (part & ((1 << bits) - 1)) << (bits * position)
 
 
 def unpack(packed: Tensor, bits: int, values: Tensor) -> None:
@@ -33,5 +33,5 @@ def unpack(packed: Tensor, bits: int, values: Tensor) -> None:
         values.copy_(packed.view(torch.int16 if bits == 16 else torch.int8))
         return
     source = packed.view(torch.int8)
-    for position, part in enumerate(torch.split(values, packed.numel())):
-        part.copy_((source[: part.numel()] << (8 - bits * (position + 1))) >> (8 - bits))
+    for position, part in enumerate(torch.split(values, packed.shape[-1], dim=-1)):
+        part.copy_((source[..., : part.shape[-1]] << (8 - bits * (position + 1))) >> (8 - bits))

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from hvd_sketch.errors import ConfigurationError
+
 _OLDEST_TRITON = (3, 3)
 
 
@@ -39,6 +41,36 @@ def available() -> bool:
 def serves(tensor: Tensor) -> bool:
     """Whether kernels can work on this tensor: it is on a GPU, and they are available."""
     return tensor.device.type == "cuda" and available()
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Refuse to be recorded in a CUDA graph by the caller.
+
+    Raises:
+        ConfigurationError: a graph would repeat one step's messages and numbers.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ConfigurationError(
+            "an exchange of gradients cannot be captured in a CUDA graph: every step has messages and numbers of its "
+            "own; capture forward and backward, and call optimizer.step() after the replay"
+        )
+
+
+class InOrder:
+    """Work that is begun on several streams of a device, in order, as if it were on one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last: torch.cuda.Stream | None = None
+
+    def here(self) -> None:
+        """What follows on the current stream waits for all that came before a call of this on any stream."""
+        if self._device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self._device)
+        if self._last is not None and self._last != stream:
+            stream.wait_stream(self._last)
+        self._last = stream
 
 
 Places = Sequence[tuple[int, int]]

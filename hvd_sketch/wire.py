@@ -10,14 +10,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-HEADER = 4
-"""Lanes before the payload, each a sum over the ranks: those that lack a gradient (NaN where one is not finite), those
+from hvd_sketch.comm.copies import COPIES, majority
+
+_TOLD = 5
+"""Numbers of a header, each a sum over the ranks: those that lack a gradient, those where one is not finite, those
 that take part, those with a problem, those that want to flush."""
+
+DIGEST_BITS = 32
+
+DIGEST = slice(COPIES * _TOLD, COPIES * _TOLD + DIGEST_BITS)
+"""Lanes of a header that tell in sum whether the ranks agree; see `write_digest`."""
+
+HEADER = DIGEST.stop
+"""Lanes before the payload."""
 
 _ODD = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 """The constants of splitmix64 (Steele, Lea and Flood 2014), as int64."""
 
-DIGEST_BITS = 32
+_SUMS = 64
 _HALF_LIMIT = 32768.0
 _HEADROOM = 8.0
 _LARGEST_EXPONENT = 126
@@ -33,6 +43,7 @@ class Header(NamedTuple):
         present: how many ranks took part.
         problem: whether some rank has a problem.
         flush: whether some rank asks for a flush.
+        agreed: whether the ranks wrote the same digest.
     """
 
     finite: bool
@@ -40,16 +51,19 @@ class Header(NamedTuple):
     present: int
     problem: bool
     flush: bool
+    agreed: bool
 
     @classmethod
     def of(cls, lanes: Sequence[float]) -> Header:
         """From the values of the summed lanes."""
-        return cls(not math.isnan(lanes[0]), lanes[0] > 0.0, int(lanes[1]), lanes[2] > 0.0, lanes[3] > 0.0)
+        incomplete, odd, present, problem, flush = majority(lanes[: DIGEST.start])
+        agreed = digests_agree(lanes[DIGEST], present)
+        return cls(odd == 0.0, incomplete > 0.0, int(present), problem > 0.0, flush > 0.0, agreed)
 
     @property
     def void(self) -> bool:
         """Whether nothing of what the step selected will be applied."""
-        return not self.finite or self.problem or self.flush
+        return not (self.finite and self.agreed) or self.problem or self.flush
 
 
 def shared_scale(largest: float, ranks: int, dtype: torch.dtype) -> float:
@@ -81,24 +95,32 @@ def unpack(lanes: Tensor, scale: float, values: Tensor) -> Tensor:
 
 
 def write_header(
-    message: Tensor, finite: bool | Tensor, *, incomplete: bool = False, problem: bool = False, flush: bool = False
+    message: Tensor,
+    finite: bool | Tensor = True,
+    *,
+    incomplete: bool = False,
+    problem: bool | Tensor = False,
+    flush: bool = False,
 ) -> None:
-    """Mark this rank present, and what there is to say of it; see `Header`.
+    """Mark this rank present, and what there is to say of it; see `Header`. The digest is left to be written.
 
-    Whether its gradient is finite may be told by a number of the message's device: 0 if so, else NaN.
+    Whether its gradient is finite may be told by a number of the message's device: 0 if so, else NaN; and whether
+    there is a problem by a bool of it.
     """
-    told = isinstance(finite, Tensor)
-    message[:HEADER].copy_(_lanes(message.device, told or bool(finite), incomplete, problem, flush))
+    told = isinstance(finite, Tensor) or bool(finite)
+    known = problem is True
+    lanes = message[: DIGEST.start]
+    lanes.copy_(_lanes(message.device, (incomplete, not told, True, known, flush)))
     if isinstance(finite, Tensor):
-        message[:1].add_(finite)
+        lanes[1::_TOLD].add_(finite.isnan())
+    if isinstance(problem, Tensor):
+        lanes[3::_TOLD].add_(problem)
 
 
 @functools.cache
-def _lanes(device: torch.device, finite: bool, incomplete: bool, problem: bool, flush: bool) -> Tensor:
+def _lanes(device: torch.device, told: tuple[bool, ...]) -> Tensor:
     """Kept on its device, for numbers that come from the host would wait for it."""
-    return torch.tensor(
-        [incomplete if finite else math.nan, 1.0, float(problem), float(flush)], dtype=torch.float32, device=device
-    )
+    return torch.tensor(told * COPIES, dtype=torch.float32, device=device)
 
 
 def read_header(message: Tensor) -> Header:
@@ -119,6 +141,50 @@ def write_digest(lanes: Tensor, content: Tensor, salt: int = 0) -> None:
     lanes.copy_((checksum ^ (checksum >> 32)) >> torch.arange(DIGEST_BITS, device=mixed.device) & 1)
 
 
-def digests_agree(lanes: Tensor, contributors: Tensor) -> Tensor:
-    """Whether each bit was set by none or by all of the contributing ranks."""
-    return ((lanes == 0) | (lanes == contributors)).all()
+def digests_agree(lanes: Sequence[float], contributors: float) -> bool:
+    """Whether each bit was set by none or by all of the contributing ranks.
+
+    One lane may be otherwise: ranks that differ, differ in about half of them, so that is a lane damaged on its way
+    to this rank, which must not take another way than the others.
+    """
+    return sum(lane not in (0.0, contributors) for lane in lanes) <= 1
+
+
+def words(content: Tensor) -> Tensor:
+    """The bits of any tensor as a vector of int32."""
+    flat = content.detach().reshape(-1)
+    if flat.element_size() < 4:
+        return (flat.view(torch.int16) if flat.element_size() == 2 else flat).to(torch.int32)
+    return flat.view(torch.int32)
+
+
+def fold(content: Tensor) -> Tensor:
+    """Few integers of a tensor of any length, of which at least one changes when one of its entries does.
+
+    Its words (int32) are cut into 64 stretches, each of which is summed, and a rest: one pass, as fast as memory is.
+    """
+    flat = words(content)
+    length = flat.numel() // _SUMS
+    stretches = flat[: _SUMS * length].view(_SUMS, length).sum(dim=1, dtype=torch.int32)
+    return torch.cat([stretches, flat[_SUMS * length :]])
+
+
+SEAL = 4
+"""Bytes of the checksum of a row of bytes."""
+
+
+def seal(rows: Tensor) -> Tensor:
+    """Rows of bytes (uint8), each with its checksum behind it."""
+    return torch.cat([rows, _checksums(rows)], dim=1)
+
+
+def open_sealed(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that were sealed, and whether each of them came as it was sent."""
+    content, checksums = rows[:, :-SEAL].contiguous(), rows[:, -SEAL:]
+    return content, (checksums == _checksums(content)).all(dim=1)
+
+
+def _checksums(rows: Tensor) -> Tensor:
+    padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 4)).contiguous().view(torch.int32)
+    sums = padded.sum(dim=1, keepdim=True, dtype=torch.int32) ^ 0x5A17C0DE
+    return sums.view(torch.uint8)

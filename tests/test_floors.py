@@ -25,7 +25,7 @@ FLOORS = (
     ("memory", "memory_cuda", "layout", "wire", "grid", "saved", "stats", "scope"),
     ("sketch", "sparse", "comm"),
     ("native", "gpu", "precision", "bits"),
-    ("errors",),
+    ("errors", "version"),
 )
 HEIGHT = {room: len(FLOORS) - number for number, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = {

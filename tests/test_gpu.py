@@ -7,12 +7,13 @@ import importlib.util
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from hvd_sketch import gpu
+from hvd_sketch import ConfigurationError, gpu
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +74,31 @@ def test_recordings_of_two_threads_do_not_disturb_each_other() -> None:
     other.join(10)
     assert collected == [(False, True)]
     assert gc.isenabled()
+
+
+class Stream:
+    """Stands in for a stream of a device: remembers whom it has waited for."""
+
+    def __init__(self) -> None:
+        self.waited: list[Stream] = []
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waited.append(other)
+
+
+def test_work_on_several_streams_is_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = Stream(), Stream()
+    order = gpu.InOrder(torch.device("cuda"))
+    for stream in (one, one, other, other, one):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, now=stream: now)
+        order.here()
+    assert one.waited == [other]
+    assert other.waited == [one]
+
+
+def test_an_exchange_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
+        gpu.refuse_capture(torch.device("cpu"))
+        with pytest.raises(ConfigurationError, match="after the replay") if capturing else nullcontext():
+            gpu.refuse_capture(torch.device("cuda"))

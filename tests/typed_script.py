@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import hvd_sketch as hvd
+from hvd_sketch.methods.server import Plain
 
 
 def train(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
@@ -69,6 +70,25 @@ def train_locally(model: nn.Module, batch: torch.Tensor) -> None:
     assert_type(optimizer.exchange.stats, hvd.Stats)
 
 
+def train_with_a_server(model: nn.Module, batches: Iterable[torch.Tensor], blocks: list[torch.Tensor]) -> None:
+    """Workers and a server, in the three ways."""
+    code = hvd.Compression.topk(ratio=40)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with hvd.AsyncSGD(sgd, model, period=4, up=code, down=code, rule=Plain()) as optimizer:
+        for batch in optimizer.work(batches):
+            assert_type(batch, torch.Tensor)
+            model(batch).sum().backward()
+            optimizer.step()
+        with optimizer.server_model() as served:
+            assert_type(served, nn.Module)
+    assert_type(optimizer.stats.workers[1].refused, int)
+    hvd.FedAT(sgd, model, period=4, tiers=3, weights="samples", patience=10.0)
+    with hvd.ADSAGA(model, components=len(blocks), smoothness=1.0) as saga:
+        for component in saga.work(100):
+            assert_type(component, int)
+            saga.step(component)
+
+
 def mistakes(model: nn.Module) -> None:
     """Each of these lines is an error to the type checker, or the comment behind it is one."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -76,6 +96,8 @@ def mistakes(model: nn.Module) -> None:
     hvd.Compression.sketched(ratio=40)  # type: ignore[attr-defined]
     hvd.Compression.sketch(ration=40)  # type: ignore[call-arg]
     hvd.Guard("40")  # type: ignore[arg-type]
+    hvd.AsyncSGD(optimizer, model, perod=4)  # type: ignore[call-arg]
+    hvd.FedAT(optimizer, model)  # type: ignore[call-arg]
     hvd.DistributedOptimizer(optimizer).flush()  # type: ignore[attr-defined]
     hvd.DistributedOptimizer(optimizer, compression=hvd.Compression.topk()).step_ahead()  # type: ignore[attr-defined]
     hvd.DistributedOptimizer(  # type: ignore[call-overload]

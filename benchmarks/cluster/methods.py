@@ -167,6 +167,35 @@ class Ddp(Training):
         return dense_steps * self._step_bytes + self._ring_bytes(4 * self._state.total_numel_after_compression)
 
 
+class DdpHooked(Ddp):
+    """DistributedDataParallel with one of our compressors, or with PyTorch's own hook of half precision."""
+
+    def __init__(self, compression: str, **settings: Any) -> None:
+        super().__init__()
+        self._name, self._settings = compression, settings
+
+    def attach(self, model: nn.Module) -> None:
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+        from torch.nn.parallel import DistributedDataParallel
+
+        import hvd_sketch
+
+        self._optimizer = _sgd(model)
+        self._model = wrapped = DistributedDataParallel(model, init_sync=False)
+        self._step_bytes = self._ring_bytes(2 * _coordinates(model))
+        if self._name == "fp16":
+            wrapped.register_comm_hook(None, default_hooks.fp16_compress_hook)
+            return
+        compressor = getattr(hvd_sketch.Compression, self._name)(warmup_steps=0, **self._settings)
+        self._state = hvd_sketch.ddp.register(wrapped, self._optimizer, compressor, error_feedback=None)
+
+    def bytes_sent(self) -> float:
+        return self._steps * self._step_bytes if self._state is None else float(self._state.exchange.stats.bytes_sent)
+
+    def phases(self) -> dict[str, float]:
+        return {} if self._state is None else dict(self._state.exchange.stats.seconds)
+
+
 @dataclass(frozen=True)
 class Method:
     """How a training run is started, and the steps it needs before its times are those of all later ones."""
@@ -190,6 +219,10 @@ METHODS: Mapping[str, Method] = {
     "sharded-40": Method(lambda: Sparsified("sharded", 40.0)),
     "sharded-40-4-buckets": Method(lambda: Sparsified("sharded", 40.0, buckets=4)),
     "ddp": Method(lambda: Ddp(), warmup=2),
+    "ddp-fp16": Method(lambda: DdpHooked("fp16"), warmup=2),
+    "ddp-sketch-40": Method(lambda: DdpHooked("sketch", ratio=40.0)),
+    "ddp-sketch-40-4-buckets": Method(lambda: DdpHooked("sketch", ratio=40.0, buckets=4)),
+    "ddp-sharded-40": Method(lambda: DdpHooked("sharded", ratio=40.0)),
     "ddp-powersgd-1": Method(lambda: Ddp(1), warmup=4),
     "ddp-powersgd-2": Method(lambda: Ddp(2), warmup=4),
     "ddp-powersgd-4": Method(lambda: Ddp(4), warmup=4),

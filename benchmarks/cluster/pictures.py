@@ -9,7 +9,7 @@ from benchmarks.cluster.bench import Cell, Row
 from benchmarks.cluster.methods import METHODS
 from benchmarks.cluster.models import MODELS
 
-_DENSE = ("horovod", "horovod-fp16", "ddp")
+_DENSE = ("horovod", "horovod-fp16", "ddp", "ddp-fp16")
 _COLORS = {"compute": "0.75", "sketch": "C0", "select": "C2", "memory": "C4", "wire": "C1", "other": "C5"}
 
 

@@ -71,6 +71,14 @@ same beyond 2^31 coordinates; a step that is not finite changes nothing; a table
 the same bits. Of `sharded`, `topk` and `stride` nothing but the reading of the header waits, which
 `torch.cuda.set_sync_debug_mode("error")` shows. `compute-sanitizer --tool memcheck` over six of the tests of choosing
 and coding: no errors (second run).
+
+## Where the host waits
+
+Counted from the code as it is now: `sharded`, `topk` and `stride` to read the first message's header; `powersgd` for
+it and for its digest; `sketch` for the gradient's norm and for each of its two sums. Beside these: with a
+`torch.amp.GradScaler`, once a step, for its scale; the grids of half precision until their first scales are known;
+`FactoredMoments` where it measures; gradients that are not handed in together (weight decay under
+`momentum_correction`, sparse ones), for their norm. Whatever travels through host memory is waited for by the network.
 """
 
 LARGE = """
@@ -106,6 +114,10 @@ Not measured, and so not known:
 - what others do, with the third run's host: theirs are of the first run;
 - accuracy at ratios 100 and 400, with `sketch` and `sharded` to the end, with local steps, with more than one seed;
 - `SwarmSGD`, `CSER` and `OverlapLocalSGD` on a GPU; `LocalSGD` was trained there in a test, and not timed;
-- gradients of a model under `torch.compile`, on streams of its own, or under a CUDA graph of the user's;
+- a model under `torch.compile` (on a processor it is compiled once and trains as it does uncompiled); backward on
+  several streams (each message follows all of them, tested with a stand-in); a CUDA graph of the user's around an
+  exchange is refused, which was never seen there;
+- the one copy through pinned memory by which `SwarmSGD`, `DmSGD`, `DecentLaM` and `LEAD`, whose vectors are on the
+  host, read and write a GPU's parameters;
 - compute-sanitizer over the other kernels, and its race and initialisation checks.
 """

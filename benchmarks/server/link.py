@@ -88,17 +88,18 @@ def main() -> None:
     """Measure what is missing."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mbit", type=float, required=True, help="of the links, for the record")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of parameters")
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--results", type=Path, default=rows.RESULTS)
     options = parser.parse_args()
     cells: list[Row] = [
         {"mbit": options.mbit, "workers": WORLD.size - 1, "parameters": parameters, "code": code}
-        for parameters in SIZES
+        for parameters in options.sizes
         for code in CODES
     ]
     for cell in WORLD.bcast(rows.missing("link", cells, options.results)):
-        slow = cell["code"] == "dense" and cell["parameters"] == max(SIZES)
-        measured = run(cell, options.seconds * (3 if slow else 1))
+        transfer = 4 * cell["parameters"] / (options.mbit * 1e6 / 8)  # of a dense update
+        measured = run(cell, options.seconds + (10 * transfer if cell["code"] == "dense" else 0))
         if WORLD.rank == 0:
             rows.add("link", cell, measured, options.results)
             print(cell, measured, flush=True)

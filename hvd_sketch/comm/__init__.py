@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from typing import Any, Literal
 
 from hvd_sketch.comm import torch as of_torch
 from hvd_sketch.comm.base import Communicator, Pending, made_by
+from hvd_sketch.comm.launcher import check_not_alone, launched, launched_with_mpi
 from hvd_sketch.comm.single import SingleProcess
 from hvd_sketch.errors import ConfigurationError
 
@@ -22,8 +22,6 @@ __all__ = [
     "has_horovod",
     "is_installed",
 ]
-
-_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE")
 
 Backend = Literal["horovod", "torch", "mpi", "single"]
 
@@ -50,31 +48,36 @@ def chosen_backend() -> Backend:
     horovod = sys.modules.get("horovod.torch")
     if horovod is not None and horovod.is_initialized():
         return "horovod"
-    if of_torch.is_initialized() or of_torch.is_launched(by_another=_launched() > 1):
+    if of_torch.is_initialized() or of_torch.is_launched(by_another=launched_with_mpi() > 1):
         return "torch"
     if has_horovod():
         return "horovod"
-    return "single" if _launched() == 1 else "mpi"
+    return "mpi" if launched_with_mpi() > 1 or launched()[0] > 1 else "single"
 
 
 def default_communicator(process_set: Any = None) -> Communicator:
     """The communicator over all ranks, by the `chosen_backend`; torch.distributed is initialised if it is not.
 
     Raises:
-        ConfigurationError: when a launcher started several processes and neither Horovod nor
-            mpi4py is there to connect them; training alone on every rank would be silent. Or for a
-            ``process_set`` without Horovod.
+        ConfigurationError: when a launcher started several processes and nothing connects them; training alone on
+            every rank would be silent. Or for a ``process_set`` without Horovod.
     """
     backend = chosen_backend()
-    if backend == "horovod":
-        from hvd_sketch.comm.horovod import HorovodCommunicator
-
-        return HorovodCommunicator(process_set)
-    if process_set is not None:
+    if process_set is not None and backend != "horovod":
         raise ConfigurationError(
             "process_set is one of Horovod's, which does not connect these processes; under torchrun give a group, "
             "comm=torch.distributed.new_group(ranks)"
         )
+    comm = _communicator_of(backend, process_set)
+    check_not_alone(comm.world_size)
+    return comm
+
+
+def _communicator_of(backend: Backend, process_set: Any) -> Communicator:
+    if backend == "horovod":
+        from hvd_sketch.comm.horovod import HorovodCommunicator
+
+        return HorovodCommunicator(process_set)
     if backend == "torch":
         if not of_torch.is_initialized():
             of_torch.initialize()
@@ -83,17 +86,12 @@ def default_communicator(process_set: Any = None) -> Communicator:
         return SingleProcess()
     if not is_installed("mpi4py"):
         raise ConfigurationError(
-            f"{_launched()} processes were launched but neither Horovod nor mpi4py is installed; "
+            f"{launched()[0]} processes were launched but neither Horovod nor mpi4py is installed; "
             "install one of them: pip install mpi4py; or launch with torchrun, which needs neither"
         )
     from hvd_sketch.comm.mpi import MpiCommunicator
 
     return MpiCommunicator()
-
-
-def _launched() -> int:
-    """How many processes a launcher of MPI or Horovod says there are."""
-    return max(int(os.environ.get(variable, "1")) for variable in _SIZE_VARIABLES)
 
 
 def as_communicator(comm: Any) -> Communicator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
@@ -11,8 +12,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from hvd_sketch.comm.copies import majority, thrice
+from hvd_sketch.comm.launcher import on_host
 from hvd_sketch.comm.pending import Pending
 from hvd_sketch.comm.staged import HostStaging
+from hvd_sketch.errors import RankMismatchError
 
 __all__ = ["Communicator", "Pending"]
 
@@ -41,6 +45,8 @@ class Communicator(ABC):
     """
 
     bytes_sent: int = 0
+    occupation: str = ""
+    """What the coming collectives are for, such as "step 7", to be told when one of them fails."""
     muted: bool = False
     """Whether this rank adds zeros to every sum, for it has joined."""
 
@@ -60,6 +66,16 @@ class Communicator(ABC):
     @abstractmethod
     def size(self) -> int:
         """Number of processes; may change between steps under elastic training."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes that are connected, also outside of this communicator."""
+        return self.size
+
+    @property
+    def local(self) -> tuple[int, int]:
+        """This process's number on its host, and how many there are, as the launcher says."""
+        return on_host()
 
     @property
     def group(self) -> str:
@@ -119,6 +135,10 @@ class Communicator(ABC):
         """Whether a collective of tensors that live there may start while backward runs."""
         return True
 
+    def in_words(self, what: str) -> str:
+        """An operation for an error: what it is, and what it is for."""
+        return f"{what} of {self.occupation}" if self.occupation else what
+
     def allreduce_bytes(self, nbytes: int) -> int:
         """Bytes one rank sends in a ring allreduce of ``nbytes``."""
         return 2 * (self.size - 1) * nbytes // self.size
@@ -127,16 +147,25 @@ class Communicator(ABC):
         """Every rank's value, by rank, as JSON has it; None of a rank that has joined. For small things, rarely.
 
         Two sums, of the lengths and of the bytes, in which each rank has a row: sums go on where somebody has joined.
+
+        Raises:
+            RankMismatchError: when what came is not what was sent.
         """
         text = json.dumps(value).encode()
-        lengths = torch.zeros(self.size, dtype=torch.int64, device="cpu")
-        lengths[self.rank] = len(text)
-        self.allreduce(lengths, f"{name}.length")
-        rows = torch.zeros(self.size, -(-int(lengths.max()) // 4), dtype=torch.int32, device="cpu")
-        own = rows[self.rank].view(torch.uint8)[: int(lengths[self.rank])]
+        told = torch.zeros(self.size, 2, dtype=torch.int64, device="cpu")
+        told[self.rank] = torch.tensor([len(text), zlib.crc32(text)], dtype=torch.int64, device="cpu")
+        message = thrice(told.view(-1))
+        self.allreduce(message, f"{name}.length")
+        known = majority(message.tolist())
+        lengths, checksums = known[::2], known[1::2]
+        rows = torch.zeros(self.size, -(-max(lengths) // 4), dtype=torch.int32, device="cpu")
+        own = rows[self.rank].view(torch.uint8)[: lengths[self.rank]]
         own.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8)[: own.numel()])
         self.allreduce(rows.view(-1), f"{name}.payload")
         texts = [row[:length].numpy().tobytes() for row, length in zip(rows.view(torch.uint8), lengths, strict=True)]
+        for rank, (content, checksum) in enumerate(zip(texts, checksums, strict=True)):
+            if zlib.crc32(content) != checksum:
+                raise RankMismatchError(f"rank {self.rank}: what rank {rank} said in {name} was damaged on the way")
         return [json.loads(text) if text else None for text in texts]
 
     def _post(

@@ -2,24 +2,58 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 import horovod.torch as hvd
 import torch
+from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor
 
 from hvd_sketch.comm.base import Communicator, Pending
+from hvd_sketch.comm.patience import limit_of, ranks, wait_until
+from hvd_sketch.errors import RankLostError
+
+_PAUSE = 1e-4
 
 
 class _Handle(Pending):
     """An operation of Horovod's own thread, which needs no polling."""
 
-    def __init__(self, handle: int, result_of: Callable[[Any], Tensor]) -> None:
-        self._handle, self._result_of = handle, result_of
+    def __init__(self, handle: int, result_of: Callable[[Any], Tensor], comm: HorovodCommunicator, what: str) -> None:
+        self._handle, self._result_of, self._comm, self._what = handle, result_of, comm, comm.in_words(what)
 
     def wait(self) -> Tensor:
-        return self._result_of(hvd.synchronize(self._handle))
+        limit = self._comm.limit
+        if not wait_until(self._done, _nothing, limit):
+            atexit.register(_end_at_once)
+            raise RankLostError(self._comm.too_late(self._what))
+        try:
+            return self._result_of(hvd.synchronize(self._handle))
+        except HorovodInternalError as error:
+            error.add_note(f"hvd_sketch: rank {self._comm.rank} was in {self._what}")
+            raise
+
+    def _done(self) -> bool:
+        if hvd.poll(self._handle):
+            return True
+        time.sleep(_PAUSE)  # for Horovod's thread
+        return False
+
+
+def _nothing(share: float) -> None:
+    return
+
+
+def _end_at_once() -> None:
+    """Registered behind Horovod's own shutdown, so called before it, which would wait for the same rank again."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 class HorovodCommunicator(Communicator):
@@ -31,10 +65,25 @@ class HorovodCommunicator(Communicator):
 
     Args:
         process_set: the ranks that take part; all of them when not given.
+        timeout: seconds that a rank waits for the others in one collective; by default
+            the environment's ``HVD_SKETCH_TIMEOUT``, or half an hour.
+
+    Raises:
+        RankLostError: when others do not come. Horovod ends by itself what waits for a rank that has ended.
     """
 
-    def __init__(self, process_set: Any = None) -> None:
+    def __init__(self, process_set: Any = None, timeout: float | None = None) -> None:
         self.process_set = hvd.global_process_set if process_set is None else process_set
+        self.limit = limit_of(timeout)
+
+    def too_late(self, what: str) -> str:
+        """What to say when others did not come in time."""
+        others = set(range(self.size)) - {self.rank}
+        return (
+            f"rank {self.rank}: waited {self.limit:g} s in {what} for {'one of ' * (len(others) > 1)}{ranks(others)}: "
+            "stopped, cut off, or busy with something else; Horovod's own log may say which. Where steps may take "
+            "longer, raise HVD_SKETCH_TIMEOUT (seconds)"
+        )
 
     @property
     def rank(self) -> int:
@@ -43,6 +92,11 @@ class HorovodCommunicator(Communicator):
     @property
     def size(self) -> int:
         return int(self.process_set.size())
+
+    @property
+    def world_size(self) -> int:
+        """Of the global process set; not known before Horovod is initialised, and then not asked for."""
+        return int(hvd.size()) if hvd.is_initialized() else 2
 
     @property
     def group(self) -> str:
@@ -60,15 +114,17 @@ class HorovodCommunicator(Communicator):
 
     def post_allreduce(self, tensor: Tensor, name: str) -> Pending:
         handle = hvd.allreduce_async_(tensor, name=name, op=hvd.Sum, process_set=self.process_set)
-        return _Handle(handle, lambda result: tensor)
+        return _Handle(handle, lambda result: tensor, self, f"allreduce {name}")
 
     def post_allgather(self, tensor: Tensor, name: str) -> Pending:
         handle = hvd.allgather_async(tensor, name=name, process_set=self.process_set)
-        return _Handle(handle, lambda gathered: gathered.view(self.size, -1))
+        return _Handle(handle, lambda gathered: gathered.view(self.size, -1), self, f"allgather {name}")
 
     def post_alltoall(self, tensor: Tensor, name: str) -> Pending:
         handle = hvd.alltoall_async(tensor.contiguous(), name=name, process_set=self.process_set)
-        return _Handle(handle, lambda received: received[0])  # the other one tells how much came from whom
+        # the second result tells how much came from whom
+        return _Handle(handle, lambda received: received[0], self, f"alltoall {name}")
 
     def run_broadcast(self, tensor: Tensor, root: int, name: str) -> None:
-        hvd.broadcast_(tensor, root_rank=root, name=name, process_set=self.process_set)
+        handle = hvd.broadcast_async_(tensor, root_rank=root, name=name, process_set=self.process_set)
+        _Handle(handle, lambda result: tensor, self, f"broadcast {name} from rank {root}").wait()

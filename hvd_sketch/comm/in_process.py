@@ -10,23 +10,51 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.comm.base import Communicator, Pending
+from hvd_sketch.comm.patience import limit_of, ranks
+from hvd_sketch.errors import RankLostError
 
 Result = TypeVar("Result")
 
 
 class _Meeting:
-    """Where the threads exchange their contributions; failures break it for all."""
+    """Where the threads exchange their contributions."""
 
-    def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size)
-        self.slots: list[Any] = [None] * size
+    def __init__(self, size: int, limit: float) -> None:
+        self._size, self._limit = size, limit
+        self._changed = threading.Condition()
+        self.begin()
 
-    def gather(self, rank: int, value: Any) -> list[Any]:
-        self.slots[rank] = value
-        self.barrier.wait()
-        values = list(self.slots)
-        self.barrier.wait()
-        return values
+    def begin(self) -> None:
+        """All ranks are there, and nothing is under way."""
+        self._waiting: dict[int, Any] = {}
+        self._ended: dict[int, str] = {}
+        self._met, self._values = 0, list[Any]()
+
+    def gather(self, rank: int, value: Any, what: str) -> list[Any]:
+        """What every rank gives, by rank.
+
+        Raises:
+            RankLostError: when a rank has ended, or after the limit.
+        """
+        with self._changed:
+            self._waiting[rank], number = value, self._met
+            if len(self._waiting) == self._size:
+                self._values = [self._waiting[other] for other in range(self._size)]
+                self._waiting, self._met = {}, number + 1
+                self._changed.notify_all()
+            elif not self._changed.wait_for(lambda: self._met > number or self._ended, self._limit):
+                silent = set(range(self._size)) - set(self._waiting)
+                raise RankLostError(f"rank {rank}: waited {self._limit:g} s in {what} for {ranks(silent)}")
+            if self._met == number:
+                lost, why = next(iter(self._ended.items()))
+                raise RankLostError(f"rank {rank}: waits in {what} for rank {lost}, which ended {why}")
+            return self._values
+
+    def leave(self, rank: int, why: str) -> None:
+        """A rank takes part no longer."""
+        with self._changed:
+            self._ended[rank] = why
+            self._changed.notify_all()
 
 
 class InProcess(Communicator):
@@ -48,47 +76,57 @@ class InProcess(Communicator):
         return device.type == "cpu"
 
     def post_allreduce(self, tensor: Tensor, name: str) -> Pending:
-        contributions = self._meeting.gather(self._rank, tensor.clone())
+        contributions = self._gather(tensor, f"allreduce {name}")
         tensor.copy_(contributions[0])
         for contribution in contributions[1:]:
             tensor.add_(contribution)
         return Pending(tensor)
 
     def post_allgather(self, tensor: Tensor, name: str) -> Pending:
-        return Pending(torch.stack(self._meeting.gather(self._rank, tensor.clone())))
+        return Pending(torch.stack(self._gather(tensor, f"allgather {name}")))
 
     def post_alltoall(self, tensor: Tensor, name: str) -> Pending:
-        rows = [sent[self._rank] for sent in self._meeting.gather(self._rank, tensor.clone())]
+        rows = [sent[self._rank] for sent in self._gather(tensor, f"alltoall {name}")]
         return Pending(torch.stack(rows))
 
     def run_broadcast(self, tensor: Tensor, root: int, name: str) -> None:
-        tensor.copy_(self._meeting.gather(self._rank, tensor.clone())[root])
+        tensor.copy_(self._gather(tensor, f"broadcast {name} from rank {root}")[root])
+
+    def _gather(self, tensor: Tensor, what: str) -> list[Tensor]:
+        return self._meeting.gather(self._rank, tensor.clone(), self.in_words(what))
 
 
 class InProcessGroup:
-    """The ranks of one process; their communicators last from one `run` to the next."""
+    """The ranks of one process; their communicators last from one `run` to the next.
 
-    def __init__(self, size: int) -> None:
-        meeting = _Meeting(size)
-        self._meeting = meeting
+    Args:
+        size: how many.
+        timeout: seconds that a rank waits for the others in one collective; by default
+            the environment's ``HVD_SKETCH_TIMEOUT``, or half an hour.
+    """
+
+    def __init__(self, size: int, timeout: float | None = None) -> None:
+        self._meeting = meeting = _Meeting(size, limit_of(timeout))
         self.communicators = [InProcess(rank, size, meeting) for rank in range(size)]
 
     def run(self, body: Callable[[Communicator], Result]) -> list[Result]:
         """Call ``body(communicator)`` on a thread for each rank and return the results by rank.
 
-        The first exception of any rank is raised here; the others are woken up and dropped.
+        The first exception of any rank is raised here; those that wait for it are woken up by a `RankLostError`.
         """
         results: list[Any] = [None] * len(self.communicators)
         errors: list[BaseException] = []
+        self._meeting.begin()
 
         def call(communicator: InProcess) -> None:
+            why = "without an error: all must take the same number of steps"
             try:
                 results[communicator.rank] = body(communicator)
-            except threading.BrokenBarrierError:
-                return
             except BaseException as error:
                 errors.append(error)
-                self._meeting.barrier.abort()
+                why = f"by {type(error).__name__}: {error}"
+            finally:
+                self._meeting.leave(communicator.rank, why)
 
         threads = [threading.Thread(target=call, args=(communicator,)) for communicator in self.communicators]
         for thread in threads:

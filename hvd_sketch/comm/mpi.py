@@ -10,6 +10,9 @@ from mpi4py.typing import Buffer
 from torch import Tensor
 
 from hvd_sketch.comm.base import Communicator, Pending
+from hvd_sketch.comm.patience import limit_of, wait_until
+from hvd_sketch.comm.roll_call import RollCall
+from hvd_sketch.errors import RankLostError
 
 
 def _add_halves(incoming: Buffer, accumulated: Buffer, _datatype: MPI.Datatype) -> None:
@@ -24,15 +27,16 @@ _HALF = MPI.BYTE.Create_contiguous(2).Commit()
 class _Request(Pending):
     """MPI may move a message only while it is called, hence the polling. Keeps what is sent alive."""
 
-    def __init__(self, request: MPI.Request, sent: Tensor, result: Tensor) -> None:
+    def __init__(self, request: MPI.Request, sent: Tensor, result: Tensor, roll_call: RollCall, what: str) -> None:
         super().__init__(result)
         self._request, self._sent = request, sent
+        self._roll_call, self._number, self._what = roll_call, roll_call.begin(), what
 
     def poll(self) -> None:
         self._request.Test()
 
     def wait(self) -> Tensor:
-        self._request.Wait()
+        self._roll_call.wait(self._request, self._number, self._what)
         return self._result
 
 
@@ -49,15 +53,27 @@ def _bytes(host: Tensor) -> Any:
 class MpiCommunicator(Communicator):
     """An MPI communicator; tensors on a GPU travel through host memory.
 
+    When this process ends by an exception, MPI ends all ranks, as under ``python -m mpi4py``.
+
     Args:
         comm: an intracommunicator, by default ``MPI.COMM_WORLD``. It is duplicated (a
             collective call), so that messages of the caller's own never meet ours.
+        timeout: seconds that a rank waits for the others in one collective; by default
+            the environment's ``HVD_SKETCH_TIMEOUT``, or half an hour.
+
+    Raises:
+        RankLostError: when others do not come.
     """
 
-    def __init__(self, comm: MPI.Intracomm | None = None) -> None:
-        self._comm = (MPI.COMM_WORLD if comm is None else comm).Dup()
+    def __init__(self, comm: MPI.Intracomm | None = None, timeout: float | None = None) -> None:
+        limit = limit_of(timeout)
+        self._comm = _duplicate(MPI.COMM_WORLD if comm is None else comm, limit)
+        self._roll_call = RollCall(self._comm, limit)
         # kept, because Horovod may end MPI under us: it does so on all ranks as soon as one of them is through
         self._rank, self._size = self._comm.Get_rank(), self._comm.Get_size()
+        on_host = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self._local = on_host.Get_rank(), on_host.Get_size()
+        on_host.Free()
 
     @property
     def rank(self) -> int:
@@ -67,6 +83,11 @@ class MpiCommunicator(Communicator):
     def size(self) -> int:
         return self._size
 
+    @property
+    def local(self) -> tuple[int, int]:
+        """As MPI knows who shares memory."""
+        return self._local
+
     def reaches(self, device: torch.device) -> bool:
         """Host memory alone."""
         return device.type == "cpu"
@@ -74,18 +95,36 @@ class MpiCommunicator(Communicator):
     def post_allreduce(self, tensor: Tensor, name: str) -> Pending:
         # never in place: then Open MPI sends whole vectors along a tree, where it would otherwise use a ring
         sent, op = tensor.clone(), _HALF_SUM if tensor.dtype == torch.float16 else MPI.SUM
-        return _Request(self._comm.Iallreduce(_buffer(sent), _buffer(tensor), op=op), sent, tensor)
+        request = self._comm.Iallreduce(_buffer(sent), _buffer(tensor), op=op)
+        return self.under_way(request, sent, tensor, f"allreduce {name}")
 
     def post_allgather(self, tensor: Tensor, name: str) -> Pending:
         result = torch.empty(
             self.size, tensor.numel(), dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_pinned()
         )
-        return _Request(self._comm.Iallgather(_bytes(tensor), _bytes(result)), tensor, result)
+        request = self._comm.Iallgather(_bytes(tensor), _bytes(result))
+        return self.under_way(request, tensor, result, f"allgather {name}")
 
     def post_alltoall(self, tensor: Tensor, name: str) -> Pending:
         sent = tensor.contiguous()
         result = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_pinned())
-        return _Request(self._comm.Ialltoall(_bytes(sent), _bytes(result)), sent, result)
+        return self.under_way(self._comm.Ialltoall(_bytes(sent), _bytes(result)), sent, result, f"alltoall {name}")
 
     def run_broadcast(self, tensor: Tensor, root: int, name: str) -> None:
-        self._comm.Bcast(_bytes(tensor), root=root)
+        request = self._comm.Ibcast(_bytes(tensor), root=root)
+        self.under_way(request, tensor, tensor, f"broadcast {name} from rank {root}").wait()
+
+    def under_way(self, request: MPI.Request, sent: Tensor, result: Tensor, what: str) -> Pending:
+        """A collective of all ranks that has begun; it keeps alive what is sent."""
+        return _Request(request, sent, result, self._roll_call, self.in_words(what))
+
+
+def _duplicate(comm: MPI.Intracomm, limit: float) -> MPI.Intracomm:
+    """A communicator of the same ranks."""
+    duplicate, request = comm.Idup()
+    if not wait_until(request.Test, lambda share: None, limit):
+        raise RankLostError(
+            f"rank {comm.Get_rank()}: waited {limit:g} s for the other ranks to make the same communicator; all ranks "
+            "must wrap as many optimizers, in the same order"
+        )
+    return duplicate

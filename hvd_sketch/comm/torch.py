@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hvd_sketch.comm.base import Communicator, Pending
+from hvd_sketch.comm.patience import VARIABLE, limit_of
 from hvd_sketch.errors import ConfigurationError, RankLostError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -94,34 +95,37 @@ class TorchCommunicator(Communicator):
 
     def post_allreduce(self, tensor: Tensor, name: str) -> Pending:
         total = self._within_reach(tensor)
-        with self.explaining():
+        what = self.in_words(f"allreduce {name}")
+        with self.explaining(what):
             work = dist.all_reduce(total, group=self._group, async_op=True)
-        return _Handle(self, work, total, total, tensor)
+        return _Handle(self, what, work, (total, total), tensor)
 
     def post_allgather(self, tensor: Tensor, name: str) -> Pending:
         sent = self._within_reach(tensor)
         result = torch.empty(self.size, sent.numel(), dtype=sent.dtype, device=sent.device)
-        with self.explaining():
+        what = self.in_words(f"allgather {name}")
+        with self.explaining(what):
             work = _gather(result.view(-1), sent, group=self._group, async_op=True)
-        return _Handle(self, work, sent, result, self._for(tensor, result))
+        return _Handle(self, what, work, (sent, result), self._for(tensor, result))
 
     def post_alltoall(self, tensor: Tensor, name: str) -> Pending:
         sent = self._within_reach(tensor.contiguous())
         result = torch.empty_like(sent)
-        with self.explaining():
+        what = self.in_words(f"alltoall {name}")
+        with self.explaining(what):
             work = dist.all_to_all_single(result, sent, group=self._group, async_op=True)
-        return _Handle(self, work, sent, result, self._for(tensor, result))
+        return _Handle(self, what, work, (sent, result), self._for(tensor, result))
 
     def run_broadcast(self, tensor: Tensor, root: int, name: str) -> None:
         value = self._within_reach(tensor)
-        with self.explaining():
+        with self.explaining(self.in_words(f"broadcast {name} from rank {root}")):
             dist.broadcast(value, dist.get_global_rank(self._group, root), group=self._group)
         if value is not tensor:
             tensor.copy_(value)
 
     @contextmanager
-    def explaining(self) -> Iterator[None]:
-        """Inside, a failure of the backend says what it most likely means.
+    def explaining(self, what: str) -> Iterator[None]:
+        """Inside, in this operation, a failure of the backend says what it most likely means.
 
         Raises:
             RankLostError: in place of the backend's own, which is its cause.
@@ -130,8 +134,8 @@ class TorchCommunicator(Communicator):
             yield
         except RuntimeError as error:
             raise RankLostError(
-                f"hvd_sketch: rank {self._rank} of {self._size} lost the others: one of them ended, or did not take "
-                f"part in time; look for the first error of all ranks. torch.distributed says: {error}"
+                f"rank {self._rank} of {self._size} lost the others in {what}: one of them ended, or did not come "
+                f"in time; look for the first error of all ranks. torch.distributed says: {error}"
             ) from error
 
     def _within_reach(self, tensor: Tensor) -> Tensor:
@@ -148,14 +152,17 @@ class TorchCommunicator(Communicator):
 class _Handle(Pending):
     """An operation of the backend's own threads, which needs no polling. Keeps what is sent alive."""
 
-    def __init__(self, comm: TorchCommunicator, work: Any, sent: Tensor, result: Tensor, into: Tensor) -> None:
+    def __init__(
+        self, comm: TorchCommunicator, what: str, work: Any, moving: tuple[Tensor, Tensor], into: Tensor
+    ) -> None:
         super().__init__(into)
-        self._comm, self._work, self._sent, self._arriving = comm, work, sent, result
+        self._comm, self._what, self._work, self._moving = comm, what, work, moving
 
     def wait(self) -> Tensor:
-        with self._comm.explaining():
+        with self._comm.explaining(self._what):
             self._work.wait()
-        return self._result if self._arriving is self._result else self._result.copy_(self._arriving)
+        arrived = self._moving[1]
+        return self._result if arrived is self._result else self._result.copy_(arrived)
 
 
 def _gather(result: Tensor, sent: Tensor, **keywords: Any) -> Any:
@@ -165,7 +172,9 @@ def _gather(result: Tensor, sent: Tensor, **keywords: Any) -> Any:
 
 
 def _timeout() -> timedelta | None:
-    """That of the default group, which a new one would not have by itself; None where it cannot be told."""
+    """The environment's, or that of the default group, which a new one would not have; None if it cannot be told."""
+    if VARIABLE in os.environ:
+        return timedelta(seconds=limit_of(None))
     for device in dist.group.WORLD._device_types:  # type: ignore[union-attr]
         options = getattr(dist.group.WORLD._get_backend(device), "options", None)  # type: ignore[union-attr]
         if options is not None:

@@ -55,6 +55,7 @@ class Compressor(ABC):
     def __str__(self) -> str:
         """The class, and the settings that are not its defaults."""
         settings = {entry.name: (getattr(self, entry.name), entry.default) for entry in fields(self) if entry.repr}
+        del settings["anticipate"]  # the error feedback is told by itself
         own = [f"{name}={value!r}" for name, (value, default) in settings.items() if value != default]
         return f"{type(self).__name__}({', '.join(own)})"
 

@@ -16,6 +16,7 @@ from hvd_sketch.compressors.base import Compressor
 from hvd_sketch.errors import ConfigurationError, RankMismatchError
 from hvd_sketch.exchange import Exchange, Part, Setting
 from hvd_sketch.exchange.base import Factor, Finite
+from hvd_sketch.exchange.coarse import Coarse, sum_coarsely
 from hvd_sketch.gpu import Recorded
 from hvd_sketch.layout import Layout
 from hvd_sketch.precision import full_precision
@@ -38,12 +39,15 @@ class PowerSGD(Compressor):
         start_step: steps before this one are dense.
         seed: of the first right factors; equal on all ranks.
         dense_below: 1024 in any case: vectors have no factors.
+        factor_bits: of every number of the factors and of what is sent whole, 32, or 4 or 8 as in
+            `CoarsePowerSGDExchange`.
     """
 
     rank: int = 2
     start_step: int = 10
     seed: int = 0
     dense_below: int | None = 1024
+    factor_bits: int = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +55,8 @@ class PowerSGD(Compressor):
             raise ConfigurationError(f"rank must be at least 1, got {self.rank}")
         if self.start_step < 0:
             raise ConfigurationError(f"start_step must be at least 0, got {self.start_step}")
+        if self.factor_bits not in (4, 8, 32):
+            raise ConfigurationError(f"factor_bits must be 4, 8 or 32, got {self.factor_bits}")
 
     def is_dense(self, name: str, parameter: Tensor) -> bool:
         """Also true of a matrix that the product of two factors would not shrink."""
@@ -64,11 +70,12 @@ class PowerSGD(Compressor):
         return None if step < self.start_step else self.rank
 
     def build(self, setting: Setting) -> Exchange:
-        """A `PowerSGDExchange`."""
-        return PowerSGDExchange(setting, self.rank, self.seed)
+        """A `PowerSGDExchange`, or one in few bits."""
+        if self.factor_bits == 32:
+            return PowerSGDExchange(setting, self.rank, self.seed)
+        return CoarsePowerSGDExchange(setting, self.rank, self.seed, Coarse(self.factor_bits))
 
 
-_DIGEST = slice(wire.HEADER, wire.HEADER + wire.DIGEST_BITS)
 _MOST_COLUMNS_ON_GPU = 16
 
 
@@ -104,17 +111,18 @@ class PowerSGDExchange(Exchange):
         self._matrices = _places(layout, rank)
         lefts, rights = (self._matrices[-1].left.stop, self._matrices[-1].right.stop) if self._matrices else (0, 0)
         self._first = torch.zeros(wire.HEADER + lefts + layout.dense, dtype=torch.float32, device=device)
-        self._second = torch.zeros(wire.HEADER + wire.DIGEST_BITS + rights, dtype=torch.float32, device=device)
+        self._second = torch.zeros(wire.HEADER + rights, dtype=torch.float32, device=device)
         self._right = torch.zeros(rights, dtype=torch.float32, device=device)
         self._computed = torch.zeros(layout.compressed, dtype=torch.float32, device=device)
         self._lefts = self._first[wire.HEADER : wire.HEADER + lefts]
-        self._rights = self._second[_DIGEST.stop :]
+        self._rights = self._second[wire.HEADER :]
         self._bases = torch.tensor(
             [(each.left.start, each.shape[0]) for each in self._matrices], dtype=torch.int64, device=device
         )
         self._multiplied = Recorded(self._multiply, device)
         self._projected = Recorded(self._project, device)
         self._expanded = Recorded(self._expand, device)
+        self._dense_left: Tensor | float = 0.0
         self._draw_right()
 
     def _draw_right(self) -> None:
@@ -130,19 +138,19 @@ class PowerSGDExchange(Exchange):
                 if isinstance(clip, Tensor)
                 else torch.tensor(clip, dtype=torch.float32, device=self.gradient.device)
             )
-        if not self.rounds.sum(self._first, finite, "left"):
+        if not self.sum_lefts(finite):
             return False
         with self.stats.phase("factor"), full_precision():
             self._projected()
         with self.stats.phase("exchange"):
-            self.comm.allreduce(self._second, self.rounds.name_of("right"))
-        if not wire.digests_agree(self._second[_DIGEST], self._second[1]):
+            agreed = self.sum_rights()
+        if not agreed:
             raise RankMismatchError(
                 f"hvd_sketch: in step {self.step} the ranks made different bases from the same sum, seen on rank "
                 f"{self.comm.rank} and all others; use one build of PyTorch and its linear algebra on all ranks"
             )
         self.memory.absorb(self.gradient, clip)
-        self.memory.keep(dense, 0.0, mask=False)
+        self.memory.keep(dense, self._dense_left, mask=False)
         self.memory.keep(compressed, self._computed, mask=True)
         with self.stats.phase("factor"), full_precision():
             (update,) = self._expanded()
@@ -151,6 +159,15 @@ class PowerSGDExchange(Exchange):
         lanes = self._first[self._first.numel() - self.layout.dense :].mul_(1.0 / self.divisor)
         self.hold(Part(compressed, update.mul_(1.0 / self.divisor)), Part(dense, lanes))
         return True
+
+    def sum_lefts(self, finite: Finite) -> bool:
+        """Round 1: sum the left factors and the dense part; what `Rounds.sum` says."""
+        return self.rounds.sum(self._first, finite, "left")
+
+    def sum_rights(self) -> bool:
+        """Round 2: sum the right factors; whether all ranks have the same bases."""
+        self.comm.allreduce(self._second, self.rounds.name_of("right"))
+        return wire.read_header(self._second).agreed
 
     def _multiply(self, clip: Tensor) -> tuple[Tensor, ...]:
         """Round 1's message: the left factors of what is computed, and the dense part of it."""
@@ -168,8 +185,8 @@ class PowerSGDExchange(Exchange):
             own = self._rights[matrix.right].view(-1, self._rank)
             torch.mm(local.t(), left, out=own)
             local.addmm_(left, own.t(), alpha=-1.0)
-        wire.write_header(self._second, True)
-        wire.write_digest(self._second[_DIGEST], self._lefts)
+        wire.write_header(self._second)
+        wire.write_digest(self._second[wire.DIGEST], self._lefts)
         return ()
 
     def _expand(self) -> tuple[Tensor, ...]:
@@ -208,6 +225,62 @@ class PowerSGDExchange(Exchange):
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Restore them."""
         self._right.copy_(state["right"])
+
+
+class CoarsePowerSGDExchange(PowerSGDExchange):
+    """The same with factors and dense part in few bits, column by column, and error feedback for their rounding.
+
+    Sums are those of `sum_coarsely`: with B_i the right factor of rank i as it was received, and b_i what rank i, as
+    an owner, rounded off the sum::
+
+        Q = sum_i B_i - sum_i b_i                  M_i loses P (B_i - b_i)^T
+
+    which is nothing lost; of the left factors only the basis counts, which is the same on all ranks. Beside them
+    two headers travel in half precision.
+    """
+
+    def __init__(self, setting: Setting, rank: int, seed: int, code: Coarse) -> None:
+        super().__init__(setting, rank, seed)
+        self._code = code
+        dense = torch.arange(self.layout.dense, device=setting.device) + self._lefts.numel()
+        self._left_order = torch.cat([*(self._by_columns(each.left) for each in self._matrices), dense])
+        self._right_order = torch.cat([dense[:0], *(self._by_columns(each.right) for each in self._matrices)])
+
+    def _by_columns(self, where: slice) -> Tensor:
+        return torch.arange(where.start, where.stop, device=self.gradient.device).view(-1, self._rank).t().flatten()
+
+    def sum_lefts(self, finite: Finite) -> bool:
+        """Round 1, behind its header."""
+        header = torch.empty(wire.HEADER, dtype=torch.float16, device=self.gradient.device)
+        if not self.rounds.sum(header, finite, "header"):
+            return False
+        mine = self._first[wire.HEADER :]
+        with self.stats.phase("exchange"):
+            total, left = self._sum(mine, self._left_order, "left")
+        mine.copy_(total)
+        self._dense_left = left[self._lefts.numel() :]
+        return True
+
+    def sum_rights(self) -> bool:
+        """Round 2, behind its header; what is computed gets back what rounding left out of its projection."""
+        header = self._second[: wire.HEADER].to(torch.float16)
+        self.comm.allreduce(header, self.rounds.name_of("bases"))
+        total, left = self._sum(self._rights, self._right_order, "right")
+        self._rights.copy_(total)
+        with full_precision():
+            for matrix, local, basis in self._views(self._computed, self._lefts):
+                local.addmm_(basis, left[matrix.right].view(-1, self._rank).t())
+        return wire.read_header(header).agreed
+
+    def _sum(self, mine: Tensor, order: Tensor, what: str) -> tuple[Tensor, Tensor]:
+        """The sum over the ranks, and what this rank's memory is to keep; exact where a rank has joined."""
+        name, total, left = self.rounds.name_of(what), torch.empty_like(mine), torch.zeros_like(mine)
+        if not self.rounds.all_present:
+            self.comm.allreduce(total.copy_(mine), name)
+            return total, left
+        summed = sum_coarsely(mine[order], self._code, self.comm, name, self.rounds.unseal)
+        total[order], left[order] = summed.total, mine[order] - summed.sent + summed.lost
+        return total, left
 
 
 def _places(layout: Layout, rank: int) -> list[_Factors]:

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from hvd_sketch import wire
 from hvd_sketch.comm.base import Communicator, Pending
 from hvd_sketch.compressors.base import Bucketed
 from hvd_sketch.exchange import Exchange, Part, Setting
@@ -59,7 +60,8 @@ class Sharded(Bucketed):
         fitting = range(1, layout.compressed // ranks + 1)  # the least shard
 
         def nbytes(pairs: int) -> int:
-            return sum(codec.nbytes for _, codec in shard_codes(layout.compressed, ranks, pairs, self.buckets))
+            codes = shard_codes(layout.compressed, ranks, pairs, self.buckets)
+            return sum(codec.nbytes + wire.SEAL for _, codec in codes)
 
         count = bisect_right(fitting, budget, key=nbytes)
         if count < 1:
@@ -131,33 +133,39 @@ class ShardedExchange(SparseExchange):
         ups = [self._start_up(number, part) for number, part in enumerate(self._parts)]
         self.stats.note_norms(*zip(*(part.norms for part in self._parts), strict=True))
         downs = [self._start_down(number, *each) for number, each in enumerate(zip(self._parts, ups, strict=True))]
-        return [self._read(where, part, down) for (where, _), part, down in zip(plan, self._parts, downs, strict=True)]
+        wheres = [where for where, _ in plan]
+        read = zip(wheres, self._parts, downs, strict=True)
+        return [self._read(number, *each) for number, each in enumerate(read)]
 
     def _start_up(self, number: int, part: ShardedPart) -> Pending:
         with self.stats.phase("select"):
             code = part.choose()
         with self.stats.phase("exchange"):
-            pending = self.comm.start_alltoall(code, self.rounds.name_of(f"up{number}"))
+            pending = self.comm.start_alltoall(wire.seal(code), self.rounds.name_of(f"up{number}"))
         with self.stats.phase("memory"):
             part.give_away()
         return pending
 
     def _start_down(self, number: int, part: ShardedPart, up: Pending) -> Pending:
+        name = self.rounds.name_of(f"up{number}")
         with self.stats.phase("exchange"):
-            received = up.wait()
+            received = self.rounds.unseal(up.wait(), name)
         with self.stats.phase("select"):
             code = part.combine(received)
+            self.rounds.note_damage(~part.known, f"what came in {name} is no code")
         with self.stats.phase("exchange"):
-            pending = self.comm.start_allgather(code[0], self.rounds.name_of(f"down{number}"))
+            pending = self.comm.start_allgather(wire.seal(code)[0], self.rounds.name_of(f"down{number}"))
         with self.stats.phase("memory"):
             part.give_out()
         return pending
 
-    def _read(self, where: slice, part: ShardedPart, down: Pending) -> Part:
+    def _read(self, number: int, where: slice, part: ShardedPart, down: Pending) -> Part:
+        name = self.rounds.name_of(f"down{number}")
         with self.stats.phase("exchange"):
-            gathered = down.wait()
+            gathered = self.rounds.unseal(down.wait(), name)
         with self.stats.phase("memory"):
             rows, values = part.read(gathered)
+            self.rounds.note_damage(~part.known, f"what came in {name} is no code")
             return Part(where, values.mul_(1.0 / self.divisor), Rows(self.comm.size, 0, rows))
 
 
@@ -168,6 +176,7 @@ class ShardedPart:
 
     Attributes:
         norms: of what `choose` chose, and of the part.
+        known: whether all that came last were codes; of one that was none, values are zero.
     """
 
     def __init__(self, memory: Memory, codec: SparseCodec, comm: Communicator) -> None:
@@ -175,7 +184,7 @@ class ShardedPart:
         device = memory.residual.device
         self._chosen = Recorded(self._choose, device)
         self._combined = Recorded(self._combine, device)
-        self._decoded = Recorded(codec.decode, device)
+        self._decoded = Recorded(self._decode, device)
 
     def choose(self) -> Tensor:
         """Choose of every shard; the code for every owner."""
@@ -190,7 +199,7 @@ class ShardedPart:
 
     def combine(self, received: Tensor) -> Tensor:
         """Sum what came for this rank's shard, and choose of it; the code for everybody."""
-        self._rows, self._left, code = self._combined(received)
+        self._rows, self._left, code, self.known = self._combined(received)
         return code
 
     def give_out(self) -> None:
@@ -199,7 +208,7 @@ class ShardedPart:
 
     def read(self, gathered: Tensor) -> tuple[Tensor, Tensor]:
         """Rows and values of every shard, the same on all ranks."""
-        rows, values = self._decoded(gathered)
+        rows, values, self.known = self._decoded(gathered)
         return rows, values
 
     def _choose(self) -> tuple[Tensor, ...]:
@@ -211,9 +220,13 @@ class ShardedPart:
 
     def _combine(self, received: Tensor) -> tuple[Tensor, ...]:
         residual, size, rank = self._memory.residual, self._size, self._rank
-        rows, values = self._codec.decode(received)
+        rows, values, known = self._decode(received)
         for others in (slice(rank), slice(rank + 1, None)):
             add(residual, size, rank, rows[others], values[others])
         rows, values = heaviest_of_shards(residual[rank::size], 1, self._codec.count)
         code, decoded = self._codec.encode(rows, values)
-        return rows, values.sub_(decoded), code
+        return rows, values.sub_(decoded), code, known
+
+    def _decode(self, received: Tensor) -> tuple[Tensor, ...]:
+        rows, values, known = self._codec.decode(received)
+        return rows, values.where(known.unsqueeze(1), 0.0), known.all()

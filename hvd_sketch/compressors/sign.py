@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from hvd_sketch import bits
+from hvd_sketch import bits, wire
 from hvd_sketch.comm.base import Pending
 from hvd_sketch.compressors.base import Compressor
 from hvd_sketch.errors import ConfigurationError
@@ -75,11 +75,11 @@ class OneWaySignExchange(SparseExchange):
         with self.stats.phase("select"):
             code, sent = _encode(self.memory.residual[self._where], self._edges, plan)
         with self.stats.phase("exchange"):
-            pending = self.comm.start_allgather(code, self.rounds.name_of("signs"))
+            pending = self.comm.start_allgather(wire.seal(code.unsqueeze(0))[0], self.rounds.name_of("signs"))
         with self.stats.phase("memory"):
             self.keep_rest(sent)
         with self.stats.phase("exchange"):
-            gathered = pending.wait()
+            gathered = self.rounds.unseal(pending.wait(), self.rounds.name_of("signs"))
         with self.stats.phase("memory"):
             update = self.update[self._where].zero_()
             for row in gathered:
@@ -106,7 +106,7 @@ class TwoWaySignExchange(OneWaySignExchange):
     The server's error is in its owner's memory, as in `hvd_sketch.compressors.sharded`. Up and down together are
     ``2 (W-1)/W (n / 8 + 2 W tensors)`` bytes, up to 32 times less than a dense exchange. Sources: two ways with an
     error on each, 1-bit Adam, Tang et al. (ICML 2021), arXiv 2102.02888; with a scale for each tensor, Zheng et al.
-    (NeurIPS 2019), arXiv 1905.10936. Cannot be combined with ``hvd.join``.
+    (NeurIPS 2019), arXiv 1905.10936.
     """
 
     @property
@@ -118,7 +118,7 @@ class TwoWaySignExchange(OneWaySignExchange):
         """Up, then down."""
         down = self._start_down(self._start_up(plan), plan)
         with self.stats.phase("exchange"):
-            gathered = down.wait()
+            gathered = self.rounds.unseal(down.wait(), self.rounds.name_of("down"))
         with self.stats.phase("memory"):
             scales, packed = _split(gathered, self._edges)
             update = _scaled(_unpacked(packed.t().flatten(), self.layout.compressed), self._edges, scales.t())
@@ -132,7 +132,7 @@ class TwoWaySignExchange(OneWaySignExchange):
             head, signs = code[: -plan * size], code[-plan * size :].view(plan, size)
             message = torch.cat([head.expand(size, -1), signs.t()], dim=1)
         with self.stats.phase("exchange"):
-            pending = self.comm.start_alltoall(message, self.rounds.name_of("up"))
+            pending = self.comm.start_alltoall(wire.seal(message), self.rounds.name_of("up"))
         with self.stats.phase("memory"):
             own = values[self.owned].clone()
             self.keep_rest(sent)
@@ -143,7 +143,7 @@ class TwoWaySignExchange(OneWaySignExchange):
         """Sum what came for this rank's shard, send everybody the sum's signs, and keep the rest."""
         edges = [-(-(edge - self.comm.rank) // self.comm.size) for edge in self._edges]
         with self.stats.phase("exchange"):
-            received = up.wait()
+            received = self.rounds.unseal(up.wait(), self.rounds.name_of("up"))
         with self.stats.phase("select"):
             total = self.memory.residual[self.owned].clone()
             for sender, row in enumerate(received):
@@ -151,7 +151,7 @@ class TwoWaySignExchange(OneWaySignExchange):
                     total += _decode(row, edges)
             code, sent = _encode(total, edges, plan)
         with self.stats.phase("exchange"):
-            pending = self.comm.start_allgather(code, self.rounds.name_of("down"))
+            pending = self.comm.start_allgather(wire.seal(code.unsqueeze(0))[0], self.rounds.name_of("down"))
         with self.stats.phase("memory"):
             self.memory.keep(self.owned, total - sent, mask=False)
         return pending

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvd_sketch import wire
 from hvd_sketch.compressors.base import Sparsifier
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange, Part, Setting
@@ -42,15 +43,15 @@ class TopK(Sparsifier):
         An allgather sends ``(W-1)`` times a rank's pairs where an allreduce sends ``2 (W-1)/W`` times
         its message, so at equal bytes k falls with the number of ranks W::
 
-            k = 2 (4 total / ratio - dense bytes) / (W * pair bytes)
+            k = (2 (4 total / ratio - dense bytes) / W - checksum bytes) / pair bytes
 
         Raises:
             ConfigurationError: when not one pair fits.
         """
         dense_bytes = dense_nbytes(layout, ranks, self._dtype)
-        k = int(2 * (4 * layout.total / ratio - dense_bytes) / (ranks * _PAIR_BYTES))
+        k = int((2 * (4 * layout.total / ratio - dense_bytes) / ranks - wire.SEAL) / _PAIR_BYTES)
         if k < 1:
-            raise unreachable(layout, ratio, dense_bytes + ranks * _PAIR_BYTES // 2)
+            raise unreachable(layout, ratio, dense_bytes + ranks * (_PAIR_BYTES + wire.SEAL) // 2)
         return min(k, layout.compressed)
 
     def build(self, setting: Setting) -> Exchange:
@@ -93,25 +94,31 @@ class TopKExchange(SparseExchange):
         with self.stats.phase("select"):
             chosen, pairs, sent = self._paired()
         with self.stats.phase("exchange"):
-            pending = self.comm.start_allgather(pairs, self.rounds.name_of("pairs"))
+            pending = self.comm.start_allgather(wire.seal(pairs)[0], self.rounds.name_of("pairs"))
         with self.stats.phase("memory"):
             self.memory.keep(Chosen(chosen), 0.0, mask=True)
             self.stats.note_sent(sent, self.memory.residual[self._where])
         with self.stats.phase("exchange"):
-            gathered = pending.wait()
+            gathered = self.rounds.unseal(pending.wait(), self.rounds.name_of("pairs"))
         with self.stats.phase("memory"):
-            (update,) = self._summed(gathered)
+            update, known = self._summed(gathered)
+            self.rounds.note_damage(~known, "pairs came that are not in order")
             return [Part(self._where, update)]
 
     def _pair(self, plan: Any) -> tuple[Tensor, ...]:
         """What is chosen, as coordinates and as pairs, and its norm."""
         chosen, residual = self.choose(plan), self.memory.residual[self._where]
         values = residual.index_select(0, chosen)
-        pairs = torch.cat([chosen.to(torch.int32), values.view(torch.int32)])
+        pairs = torch.cat([chosen.to(torch.int32), values.view(torch.int32)]).view(torch.uint8).unsqueeze(0)
         return chosen, pairs, torch.linalg.vector_norm(values)
 
     def _sum(self, gathered: Tensor) -> tuple[Tensor, ...]:
-        indices, values = gathered.view(self.comm.size, 2, -1).unbind(1)
+        """The update, and whether all indices are ascending and in range; values of a rank whose are not are zero."""
+        indices, values = gathered.view(torch.int32).view(self.comm.size, 2, -1).unbind(1)
+        ascending = (indices[:, 1:] > indices[:, :-1]).all(1)
+        known = ascending & (indices[:, 0] >= 0) & (indices[:, -1] < self.layout.compressed)
+        anywhere = torch.arange(indices.shape[1], dtype=torch.int32, device=indices.device)
+        indices = indices.where(known.unsqueeze(1), anywhere)
         update = self.update[self._where].zero_()
-        add(update, 1, 0, indices.to(torch.int64), values.contiguous().view(torch.float32))
-        return (update.mul_(1.0 / self.divisor),)
+        add(update, 1, 0, indices.to(torch.int64), values.view(torch.float32).where(known.unsqueeze(1), 0.0))
+        return update.mul_(1.0 / self.divisor), known.all()

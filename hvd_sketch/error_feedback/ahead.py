@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from hvd_sketch.error_feedback.passes import Passes
 from hvd_sketch.exchange import Exchange
@@ -119,11 +118,10 @@ class AheadOptimizer(WrappedOptimizer):
         if self._in_block:
             raise RuntimeError("step_ahead() inside step_ahead()")
         self._passes.finish()
-        with self._passes.suspended(), ExitStack() as guards:
+        with ExitStack() as guards, self._passes.suspended(self._guard(guards)):
             self._in_block = True
             self._ahead.forth()
             try:
-                self._guard(guards)
                 yield
             finally:
                 self._in_block = False
@@ -165,11 +163,11 @@ class AheadOptimizer(WrappedOptimizer):
         """Called by backward."""
         self._passes.took(parameter)
 
-    def _guard(self, guards: ExitStack) -> None:
-        """Refuse, while the guards stand, evaluating and saving the model."""
+    def _guard(self, guards: ExitStack) -> Callable[[torch.nn.Module], None]:
+        """To be called with each module that runs: refuses evaluating it and, while the guards stand, saving."""
         seen: set[torch.nn.Module] = set()
 
-        def check(module: torch.nn.Module, arguments: Any) -> None:
+        def check(module: torch.nn.Module) -> None:
             if not any(parameter in self._names for parameter in module.parameters(recurse=False)):
                 return
             if not torch.is_grad_enabled():
@@ -181,7 +179,7 @@ class AheadOptimizer(WrappedOptimizer):
                 seen.add(module)
                 guards.callback(module.register_state_dict_pre_hook(self.refuse_saving).remove)
 
-        guards.callback(register_module_forward_pre_hook(check).remove)
+        return check
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what follows the modules, which a copy does anew."""

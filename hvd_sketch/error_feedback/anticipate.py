@@ -221,6 +221,8 @@ def respond(
 ) -> None:
     """Replace gradients of a group's parameters by P of them, in place: how far they will move the model."""
     rate = _rate(optimizer, group)
+    if not errors:  # no parameter of the group is trained
+        return
     if isinstance(optimizer, torch.optim.SGD):
         torch._foreach_mul_(errors, rate)
         return

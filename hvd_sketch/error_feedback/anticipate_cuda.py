@@ -28,7 +28,7 @@ class Mover:
     """
 
     def __init__(self, parameters: Sequence[Tensor], places: Places) -> None:
-        self._parameters, device = [parameter.detach() for parameter in parameters], parameters[0].device
+        self._parameters, device = list(parameters), parameters[0].device
         self._pieces = torch.tensor(pieces_of(places, _PIECE), dtype=torch.int64, device=device).view(-1, 4)
         self._addresses = Addresses(device)
 

@@ -99,10 +99,11 @@ def follow(
         what keeps them ahead, to be told when a gradient is computed, and of every step.
     """
     exchange.log.notes.append(f"error_feedback={feedback}")
+    exchange.agree_on(f"error_feedback={feedback}")
     shares, first = CommonShare(), next(iter(named.values()))
     shares.attach(exchange)
     flat = FlatParameters(named, exchange.layout, first.device)
-    ahead = Anticipation(weakref.proxy(optimizer), lambda: exchange, flat, shares, feedback.coefficient)
+    ahead = Anticipation(weakref.proxy(optimizer), client.present_exchange, flat, shares, feedback.coefficient)
     moves: Callable[[], bool] = lambda: exchange.step + exchange.stats.steps > 0 and watches(client, first)  # noqa: E731
     return Passes(ahead, {parameter: name for name, parameter in named.items()}, moves)
 

@@ -42,11 +42,11 @@ class FactoredMoments:
     this is Adam with factored second moments and no longer the dense Adam. Measured to help on text,
     and not on a CNN whose loss is close to zero: ``docs/convergence.md``.
 
-    Kept: one float32 more for every compressed coordinate. Sent: rows + columns + 32 floats a
-    parameter, after steps 1, 2, 3, 4, 6, 8, 11, … and later at every ``interval``. Sources: the
-    factors are those of Adafactor (arXiv 1804.04235); that error feedback wants a v that stands
-    still is from 1-bit Adam (arXiv 2102.02888), and measuring it ever more rarely from 0/1 Adam
-    (arXiv 2202.06009).
+    Kept: one float32 more for every compressed coordinate. Sent: rows + columns + 32 floats of eight bits
+    a parameter, see `hvd_sketch.exchange.coarse`, each off by a sixteenth at most on every rank and once more in the
+    sum, after steps 1, 2, 3, 4, 6, 8, 11, … and later at every ``interval``. Sources: the factors are those of
+    Adafactor (arXiv 1804.04235); that error feedback wants a v that stands still is from 1-bit Adam (arXiv
+    2102.02888), and measuring it ever more rarely from 0/1 Adam (arXiv 2202.06009).
 
     Attributes:
         decay: weight that a measurement keeps a step later, as Adam's b2: at least 0, below 1.
@@ -123,7 +123,7 @@ class MomentsObserver:
         clip = exchange.stats.clip
         self._tables.copy_(self._sketches(exchange.gradient, exchange.step, clip))
         self._sum_squares(exchange.gradient, clip)
-        exchange.rounds.sum_values(self._message, "moments")
+        exchange.rounds.sum_coarsely(self._message, "moments")
         if not bool(self._message.isfinite().all()):
             return
         common = self._tables.square().sum(dim=1)

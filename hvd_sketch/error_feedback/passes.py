@@ -60,18 +60,19 @@ class Passes:
         self._outer: Module | None = None
         self._depth, self._task = 0, -1
         self._trains = self._resumes = self._stays = self._told = self._suspended = False
+        self._watch: Callable[[Module], None] = _nothing
         self._versions: list[int] = []
         self._guards = ExitStack()
         _follow(self)
 
     @contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Inside, forwards are left alone."""
-        before, self._suspended = self._suspended, True
+    def suspended(self, watch: Callable[[Module], None]) -> Iterator[None]:
+        """Inside, forwards are left alone; ``watch`` is told of each module's."""
+        before, self._suspended, self._watch = self._suspended, True, watch
         try:
             yield
         finally:
-            self._suspended = before
+            self._suspended, self._watch = before, _nothing
 
     def finish(self) -> None:
         """Back to x, for the step or whoever looks."""
@@ -90,6 +91,7 @@ class Passes:
 
     def enter(self, module: Module) -> None:
         """Before a module's forward."""
+        self._watch(module)
         if self._outer is not None:
             self._depth += module is self._outer
         elif not self._suspended and self._holders_in(module):
@@ -182,6 +184,10 @@ class Passes:
             found = [part for part in parts if any(p in self._names for p in part.parameters(recurse=False))]
             self._holders[module] = found
         return found
+
+
+def _nothing(module: Module) -> None:
+    return
 
 
 _live: weakref.WeakSet[Passes] = weakref.WeakSet()

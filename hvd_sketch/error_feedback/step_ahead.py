@@ -103,8 +103,13 @@ class StepAheadOptimizer(AheadOptimizer, Method):
             compression, flat = self._wrapping.compression, self._ahead.flat
             device = self._ahead.synchronous.vector.device
             exchange = displacement_exchange(compression, flat.layout, self._wrapping.communicator(), device)
-            exchange.agree_on(f"{self._settings} clip_norm={compression.clip_norm}")
-            exchange.log.notes.append(f"error_feedback={self._settings}")
+            inner = self.optimizer
+            note = f"error_feedback={self._settings}"
+            exchange.agree_on(f"optimizer={type(inner).__name__} {note} clip_norm={compression.clip_norm}")
+            synchronous = self._ahead.synchronous.views
+            named = {slot.name: view for slot, view in zip(flat.layout.slots, synchronous, strict=True)}
+            exchange.watch(named, lambda: inner.param_groups)
+            exchange.log.notes.append(note)
             if self._memory is not None:
                 exchange.load_state_dict(self._memory)
             self._exchange = exchange

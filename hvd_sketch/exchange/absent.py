@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import Tensor
 
+from hvd_sketch.comm.copies import majority, thrice
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.rounds import Rounds
 from hvd_sketch.layout import Layout
@@ -51,7 +52,7 @@ class Absent:
 
 
 def gather_absent(rounds: Rounds, layout: Layout, missing: Collection[int], frozen: Collection[int]) -> list[int]:
-    """Collective: the positions of the slots that no rank has a gradient for; two floats a slot.
+    """Collective: the positions of the slots that no rank has a gradient for; six floats a slot.
 
     Args:
         rounds: the collectives.
@@ -67,8 +68,10 @@ def gather_absent(rounds: Rounds, layout: Layout, missing: Collection[int], froz
     lanes[0] = 1.0  # the last one counts the ranks: one that has joined is not among them
     lanes[0, list(missing)] = 0.0
     lanes[1, list(frozen)] = 1.0
-    rounds.comm.allreduce(lanes, rounds.name_of("present"))
-    (*having, ranks), (*freezing, _) = lanes.tolist()
+    message = thrice(lanes.view(-1))
+    rounds.comm.allreduce(message, rounds.name_of("present"))
+    told = majority(message.tolist())
+    having, ranks, freezing = told[:count], told[count], told[count + 1 : -1]
     for slot, some, without in zip(layout.slots, having, freezing, strict=True):
         if some and 0 < without < ranks:
             raise ConfigurationError(

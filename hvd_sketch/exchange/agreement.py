@@ -13,13 +13,19 @@ from hvd_sketch.errors import RankMismatchError
 Answers = Mapping[str, str]
 
 
+_START = (
+    "Give every rank the same model, compression settings and seed; load a saved memory that fits on all, on none, or "
+    "on rank 0 alone; call broadcast_optimizer_state and then broadcast_parameters before the first step."
+)
+
+
 def agree(
     comm: Communicator,
     answers: Answers,
     name: Callable[[str], str],
     settle: Callable[[Sequence[Answers]], bool] = lambda told: False,
 ) -> int:
-    """How many ranks took part and gave the same answers: sums 33 floats, if they are the same.
+    """How many ranks took part and gave the same answers: sums 47 floats, if they are the same.
 
     Args:
         comm: the ranks.
@@ -30,16 +36,18 @@ def agree(
     Raises:
         RankMismatchError: alike on all ranks, when they differ, with what differs.
     """
-    lanes = torch.zeros(1 + wire.DIGEST_BITS, dtype=torch.float32, device="cpu")
-    lanes[0] = 1.0
-    wire.write_digest(lanes[1:], torch.frombuffer(bytearray(repr(answers).encode()), dtype=torch.uint8))
-    comm.allreduce(lanes, name("agree"))
-    if not wire.digests_agree(lanes[1:], lanes[0]):
+    message = torch.empty(wire.HEADER, dtype=torch.float32, device="cpu")
+    wire.write_header(message)
+    content = torch.frombuffer(bytearray(repr(answers).encode()), dtype=torch.uint8)
+    wire.write_digest(message[wire.DIGEST], content)
+    comm.allreduce(message, name("agree"))
+    header = wire.read_header(message)
+    if not header.agreed:
         gathered = comm.allgather_object(dict(answers), name("differences"))
         told = [told or next(filter(None, gathered)) for told in gathered]  # a rank that has joined differs from none
         if not settle(told):
-            raise RankMismatchError(_differences(told))
-    return int(lanes[0])
+            raise RankMismatchError(differences(told, "the ranks disagree, and nothing was exchanged", _START))
+    return header.present
 
 
 def newcomers(told: Sequence[Answers], question: str, new: str) -> list[int]:
@@ -50,16 +58,13 @@ def newcomers(told: Sequence[Answers], question: str, new: str) -> list[int]:
     return ranks if len(known) == len(rest) == 1 else []
 
 
-def _differences(answers: Sequence[Answers]) -> str:
-    """Where the ranks' answers, of the same questions, differ from rank 0's, and the remedy."""
-    lines = ["hvd_sketch: the ranks disagree, and nothing was exchanged:"]
+def differences(answers: Sequence[Answers], what: str, remedy: str) -> str:
+    """Where the ranks' answers differ from rank 0's: an error's text."""
+    lines = [f"hvd_sketch: {what}:"]
     for key in answers[0]:
         for rank, answer in enumerate(answers):
             if answer.get(key) != answers[0][key]:
                 ours = sorted(set(answers[0][key].split()) - set(answer.get(key, "").split()))
                 theirs = sorted(set(answer.get(key, "").split()) - set(answers[0][key].split()))
                 lines.append(f"  {key}: rank 0 has {' '.join(ours[:5])!r}, rank {rank} has {' '.join(theirs[:5])!r}")
-    lines.append("Give every rank the same model, compression settings and seed; load a saved memory that fits on")
-    lines.append("all, on none, or on rank 0 alone; call broadcast_optimizer_state and then broadcast_parameters")
-    lines.append("before the first step.")
-    return "\n".join(lines)
+    return "\n".join([*lines, remedy])

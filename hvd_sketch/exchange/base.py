@@ -18,6 +18,7 @@ from hvd_sketch.exchange.setting import Setting
 from hvd_sketch.exchange.staging import Staging
 from hvd_sketch.exchange.update import Part, Update
 from hvd_sketch.exchange.void import tell_void
+from hvd_sketch.gpu import refuse_capture
 
 Factor = float | Tensor
 Finite = bool | Tensor
@@ -114,13 +115,16 @@ class Exchange(Progress):
         """Exchange the step's gradients; afterwards `update` is the same on all ranks.
 
         Raises:
-            RankMismatchError: alike on all ranks, when they differ in settings or parameters, and
-                the memory is then as before the step; or in what they selected, and the memory
-                then holds the step's gradient too, unsent.
-            ConfigurationError: alike on all ranks, when any of them called `fail_together`.
+            RankMismatchError: alike on all ranks, when they differ in settings, parameters, the last update or
+                the optimizer's numbers, and the memory is then as before the step; or in what they selected,
+                and the memory then holds the step's gradient too, unsent.
+            ConfigurationError: alike on all ranks, when any of them called `fail_together`; or while the caller
+                captures a CUDA graph.
         """
+        refuse_capture(self.gradient.device)
         self._update.hold()
         self._absent.clear()
+        self.comm.occupation = f"step {self.step}"
         self._missing = {*self.staging.close(), *self.only_decay}
         self.rounds.incomplete = bool(self._missing or self.frozen)
         if not self.agreed:
@@ -128,6 +132,8 @@ class Exchange(Progress):
                 self._told_void = False
                 self._agree()
             self.log.begin_step(self.stats)
+        if self.comm.size > 1:
+            self.rounds.digest = self.drift.lanes(self.step, self.own_state(), self.gradient.device)
         with self.stats.counting(self.comm):
             clip, finite = (1.0, False) if self._forced_void else self.measure()
             self.stats.clip = clip
@@ -142,6 +148,8 @@ class Exchange(Progress):
             self._absent.put_back(self.memory, self.update)
         counts = self.rounds.all_present and not self.void
         self.step += counts
+        if counts and self.comm.size > 1:
+            self.drift.note_update(*self._update.contents())
         for observer in self.observers if counts else ():
             observer.observe(self)
         self.log.end_step(self, compressed=compressed)
@@ -246,7 +254,7 @@ class Exchange(Progress):
         return self._send_everything(clip, finite)
 
     def _send_everything(self, clip: Factor, finite: Finite) -> bool:
-        """The whole computed vector in one allreduce of ``total + 4`` values."""
+        """The whole computed vector in one allreduce, under a header."""
         if self._everything is None:
             size = wire.HEADER + self.layout.total
             self._everything = torch.empty(size, dtype=self._dense_dtype, device=self.gradient.device)

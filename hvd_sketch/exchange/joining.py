@@ -25,13 +25,13 @@ def stand_in(exchanges: Sequence[Exchange], comm: Communicator) -> int:
         the rank that was the last one to come here.
     """
     steps = 0
-    while exchanges and all(_attend(exchange) for exchange in exchanges):
+    while exchanges and all(attend(exchange) for exchange in exchanges):
         steps += 1
     return _last(comm, steps)
 
 
-def _attend(exchange: Exchange) -> bool:
-    """Run without a gradient; whether some rank had one."""
+def attend(exchange: Exchange) -> bool:
+    """Take part in one step, adding zeros; whether some rank had a gradient."""
     undo = exchange.snapshot()
     exchange.comm.muted = True
     try:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
+from torch import Tensor
+
+from hvd_sketch import native
 from hvd_sketch.comm.states import broadcast_state
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.agreement import Answers, agree, newcomers
+from hvd_sketch.exchange.drift import Drift, Groups
 from hvd_sketch.exchange.rounds import Rounds
 from hvd_sketch.exchange.setting import Setting
+from hvd_sketch.layout import describe_values
 from hvd_sketch.memory import Memory
 from hvd_sketch.saved import Equal, Form, unfit
 from hvd_sketch.sketch import geometry
 from hvd_sketch.stats import Stats
+from hvd_sketch.version import VERSION
 
 _NOT_BEGUN = "not-begun"
 
@@ -39,8 +46,7 @@ class Progress(ABC):
         stats: what it cost.
         step: number of the coming step; those that not all ranks took part in do not count.
         observers: whose states are saved with it.
-        describe_values: a digest of the parameters' values for ranks to compare in the first step;
-            set by who knows them.
+        drift: whether the ranks still hold the same; whoever knows the parameters tells it, see `watch`.
         memory: what was not sent.
         rounds: the collectives.
     """
@@ -51,9 +57,9 @@ class Progress(ABC):
         self.layout, self.comm, self.average = setting.layout, setting.comm, setting.average
         self.stats = Stats()
         self.step = 0
-        self.describe_values: Callable[[], str] = str
+        self.drift = Drift(setting.layout)
         self.memory = Memory(setting.layout.total, setting.device, setting.momentum)
-        self.rounds = Rounds(setting.comm, self.stats)
+        self.rounds = Rounds(setting.comm, self.stats, self.drift)
         self._setting, self._agreed = setting, setting.name
         self._agreed_size, self._loaded, self._refused = 0, False, False
         self._plans: list[Any] = []
@@ -73,6 +79,12 @@ class Progress(ABC):
     def agree_on(self, settings: str) -> None:
         """Add to what must be equal on all ranks, before the first step."""
         self._agreed += f" {settings}"
+
+    def watch(self, parameters: Mapping[str, Tensor], groups: Callable[[], Groups]) -> None:
+        """Compare between the ranks, in every step, these parameters and the numbers of an optimizer's groups."""
+        self.drift.parameters = [parameters[slot.name] for slot in self.layout.slots]
+        self.drift.groups = groups
+        self.drift.describe_values = partial(describe_values, parameters)
 
     def snapshot(self) -> Callable[[], None]:
         """Remember memory and counters; what is returned goes back to them, once."""
@@ -163,15 +175,16 @@ class Progress(ABC):
         """Compare settings, parameters and their values; on a difference, tell every rank what differs."""
         setting = self._setting
         mine = {
-            "settings": f"{self._agreed} average={setting.average} momentum_correction={setting.momentum} "
-            f"sketch_geometry={geometry.VERSION}",
+            "software": f"version={VERSION} sketch_geometry={geometry.VERSION} kernel={native.identity()}",
+            "settings": f"{self._agreed} average={setting.average} momentum_correction={setting.momentum}",
             "step": self._progress(),
             "parameters": self.layout.describe(),
             "compressed": str(self.layout.compressed),
-            "values": self.describe_values(),
+            "values": self.drift.describe_values(),
         }
         contributors = agree(self.comm, mine, self.rounds.name_of, self._welcome)
         self._agreed_size = self.comm.size if contributors == self.comm.size else 0
+        self.drift.forget()
         self._plans.clear()
 
     def _progress(self) -> str:

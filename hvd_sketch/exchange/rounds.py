@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from hvd_sketch import wire
 from hvd_sketch.comm.base import Communicator, Pending
-from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.comm.copies import thrice
+from hvd_sketch.errors import ConfigurationError, RankMismatchError
+from hvd_sketch.exchange.coarse import Coarse, sum_coarsely
+from hvd_sketch.exchange.drift import Drift
 from hvd_sketch.scope import next_scope
 from hvd_sketch.stats import Stats
+
+_FEW = 64
+_EIGHT_BITS = Coarse(8, floating=True)
 
 
 class Rounds:
@@ -25,11 +32,14 @@ class Rounds:
         partial: steps of this rank that some other did not take part in, since somebody last set it to 0.
         flushes: whether the present step sends everything, because some rank asked for it.
         incomplete: whether this rank has no gradient for some parameter.
+        digest: of what all ranks should hold alike, for the header of the step that `sum` takes.
         on_incomplete: called before a step is taken for which some rank lacks a gradient; may communicate.
     """
 
-    def __init__(self, comm: Communicator, stats: Stats) -> None:
-        self.comm, self._stats = comm, stats
+    def __init__(self, comm: Communicator, stats: Stats, drift: Drift) -> None:
+        self.comm, self._stats, self._drift = comm, stats, drift
+        self.digest: Tensor | None = None
+        self._damages: list[tuple[Tensor, str]] = []
         self.present, self.partial = 0, 0
         self.all_present, self.flushes = True, False
         self.incomplete = False
@@ -52,11 +62,24 @@ class Rounds:
         """Note a problem of the coming step, the first one counts; None forgets it."""
         self._problem = problem and (self._problem or problem)
 
+    def note_damage(self, damaged: Tensor, what: str) -> None:
+        """Note whether something came otherwise than it was sent: a bool of its device, for which nobody waits.
+
+        Then the next step raises on all ranks; in this one, others would wait for a rank that raises.
+        """
+        self._damages.append((damaged, what))
+
+    def unseal(self, received: Tensor, what: str) -> Tensor:
+        """Rows of bytes that were sealed; those that were damaged on the way are noted, and zero."""
+        rows, intact = wire.open_sealed(received)
+        self.note_damage(~intact.all(), f"what came in {what} of {self.comm.occupation} is not what was sent")
+        return rows.mul_(intact.unsqueeze(1))
+
     def sum(self, message: Tensor, finite: bool | Tensor, what: str) -> bool:
         """Allreduce the first message of a step; False if some rank is not finite or wants to flush.
 
         Raises:
-            ConfigurationError: see `heed`.
+            ConfigurationError, RankMismatchError: see `heed`.
         """
         with self._stats.phase("exchange"):
             self.start_sum(message, finite, what).wait()
@@ -64,8 +87,11 @@ class Rounds:
 
     def start_sum(self, message: Tensor, finite: bool | Tensor, what: str) -> Pending:
         """Begin to sum a message of the step over the ranks, under its header."""
-        problem = self._problem is not None
+        damages = [damaged for damaged, _ in self._damages]
+        problem = self._problem is not None or (bool(damages) and torch.stack(damages).any())
         wire.write_header(message, finite, incomplete=self.incomplete, problem=problem, flush=self._flush_asked)
+        digest = message[wire.DIGEST]
+        digest.zero_() if self.digest is None else digest.copy_(self.digest)
         return self.comm.start_allreduce(message, self.name_of(what))
 
     def heed(self, header: wire.Header) -> bool:
@@ -73,12 +99,14 @@ class Rounds:
 
         Raises:
             ConfigurationError: alike on all ranks, with every rank's problem, when any of them has one.
+            RankMismatchError: alike on all ranks, when a message was damaged, or when they hold other things.
         """
+        self.digest = None
         if header.problem:
-            problems = self.comm.allgather_object(self._problem, self.name_of("problems"))
-            self._problem = None
-            lines = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
-            raise ConfigurationError("hvd_sketch: the step was not taken. " + "\n".join(lines))
+            raise self._problems()
+        self._damages.clear()
+        if not header.agreed:
+            raise self._drift.tell(self.comm, self.name_of)
         self.present, self.all_present = header.present, header.present == self.comm.size
         self.partial += not self.all_present
         self.flushes = header.finite and header.flush
@@ -88,9 +116,41 @@ class Rounds:
         return taken
 
     def sum_values(self, values: Tensor, what: str) -> None:
-        """Between two steps: replace ``values`` by their sum over the ranks."""
+        """Between two steps: replace ``values`` by their sum over the ranks.
+
+        Few ones, on which sizes of messages may depend, are sent three times, and damage to one of them does no harm.
+        """
+        few = values.numel() <= _FEW
+        message = thrice(values.view(-1)) if few else values
         with self._stats.counting(self.comm), self._stats.phase("exchange"):
-            self.comm.allreduce(values, self.name_of(what))
+            self.comm.allreduce(message, self.name_of(what))
+        if few:
+            one, other, third = message.view(3, *values.shape)
+            values.copy_(torch.where((one == other) | (one == third), one, other))
+        if self.all_present and self.comm.size > 1:
+            self._drift.note(values)
+
+    def sum_coarsely(self, values: Tensor, what: str) -> None:
+        """The same, in floats of eight bits, see `Coarse`; in float32 where a rank has left in ``hvd.join``."""
+        if not self.all_present:
+            self.sum_values(values, what)
+            return
+        with self._stats.counting(self.comm), self._stats.phase("exchange"):
+            summed = sum_coarsely(values.flatten(), _EIGHT_BITS, self.comm, self.name_of(what), self.unseal)
+            values.copy_(summed.total.view_as(values))
+        if self.comm.size > 1:
+            self._drift.note(values)
+
+    def _problems(self) -> Exception:
+        """Collective: what is wrong on which rank."""
+        damage = next((what for damaged, what in self._damages if bool(damaged)), None)
+        told = self.comm.allgather_object([self._problem, damage], self.name_of("problems"))
+        self._problem = None
+        self._damages.clear()
+        known = [(rank, *each) for rank, each in enumerate(told) if each]  # none of a rank that has joined
+        lines = [f"rank {rank}: {problem or damage}" for rank, problem, damage in known if problem or damage]
+        kind = ConfigurationError if any(problem for _, problem, _ in known) else RankMismatchError
+        return kind("hvd_sketch: the step was not taken. " + "\n".join(lines))
 
 
 def _nothing() -> None:

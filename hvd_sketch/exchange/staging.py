@@ -19,13 +19,15 @@ from hvd_sketch.layout import Layout
 class Staging:
     """One vector for the gradients of all slots, in any order; a slot that gets none counts as zero.
 
+    On a GPU they may come on several streams, on which backward calls its hooks: each follows the one before.
+
     Attributes:
         vector: the gradients, float32, of the layout's size; stays as it is until the next step's arrive.
     """
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.vector = torch.zeros(layout.total, dtype=torch.float32, device=device)
-        self._slots = layout.slots
+        self._slots, self._order = layout.slots, gpu.InOrder(device)
         self._parts = [self.vector[slot.offset : slot.stop] for slot in layout.slots]
         self._arrived = [False] * len(self._slots)
         self._squares: list[float | None] = [0.0] * len(self._slots)
@@ -37,6 +39,7 @@ class Staging:
         self, position: int, gradient: Tensor, factor: float, parameter: Tensor | None, weight_decay: float
     ) -> None:
         """Set slot ``position`` to ``factor * gradient + weight_decay * parameter``."""
+        self._order.here()
         part = self._parts[position]
         self._squares[position] = None
         self._gathered.discard(position)
@@ -60,6 +63,7 @@ class Staging:
 
     def put_many(self, gradients: Mapping[int, Tensor], factor: float) -> None:
         """Set the slots of these gradients to ``factor`` times them; on a GPU by one kernel."""
+        self._order.here()
         together = {}
         if gpu.serves(self.vector):
             together = {at: grad for at, grad in gradients.items() if self._gathering.serves(grad, self.vector)}
@@ -74,6 +78,7 @@ class Staging:
 
     def put_all(self, vector: Tensor) -> None:
         """Set all slots, in the layout's order."""
+        self._order.here()
         self.vector.copy_(vector)
         self._squares = [None] * len(self._slots)
         self._gathered.clear()
@@ -89,6 +94,7 @@ class Staging:
         Returns:
             the positions of what has not arrived.
         """
+        self._order.here()
         missing = [position for position, arrived in enumerate(self._arrived) if not arrived]
         for position in missing:
             self._parts[position].zero_()

@@ -22,6 +22,10 @@ class Part:
     values: Tensor
     places: Places | None = None
 
+    def coordinates(self) -> list[Tensor]:
+        """What says where the values are, unless that is everywhere."""
+        return [] if self.places is None else [self.places.numbers]
+
     def write(self, vector: Tensor) -> None:
         """Write it to a vector of its size."""
         if self.places is None:
@@ -67,6 +71,12 @@ class Update:
             part.write(self._whole[part.where])
         self._parts = ()
         return self._whole
+
+    def contents(self) -> list[Tensor]:
+        """All that it is made of."""
+        if not self._parts:
+            return [self.whole()]
+        return [content for part in self._parts for content in (part.values, *part.coordinates())]
 
     def of(self, position: int) -> Tensor:
         """The update of one slot in its shape: a view of `whole`."""

@@ -21,8 +21,8 @@ def join(device: int = -1) -> int:
     takes more than sums. Then ranks that missed steps take over parameters and optimizer state of the
     rank that was the last to join, so that all are the same again; what a rank has not sent yet stays its own.
 
-    Without Horovod, and with ``comm=``, only optimizer steps may follow on the other ranks, each optimizer once in
-    turn, and no other collective.
+    Without Horovod, and with ``comm=``, only optimizer steps may follow on the other ranks, and no other collective:
+    of the optimizer that was made last, and in turn of those that have done as many steps.
 
     Args:
         device: accepted as Horovod does.
@@ -36,14 +36,20 @@ def join(device: int = -1) -> int:
     _refuse_models_of_their_own()
     optimizers = watchers()
     exchanges = [optimizer.exchange for optimizer in optimizers.values()]
-    by_order = [exchange for exchange in exchanges if not _answers_by_name(exchange.comm)]
+    by_order = _in_use([exchange for exchange in exchanges if not _answers_by_name(exchange.comm)])
     comm = by_order[0].comm if by_order else default_communicator()
     last = stand_in(by_order, comm) if by_order or not has_horovod() else _join_horovod(device)
     _catch_up(comm, optimizers, last)
     return last
 
 
+def _in_use(exchanges: list[Exchange]) -> list[Exchange]:
+    """Those of an earlier phase of training, whose optimizers are still alive, have done other numbers of steps."""
+    return [exchange for exchange in exchanges if exchange.stats.steps == exchanges[-1].stats.steps]
+
+
 def _refuse_models_of_their_own() -> None:
+    gc.collect()  # what is no longer used is no obstacle
     for found in gc.get_objects():
         if issubclass(type(found), Decentralized):
             raise ConfigurationError(

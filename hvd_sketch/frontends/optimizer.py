@@ -252,7 +252,8 @@ def _named(
             f"named_parameters lacks {len(unnamed)} parameters of the optimizer, the first one at (group, index) "
             f"{unnamed[0]}; pass the named_parameters() of every model whose parameters it holds"
         )
-    return [(name, parameter) for name, parameter in named if id(parameter) in held]
+    first = {id(parameter): name for name, parameter in reversed(named)}  # of tied ones
+    return [(name, parameter) for name, parameter in named if id(parameter) in held and first[id(parameter)] == name]
 
 
 def _stock_optimizer(optimizer: torch.optim.Optimizer, *, process_set: Any, **arguments: Any) -> HorovodOptimizer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -60,16 +59,12 @@ def size() -> int:
 
 def local_rank() -> int:
     """This process's number on its host."""
-    return _told_by_launcher("0", "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+    return world().local[0]
 
 
 def local_size() -> int:
     """Number of processes on this host."""
-    return _told_by_launcher("1", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
-
-
-def _told_by_launcher(alone: str, *variables: str) -> int:
-    return int(next((os.environ[variable] for variable in variables if variable in os.environ), alone))
+    return world().local[1]
 
 
 def broadcast_object(obj: Any = None, root_rank: int = 0, name: str | None = None, process_set: Any = None) -> Any:

@@ -77,6 +77,7 @@ class Decentralized(Method):
         """One local step and what the method adds to it; a closure is evaluated once, before."""
         if self._averaged:
             raise RuntimeError("step() inside average_model(): it would be lost when the block ends")
+        self._collectives.occupation = f"step {self.stats.steps}"
         self.stats.steps += 1
         self.stats.dense_bytes += self._collectives.allreduce_bytes(4 * self._flat.layout.total)
         return super().step(closure, **keywords)

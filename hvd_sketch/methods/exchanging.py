@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from hvd_sketch.compatibility import without_momentum
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.exchange.gradients import Gradients, shared_state, take_over, watch
 from hvd_sketch.exchange.scaling import LossScale, tell_scalers
-from hvd_sketch.layout import describe_values
 from hvd_sketch.methods.wiring import HorovodOptimizer, Wiring
 from hvd_sketch.methods.wrapper import WrappedOptimizer
 
@@ -80,7 +78,9 @@ class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
         if self._parts is None:
             wiring = self._wiring
             exchange = wiring.make_exchange(self._named, wiring.correction)
-            exchange.describe_values = partial(describe_values, self._named)
+            inner = self.optimizer
+            exchange.watch(self._named, lambda: inner.param_groups)
+            exchange.agree_on(f"optimizer={type(inner).__name__} {wiring.note}")
             exchange.log.notes.append(wiring.note)
             for follower in wiring.followers:
                 follower.attach(exchange)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +43,11 @@ def whole(named_parameters: Iterable[tuple[str, Tensor]]) -> Layout:
 
 
 class FlatParameters:
-    """Parameters of a layout, and vectors of that order; float64 if any parameter is, else float32."""
+    """Parameters of a layout, and vectors of that order; float64 if any parameter is, else float32.
+
+    Between a GPU's parameters and vectors of the host one copy is made through pinned memory, in place of one a
+    parameter; a vector beside the parameters is kept for it.
+    """
 
     def __init__(self, named: Mapping[str, Tensor], layout: Layout, device: torch.device) -> None:
         self.layout, self.device = layout, device
@@ -53,35 +58,68 @@ class FlatParameters:
     @property
     def _values(self) -> list[Tensor]:
         """The parameters' memory, whatever a script has put there, beside autograd and its count of versions."""
+        for slot, parameter in zip(self.layout.slots, self.parameters, strict=True):
+            if parameter.shape != slot.shape:
+                raise ConfigurationError(
+                    f"parameter {slot.name!r} has the shape {tuple(parameter.shape)}, and had {slot.shape} when the "
+                    "optimizer was wrapped; wrap the plain optimizer again after changing a model"
+                )
         return [parameter.data for parameter in self.parameters]
+
+    @cached_property
+    def _elsewhere(self) -> torch.device | None:
+        """Where all parameters are, if that is not where the vectors are."""
+        devices = {parameter.device for parameter in self.parameters}
+        return devices.pop() if len(devices) == 1 and devices != {self.device} else None
 
     def new(self) -> Flat:
         """A vector of zeros."""
-        vector = torch.zeros(self.layout.total, dtype=self.dtype, device=self.device)
-        return Flat.of(vector, [slot.shape for slot in self.layout.slots])
+        return self._flat(self.device, pinned=self._elsewhere is not None and self._elsewhere.type == "cuda")
 
     def read(self, into: Flat) -> None:
         """Copy the parameters into a vector."""
-        torch._foreach_copy_(into.views, self._values)
+        torch._foreach_copy_(self._beside(into).views, self._values)
+        self._cross(self._beside(into), into)
 
     def write(self, values: Flat) -> None:
         """Copy a vector into the parameters."""
-        torch._foreach_copy_(self._values, values.views)
+        self._cross(values, self._beside(values))
+        torch._foreach_copy_(self._values, self._beside(values).views)
 
     def read_gradients(self, into: Flat) -> None:
         """Copy the gradients into a vector; a parameter without one counts as gradient zero."""
-        for view, parameter in zip(into.views, self.parameters, strict=True):
+        for view, parameter in zip(self._beside(into).views, self.parameters, strict=True):
             if parameter.grad is None:
                 view.zero_()
             else:
                 view.copy_(parameter.grad)
+        self._cross(self._beside(into), into)
 
     def write_gradients(self, values: Flat) -> None:
         """Copy a vector into the gradients, made where there are none."""
-        for view, parameter in zip(values.views, self.parameters, strict=True):
+        self._cross(values, self._beside(values))
+        for view, parameter in zip(self._beside(values).views, self.parameters, strict=True):
             if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)
             parameter.grad.copy_(view)
+
+    @cached_property
+    def _crossing(self) -> Flat:
+        """A vector where the parameters are."""
+        return self._flat(self._elsewhere or self.device)
+
+    def _beside(self, vector: Flat) -> Flat:
+        """What the parameters are copied from or to in place of this vector, perhaps itself."""
+        return vector if self._elsewhere is None else self._crossing
+
+    @staticmethod
+    def _cross(source: Flat, target: Flat) -> None:
+        if source is not target:
+            target.vector.copy_(source.vector)
+
+    def _flat(self, device: torch.device, *, pinned: bool = False) -> Flat:
+        vector = torch.zeros(self.layout.total, dtype=self.dtype, device=device, pin_memory=pinned)
+        return Flat.of(vector, [slot.shape for slot in self.layout.slots])
 
 
 class FlatModel(FlatParameters):

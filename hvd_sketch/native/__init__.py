@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hvd_sketch.native import sources
 
-ABI = 2
+ABI = 3
 """Of the functions below; raised together with ``kernel_abi`` in ``identity.cpp``."""
 
 _int64, _pointer = ctypes.c_int64, ctypes.c_void_p
@@ -32,7 +32,7 @@ _SIGNATURES = {
     "sketch_limit_lanes": [_int64],
     "sparse_heaviest": [_pointer, *[_int64] * 4, _pointer, _pointer, _int64],
     "sparse_encode": [*[_int64] * 3, *[_pointer] * 4, _int64],
-    "sparse_decode": [*[_int64] * 3, *[_pointer] * 3, _int64],
+    "sparse_decode": [*[_int64] * 3, *[_pointer] * 4, _int64],
     "sparse_keep": [*_PIECES, _pointer, *[_int64] * 3, _pointer, _int64],
     "sparse_put": [*_SCATTER, _int64],
     "sparse_add": _SCATTER,
@@ -88,6 +88,11 @@ def library() -> ctypes.CDLL:
 def available() -> bool:
     """Whether the kernel is built; if not, the first call logs a warning."""
     return _load() is not None
+
+
+def identity() -> str:
+    """What ranks compare: whether the kernel works here, or the reference in its place."""
+    return "native" if available() else "reference"
 
 
 def serves(tensor: Tensor) -> bool:

@@ -36,16 +36,14 @@ void sparse_encode(int64_t universe, int64_t count, int64_t vectors, const int64
     });
 }
 
-// Whether all are codes.
-int sparse_decode(int64_t universe, int64_t count, int64_t vectors, const uint8_t* code, int64_t* rows, float* values,
-                  int64_t threads) {
+// Also which of them are codes.
+void sparse_decode(int64_t universe, int64_t count, int64_t vectors, const uint8_t* code, int64_t* rows, float* values,
+                   bool* known, int64_t threads) {
     const Code codec(universe, count);
-    std::atomic<bool> good{true};
     sketch::share(vectors, threads, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++)
-            if (!codec.decode(code + i * codec.nbytes(), rows + i * count, values + i * count)) good = false;
+            known[i] = codec.decode(code + i * codec.nbytes(), rows + i * count, values + i * count);
     });
-    return good;
 }
 
 void sparse_keep(const sketch::Piece* pieces, int64_t number, const int64_t* index, int64_t count, int64_t offset,

@@ -21,6 +21,11 @@ class Chosen:
     comb: slice = field(default_factory=partial(slice, 0))
 
     @property
+    def numbers(self) -> Tensor:
+        """The indices; a comb follows from the step."""
+        return self.indices
+
+    @property
     def count(self) -> int:
         """How many values there are, those of the comb included."""
         return self.indices.numel() + len(range(self.comb.start or 0, self.comb.stop or 0, self.comb.step or 1))

@@ -90,33 +90,33 @@ class SparseCodec:
         )
         return code, decoded
 
-    def decode(self, code: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(self, code: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The ``(m, count)`` indices and values behind a code of shape ``(m, nbytes)``.
 
-        Raises:
-            ValueError: when these bytes cannot have come from `encode`. On a device, for which nobody waits, values
-                are NaN then, at indices that there are.
+        The third result says of each row whether it may have come from `encode`; if not, its indices, which are then
+        below ``count``, and its values mean nothing.
         """
         if gpu.serves(code):
             indices, values = _on_gpu().decode(self, code.contiguous())
-            return indices, values
+            known = ~values.isnan().any(1) & (indices[:, 1:] > indices[:, :-1]).all(1)
+            return self._checked(indices, values, known)
         if not native.serves(code):
             return self._decode(code)
         code = code.contiguous()
         indices = torch.empty(len(code), self.count, dtype=torch.int64, device="cpu")
         values = torch.empty(len(code), self.count, dtype=torch.float32, device="cpu")
-        good = native.library().sparse_decode(
+        known = torch.empty(len(code), dtype=torch.bool, device="cpu")
+        native.library().sparse_decode(
             self.universe,
             self.count,
             len(code),
             native.address(code, torch.uint8, len(code) * self.nbytes),
             indices.data_ptr(),
             values.data_ptr(),
+            known.data_ptr(),
             torch.get_num_threads(),
         )
-        if not good:
-            raise ValueError(self._no_code())
-        return indices, values
+        return self._checked(indices, values, known)
 
     def _encode(self, indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         magnitudes = values.abs()
@@ -128,14 +128,17 @@ class SparseCodec:
         code = torch.cat([means.view(torch.uint8), packed, self._pack(indices)], dim=1)
         return code, _values(nibbles, means)
 
-    def _decode(self, code: Tensor) -> tuple[Tensor, Tensor]:
+    def _decode(self, code: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         means = code[:, : self.LEVEL_BYTES].flatten().clone().view(torch.float32).view(-1, _LEVELS)
         packed = code[:, self.LEVEL_BYTES : self.value_bytes]
         nibbles = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)[:, : self.count]
         indices, known = self._unpack(code[:, self.value_bytes :])
-        if code.device.type == "cpu" and not known.all():
-            raise ValueError(self._no_code())
-        return indices.where(known, 0), _values(nibbles, means).where(known, torch.nan)
+        return self._checked(indices, _values(nibbles, means), known)
+
+    def _checked(self, indices: Tensor, values: Tensor, known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """With indices that there are, ascending ones, where a row is unknown."""
+        anywhere = torch.arange(self.count, device=indices.device)
+        return indices.where(known.unsqueeze(1), anywhere), values, known
 
     def _pack(self, indices: Tensor) -> Tensor:
         low = indices.unsqueeze(2) >> torch.arange(self.low_bits, device=indices.device) & 1
@@ -156,10 +159,8 @@ class SparseCodec:
         ones.scatter_(1, places, torch.arange(self.high_bits, device=code.device).expand_as(places))
         high = ones[:, : self.count] - torch.arange(self.count, device=code.device)
         indices = (high << self.low_bits) + low
-        return indices, (indices < self.universe) & (ranks[:, -1:] == self.count)
-
-    def _no_code(self) -> str:
-        return f"these {self.nbytes} bytes are no code of {self.count} of {self.universe} coordinates"
+        ascending = (indices[:, 1:] > indices[:, :-1]).all(1)
+        return indices, ascending & (indices[:, -1] < self.universe) & (ranks[:, -1] == self.count)
 
 
 def _on_gpu() -> ModuleType:

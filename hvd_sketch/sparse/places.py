@@ -11,6 +11,10 @@ from torch import Tensor
 class Places(Protocol):
     """Coordinates that know how to read and to write their values, which come and go in one order."""
 
+    @property
+    def numbers(self) -> Tensor:
+        """Integers that tell these coordinates from others."""
+
     def at(self, vector: Tensor) -> Tensor:
         """The values of a vector there."""
 

@@ -24,6 +24,11 @@ class Rows:
     first: int
     rows: Tensor
 
+    @property
+    def numbers(self) -> Tensor:
+        """The rows."""
+        return self.rows
+
     def at(self, vector: Tensor) -> Tensor:
         """The values of a vector there."""
         return vector.index_select(0, self._coordinates()).view(self.rows.shape)

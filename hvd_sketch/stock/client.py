@@ -6,7 +6,6 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +17,7 @@ from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.exchange.gradients import Gradients, shared_state, take_over, watch
 from hvd_sketch.exchange.scaling import LossScale
-from hvd_sketch.layout import Layout, describe_values
+from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
 
 
@@ -95,7 +94,8 @@ class Client:
         self.names = names
         self.parameters = {name: parameter for parameter, name in names.items() if parameter.requires_grad}
         self.exchange = _make_exchange(compressor, optimizer, compressor.layout(self.parameters.items()))
-        self.exchange.describe_values = partial(describe_values, self.parameters)
+        held = weakref.ref(optimizer)
+        self.exchange.watch(self.parameters, lambda: getattr(held(), "param_groups", ()))
         self.exchange.log.notes.append("stock Horovod")
         self.gradients = Gradients(self.exchange, self.parameters, sparse_as_dense=False, decay_of=None)
         self.tickets: list[Ticket] = []
@@ -103,6 +103,7 @@ class Client:
         self._next = 0
         self._scale = LossScale(None)
         self._depth = 0
+        self._filled: set[Tensor] = set()
         self._undo: Callable[[], None] | None = None
         self._companion = follow(self, self.exchange, self.parameters)
         watch(self, self._order)
@@ -132,6 +133,12 @@ class Client:
         if self._companion is not None:
             self._companion.took(parameter)
 
+    def present_exchange(self) -> Exchange:
+        """The exchange; what was synchronized, and cleared in place of being stepped with, has left no trace in it."""
+        if all(parameter.grad is None for parameter in self.gradients.parameters):
+            self._take_back()
+        return self.exchange
+
     def shared_state(self) -> dict[str, Any]:
         """Parameters and the optimizer's state, the same on all ranks; not copied."""
         return shared_state(self.gradients.parameters, self.optimizer())
@@ -146,7 +153,8 @@ class Client:
         self._next = 0
         if any(ticket.computed for ticket in tickets) or not self._is_synchronized():
             with torch.no_grad():
-                self._run({ticket.parameter for ticket in tickets if not ticket.computed})
+                self._run(self._filled.union(ticket.parameter for ticket in tickets if not ticket.computed))
+        self._filled.clear()
         for ticket in tickets:
             ticket.done = True
 
@@ -155,6 +163,8 @@ class Client:
         self._depth += change
         if self._companion is not None:
             self._companion.finish()
+        if change > 0 and self._depth == 1:
+            self._fill()
         if change < 0 or self._depth < 2:
             return
         self._undo = None
@@ -162,6 +172,13 @@ class Client:
             parameter = self.gradients.parameters[position]
             if parameter.grad is not None and not parameter.grad.is_sparse:
                 parameter.grad = None
+
+    def _fill(self) -> None:
+        """Horovod is about to write into gradients: one that was set to None since becomes zeros that do not count."""
+        for ticket in self.tickets:
+            if ticket.parameter.grad is None:
+                ticket.parameter.grad = torch.zeros_like(ticket.parameter)
+                self._filled.add(ticket.parameter)
 
     def _take_back(self) -> None:
         if self._undo is not None:
@@ -172,7 +189,7 @@ class Client:
         return bool(getattr(self.optimizer(), "_synchronized", False))
 
     def _run(self, made: set[Tensor]) -> None:
-        """Exchange; of these parameters, a gradient of zeros was made by Horovod, which sums sparse ones itself."""
+        """Exchange; of these parameters, a gradient of zeros is none; sparse ones are summed by Horovod itself."""
         if self._companion is not None:
             self._companion.finish()
         self._check_parameters()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from hvd_sketch import Compression
+from hvd_sketch import Compression, ConfigurationError
 from tests.support.simulation import heavy_tailed, lost, rounding, simulate
 from tests.support.triton import on_interpreter
 
@@ -61,3 +62,21 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
 
     for columns in (1, 4):
         yield powersgd_cuda.gram_schmidt, {"matrices": "*fp32", "places": "*i64"}, {"columns": columns, "lanes": 1024}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("size", [1, 4])
+def test_in_few_bits_nothing_is_lost_and_less_is_sent(bits: int, size: int) -> None:
+    gradients, plain = heavy_tailed(size, 12, 5470), Compression.powersgd(rank=3, start_step=0, clip_norm=None)
+    shapes = {"bias": (70,), "one": (40, 60), "two": (30, 100)}
+    runs, whole = simulate(replace(plain, factor_bits=bits), gradients, shapes), simulate(plain, gradients, shapes)
+    assert all(torch.equal(run.updates, runs[0].updates) for run in runs)
+    missing = lost(gradients, runs[0].updates, [run.residual for run in runs])
+    assert (missing <= 10 * rounding(gradients)).all()
+    if size > 1:
+        assert runs[0].exchange.stats.bytes_sent < whole[0].exchange.stats.bytes_sent / 2
+
+
+def test_other_bits_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="factor_bits must be 4, 8 or 32, got 5"):
+        Compression.powersgd(factor_bits=5)

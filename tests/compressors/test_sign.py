@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hvd_sketch import Compression, ConfigurationError
+from hvd_sketch import Compression, ConfigurationError, wire
 from tests.support.simulation import heavy_tailed, simulate
 
 PLAIN: dict[str, Any] = {"clip_norm": None, "dense_below": 0}
@@ -59,9 +59,9 @@ def test_updates_and_memories_are_those_of_the_definition(size: int, both_ways: 
 
 
 @pytest.mark.parametrize("size", [2, 8])
-def test_it_sends_a_bit_a_coordinate_and_two_bytes_a_scale(size: int) -> None:
+def test_it_sends_a_bit_a_coordinate_two_bytes_a_scale_and_a_seal(size: int) -> None:
     gradients, shapes = heavy_tailed(size, 4, 40_960), {"one": (160, 128), "two": (20_480,)}
-    header = 2 * (size - 1) * 8 // size
+    header = 2 * (size - 1) * 2 * wire.HEADER // size
     for compressor, parts, ways in (
         (Compression.sign(both_ways=False, **PLAIN), 1, 1),
         (Compression.sign(**PLAIN), size, 2),
@@ -69,7 +69,7 @@ def test_it_sends_a_bit_a_coordinate_and_two_bytes_a_scale(size: int) -> None:
         exchange = simulate(compressor, gradients, shapes)[0].exchange
         agreed = simulate(compressor, gradients[:, :1], shapes)[0].exchange.stats
         sent = exchange.stats.bytes_sent - agreed.bytes_sent
-        assert sent == 3 * (header + ways * (size - 1) * (40_960 // parts // 8 + 2 * len(shapes)))
+        assert sent == 3 * (header + ways * (size - 1) * (40_960 // parts // 8 + 2 * len(shapes) + wire.SEAL))
         assert (exchange.stats.dense_bytes - agreed.dense_bytes) / sent > 0.95 * (32 if ways == 2 else 64 / size)
 
 

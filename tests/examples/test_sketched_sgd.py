@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hvd_sketch import Compression
 from hvd_sketch.comm import as_communicator
-from hvd_sketch.sketch.geometry import Geometry, buckets_and_signs
+from hvd_sketch.sketch.geometry import Geometry, cells_and_signs
 from tests.support.ranks import ROOT, launch, ranks
 from tests.support.simulation import heavy_tailed, make, step
 
@@ -26,7 +26,7 @@ def largest_difference() -> float:
     import sketched_sgd as example
 
     def draw(dim: int, rows: int, cols: int, step: int) -> tuple[Tensor, Tensor]:
-        return buckets_and_signs(Geometry(dim, rows, cols), step, torch.arange(dim))
+        return cells_and_signs(Geometry(dim, rows, cols), step, torch.arange(dim))
 
     example.draw = draw
     comm, worst = MPI.COMM_WORLD, 0.0

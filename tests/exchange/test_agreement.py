@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hvd_sketch import Compression, ConfigurationError, RankMismatchError
+from hvd_sketch import Compression, ConfigurationError, RankMismatchError, wire
 from hvd_sketch.comm import Communicator
 from hvd_sketch.comm.base import Pending
 from hvd_sketch.comm.in_process import run_in_process
@@ -139,7 +139,7 @@ def test_ranks_that_choose_differently_are_told_and_keep_the_step_unsent(
         def dishonest(tensor: Tensor, name: str) -> Pending:
             pending = honest(tensor, name)
             if exchange.step == 3 and comm.rank == 1 and "table" in name:
-                tensor[10:] = lie(tensor[10:])
+                tensor[wire.HEADER :] = lie(tensor[wire.HEADER :])
             return pending
 
         comm.post_allreduce = dishonest  # type: ignore[method-assign]

@@ -17,8 +17,8 @@ import pytest
 from hvd_sketch import Compression, Stats
 from hvd_sketch.comm import SingleProcess
 from hvd_sketch.comm.in_process import run_in_process
-from hvd_sketch.compressors import Compressor
-from tests.support.compressors import EVERY, POWERSGD, SHARDED
+from hvd_sketch.compressors import Compressor, PowerSGD
+from tests.support.compressors import EVERY, SHARDED
 from tests.support.methods import METHODS, fresh, train
 from tests.support.ranks import launch
 from tests.support.simulation import drive, heavy_tailed, make, simulate
@@ -65,7 +65,7 @@ def test_rank_0_tells_once_at_the_first_compressed_step_and_once_at_the_end(
     del runs
     first, last = lines()
     step, name, ranks, sent, dense, _, rest = found(FIRST, first)
-    assert (step, ranks) == ("3" if compressor is POWERSGD else "1", "3")
+    assert (step, ranks) == ("3" if isinstance(compressor, PowerSGD) else "1", "3")
     assert name.startswith(("Sharded(", "Sketch(")) if type(compressor).__name__ == "Auto" else name == str(compressor)
     assert rest.startswith(f"{layout.compressed:,} parameters compressed, {layout.dense:,} sent whole")
     assert 1.2 * float(sent) < float(dense) == round(2 * (3 - 1) / 3 * 4 * TOTAL / 1e6, 3)
@@ -92,7 +92,7 @@ def test_the_first_compressed_step_comes_with_the_warmups_end_in_sight(lines: Li
     assert "the ratio is 10 from step 8 on" in first
 
 
-@pytest.mark.parametrize(("ratio", "member"), [(10.0, "Sharded"), (170.0, "Sketch")])
+@pytest.mark.parametrize(("ratio", "member"), [(10.0, "Sharded"), (90.0, "Sketch")])
 def test_auto_tells_what_it_chose_and_why(ratio: float, member: str, lines: Lines) -> None:
     simulate(Compression.auto(ratio=ratio, warmup_steps=0), heavy_tailed(4, 1, TOTAL))
     first, _ = lines()

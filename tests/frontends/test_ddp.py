@@ -16,10 +16,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.nn.parallel import DistributedDataParallel
 
 import hvd_sketch as hvd
-from hvd_sketch import Anticipate, Compression, ConfigurationError
+from hvd_sketch import Anticipate, Compression, ConfigurationError, SavedMemory
 from hvd_sketch.comm import Communicator
 from hvd_sketch.comm.in_process import run_in_process
 from tests.support.ranks import ranks
@@ -295,29 +298,25 @@ def plain_hook() -> tuple[Tensor, int, float]:
     return averaged, state.exchange.stats.steps, float(state.exchange.memory.residual.abs().max())
 
 
-def resumed() -> bool:
-    """A saved run goes on as if it had never been saved."""
-    model, saved = wrapped(net()), {}
+def resumed(folder: str) -> bool:
+    """A run saved by torch.distributed.checkpoint goes on as if it had never been saved."""
+    model = wrapped(net())
     optimizer = sgd(model, momentum=0.5)
     state = hvd.ddp.register(model, optimizer, COMPRESSORS["sharded"]())
     for number in range(STEPS):
         if number == 3:
-            saved = {
-                "model": {n: t.clone() for n, t in model.state_dict().items()},
-                "memory": state.memory_state_dict(),
-            }
-            saved["optimizer"] = {**optimizer.state_dict()}
-            saved["optimizer"]["state"] = {
-                at: {"momentum_buffer": entry["momentum_buffer"].clone()}
-                for at, entry in saved["optimizer"]["state"].items()
-            }
+            model_state, optimizer_state = get_state_dict(model, optimizer)
+            entries = {"model": model_state, "optimizer": optimizer_state, "memory": SavedMemory(state)}
+            save(entries, checkpoint_id=folder)
         step(model, optimizer, number)
     other = wrapped(net(5))
     second = sgd(other, momentum=0.5)
     state = hvd.ddp.register(other, second, COMPRESSORS["sharded"]())
-    other.load_state_dict(saved["model"])
-    second.load_state_dict(saved["optimizer"])
-    state.load_memory_state_dict(saved["memory"])
+    model_state, optimizer_state = get_state_dict(other, second)
+    entries = {"model": model_state, "optimizer": optimizer_state}
+    load(entries, checkpoint_id=folder)
+    set_state_dict(other, second, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    load({"memory": SavedMemory(state)}, checkpoint_id=folder)
     for number in range(3, STEPS):
         step(other, second, number)
     return torch.equal(flat(model), flat(other))
@@ -371,7 +370,7 @@ def errors() -> dict[str, str]:
     }
 
 
-def on_a_rank() -> dict[str, Any]:
+def on_a_rank(folder: str) -> dict[str, Any]:
     """All cases, without Horovod and mpi4py."""
     sys.modules["horovod"] = sys.modules["mpi4py"] = None  # type: ignore[assignment]
     hvd.init()
@@ -396,14 +395,14 @@ def on_a_rank() -> dict[str, Any]:
         "autocast": autocast(),
         "compiled": compiled(),
         "plain hook": plain_hook(),
-        "resumed": resumed(),
+        "resumed": resumed(folder),
         "errors": errors(),
     }
 
 
 @pytest.fixture(scope="module")
-def seen() -> list[dict[str, Any]]:
-    return ranks(SIZE, on_a_rank, launcher="torchrun")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return ranks(SIZE, on_a_rank, str(tmp_path_factory.mktemp("checkpoint")), launcher="torchrun")
 
 
 def expected(compressor: str, passes: int = 1, momentum: float = 0.0, **feedback: Any) -> Tensor:

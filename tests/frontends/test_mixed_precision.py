@@ -133,6 +133,14 @@ def check(order: Order, scale: float, size: int = 2, **settings: Any) -> None:
         assert (left, skipped) == (scale * 0.5**voids, voids)
 
 
+@EVERY_ORDER
+def test_nobody_needs_to_tell_of_the_scaler(order: Order) -> None:
+    """Where ranks are processes; here is one, and no test before has left a scaler."""
+    scaled, plain = (run(SingleProcess(), order, scale, told=False) for scale in (2.0**12, None))
+    assert torch.equal(scaled[0], plain[0])
+    assert torch.equal(scaled[1], plain[1])
+
+
 @SCALES
 @EVERY_ORDER
 @pytest.mark.parametrize("feedback", list(FEEDBACK.values())[:3], ids=list(FEEDBACK)[:3])
@@ -162,14 +170,6 @@ def test_with_every_compressor(order: Order, compressor: Any) -> None:
 def test_what_was_sent_in_backward_cannot_be_unscaled_by_hand_any_more() -> None:
     with pytest.raises(ConfigurationError, match=r"change gradients after optimizer.synchronize\(\)"):
         check(unscale_and_clip, 2.0**12, compressor=BUCKETS)
-
-
-@EVERY_ORDER
-def test_nobody_needs_to_tell_of_the_scaler(order: Order) -> None:
-    """Where ranks are processes; here is one."""
-    scaled, plain = (run(SingleProcess(), order, scale, told=False) for scale in (2.0**12, None))
-    assert torch.equal(scaled[0], plain[0])
-    assert torch.equal(scaled[1], plain[1])
 
 
 def test_of_several_scalers_the_right_one_must_be_told() -> None:

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 import hvd_sketch as hvd
 from hvd_sketch import Compression, ConfigurationError
+from tests.support import methods
+from tests.support.methods import METHODS
 from tests.support.ranks import ranks
 from tests.support.training import flat, loss, net, train
 
 SETTINGS: dict[str, Any] = {"ratio": 10.0, "warmup_steps": 4}
 STEPS, SAVED_AFTER = 10, 5
 KINDS = ("sketch", "momentum correction", "topk", "adam")
+ON_HOROVOD = {name: method for name, method in METHODS.items() if name not in ("dmsgd", "decentlam", "lead")}
 
 
 def make(kind: str, model: nn.Module, **keywords: Any) -> Any:
@@ -185,9 +188,32 @@ def two_models_with_equal_names(same: bool) -> Tensor:
     return torch.cat([flat(model) for model in models])
 
 
+def broadcast_of(method: Any) -> tuple[Tensor, Tensor]:
+    """State and rates after rank 0 alone has loaded what a plain optimizer had, and the model after some training."""
+    model = net(seed=hvd.rank())
+    everybody: Any = None
+    optimizer = method.make(method.optimizer(model.parameters()), model, everybody)
+    if hvd.rank() == 0:
+        elsewhere = net(seed=5)
+        inner = method.optimizer(elsewhere.parameters())
+        train(inner, elsewhere, 3)
+        if inner.state:  # Horovod sends no rates of an optimizer without one
+            inner.param_groups[0]["lr"] *= 0.5
+        model.load_state_dict(elsewhere.state_dict())
+        optimizer.load_state_dict(inner.state_dict())
+    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    entries = list(optimizer.state_dict()["state"].values())
+    values = [value.reshape(-1) for entry in entries for value in entry.values() if isinstance(value, Tensor)]
+    state = torch.cat([torch.tensor([optimizer.param_groups[0]["lr"]]), *values])
+    methods.train(optimizer, model, hvd.rank(), range(4))
+    return state, methods.shared(optimizer, model)
+
+
 class Outcome(NamedTuple):
     """What one launch leaves for the tests below."""
 
+    methods: dict[str, tuple[Tensor, Tensor]]
     broadcasts: dict[str, Broadcast]
     scaled: tuple[list[Tensor], float, Tensor]
     same_names: Tensor
@@ -195,7 +221,9 @@ class Outcome(NamedTuple):
 
 
 def outcome() -> Outcome:
+    hvd.init()
     return Outcome(
+        {name: broadcast_of(method) for name, method in ON_HOROVOD.items()},
         broadcasts(),
         scaled_with_an_overflow_on_rank_1(),
         two_models_with_equal_names(same=True),
@@ -206,6 +234,17 @@ def outcome() -> Outcome:
 @pytest.fixture(scope="module")
 def outcomes() -> list[Outcome]:
     return ranks(2, outcome)
+
+
+@pytest.mark.parametrize("name", ON_HOROVOD)
+def test_every_method_takes_part_in_broadcasts_after_rank_0_alone_has_loaded(
+    outcomes: list[Outcome], name: str
+) -> None:
+    """No step communicates on the way, and all ranks train one model then."""
+    (state, end), (other_state, other_end) = (outcome.methods[name] for outcome in outcomes)
+    assert torch.equal(state, other_state)
+    assert torch.equal(end, other_end)
+    assert end.isfinite().all()
 
 
 @pytest.mark.parametrize("restored", [False, True])

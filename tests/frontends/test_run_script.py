@@ -147,7 +147,7 @@ def doors(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_the_scripts_optimizer_is_compressed_by_whatever_name_it_comes(doors: str) -> None:
     """The last step is one that a rank has joined before: what is compressed is then sent whole, and not before."""
-    found = re.findall(r"<(.*?)\|(\d+)\|(\w+)\|(\d)>", doors)
+    found = re.findall(r"<([\w ]+)\|(\d+)\|(\w+)\|(\d)>", doors)
     names = {name for name, *_ in found}
     assert len(names) == 6
     for name in names:

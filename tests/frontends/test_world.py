@@ -56,6 +56,7 @@ class Seen(NamedTuple):
     reduced: list[Tensor]
     ends: dict[str, tuple[Tensor, Tensor]]
     told: str
+    joined: tuple[list[int], Tensor]
 
 
 def end(hvd: Any, compression: Any, settings: dict[str, Any], **keywords: Any) -> Tensor:
@@ -78,13 +79,25 @@ def averaged(size: int, settings: dict[str, Any], *, half: bool = False) -> Tens
     return flat(model)
 
 
+def uneven(hvd: Any) -> tuple[list[int], Tensor]:
+    """Two epochs in which rank 1 has more batches, and rank 0 at first none; who joined last, and the model."""
+    model = net()
+    inner = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    optimizer = hvd.DistributedOptimizer(inner, model.named_parameters(), hvd.Compression.topk(ratio=10.0))
+    lasts = []
+    for count in (3 * hvd.rank(), 2 + hvd.rank()):
+        train(optimizer, model, count, hvd.rank())
+        lasts.append(hvd.join())
+    return lasts, flat(model)
+
+
 def script() -> Seen:
     """What a training script uses of ``horovod.torch``."""
     hvd = forbid_horovod()
     assert not hvd.is_initialized()
     hvd.init()
     assert hvd.is_initialized()
-    rank, size = hvd.rank(), hvd.size()
+    rank, size, joined = hvd.rank(), hvd.size(), uneven(hvd)
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model(torch.full((2, 2, 4, 4), 1.0 + rank))
     model[1].num_batches_tracked.fill_(5 + rank)
@@ -123,7 +136,7 @@ def script() -> Seen:
     hvd.shutdown()
     assert not hvd.is_initialized()
     place = rank, size, hvd.local_rank(), hvd.local_size()
-    return Seen(place, state, momentum, hvd.broadcast_object({"from": rank}, 1), reduced, ends, told)
+    return Seen(place, state, momentum, hvd.broadcast_object({"from": rank}, 1), reduced, ends, told, joined)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +160,11 @@ def test_the_names_that_scripts_use_work(seen: list[Seen]) -> None:
         assert all(torch.equal(one.state[name], tensor) for name, tensor in seen[0].state.items())
         assert all(torch.equal(a, b) for a, b in zip(one.momentum, seen[0].momentum, strict=True))
     assert len(seen[0].momentum) == 5
+
+
+def test_ranks_with_fewer_batches_join_over_mpi4py(seen: list[Seen]) -> None:
+    assert all(one.joined[0] == [1, 1] for one in seen)
+    assert torch.equal(seen[0].joined[1], seen[1].joined[1])
 
 
 @pytest.mark.parametrize(

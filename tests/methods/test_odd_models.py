@@ -37,7 +37,7 @@ class Odd(nn.Module):
         super().__init__()
         self.scale, self.one = nn.Parameter(torch.tensor(1.5)), nn.Parameter(torch.ones(1))
         self.empty = nn.Parameter(torch.zeros(0, 5))
-        self.in_single, self.in_double = nn.Linear(40, 60), nn.Linear(60, 60).double()
+        self.in_single, self.in_double = nn.Linear(40, 120), nn.Linear(120, 60).double()
         self.in_half, self.in_brain = nn.Linear(60, 50).half(), nn.Linear(50, 40).bfloat16()
         self.unused, self.unused_scale = nn.Linear(30, 30), nn.Parameter(torch.tensor(2.5))
 

@@ -15,7 +15,7 @@ from hvd_sketch import Compression, ConfigurationError, Guard
 from hvd_sketch.comm import Communicator
 from tests.support.heterogeneous import Model, Seen, loss, simulate
 
-PLAIN: dict[str, Any] = {"clip_norm": None, "dense_below": 100, "half": False}
+PLAIN: dict[str, Any] = {"clip_norm": None, "dense_below": 0, "half": False}
 RATIO = 20.0
 
 

@@ -202,6 +202,83 @@ def cloudpickled_compressor(wrap: Wrap, rank: int) -> Tensor:
     return train(wrap(torch.optim.SGD(model.parameters(), 0.1), model, lambda **settings: pickled), model, 5, rank)
 
 
+def changed_before_the_step(wrap: Wrap, rank: int) -> Tensor:
+    """Clipped, scaled, replaced; set to None on one rank, and on all of them."""
+    model = net()
+    optimizer = wrap(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.01), model)
+    weight: Any = model[2].weight
+
+    def change(step: int) -> None:
+        if step == 0:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        elif step == 1:
+            weight.grad.mul_(0.5)
+        elif step == 2:
+            weight.grad = torch.full_like(weight, 0.01 * (rank + 1))
+        elif step == 4 or rank == 1:
+            weight.grad = None
+
+    train(optimizer, model, 4, rank, change)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    train(optimizer, model, range(4, 5), rank, change)
+    stood = [torch.equal(was, now) for was, now in zip(before, model.parameters(), strict=True)]
+    assert stood == [parameter is weight for parameter in model.parameters()]
+    return train(optimizer, model, range(5, 7), rank)
+
+
+def thrown_away(wrap: Wrap, rank: int) -> Tensor:
+    """Synchronized, and cleared: as if it had never been."""
+    model = net()
+    optimizer = wrap(torch.optim.SGD(model.parameters(), 0.1), model)
+    reference = net()
+    expected = wrap(torch.optim.SGD(reference.parameters(), 0.1), reference)
+    for step in range(5):
+        for batch in (50 + step, step):
+            optimizer.zero_grad()
+            loss(model, rank, batch).backward()
+            optimizer.synchronize()
+        with optimizer.skip_synchronize():
+            optimizer.step()
+    assert torch.equal(flat(model), train(expected, reference, 5, rank))
+    return flat(model)
+
+
+def void_steps(wrap: Wrap, rank: int) -> Tensor:
+    """Not a number on rank 1: as if it had never been, weight decay and momentum included."""
+    ends = []
+    for spoilt in (True, False):
+        model = net()
+        inner = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.01)
+        optimizer = wrap(inner, model)
+        for step in range(5):
+            for bad in (True, False) if spoilt and step in (0, 3) else (False,):
+                optimizer.zero_grad()
+                value = loss(model, rank, step)
+                (value * float("nan") if bad and rank == 1 else value).backward()
+                optimizer.step()
+        ends.append(flat(model))
+    assert torch.equal(*ends)
+    return ends[0]
+
+
+def scaled_in_horovods_order(wrap: Wrap, rank: int) -> Tensor:
+    """With an overflow on rank 1, which halves the scale on both."""
+    model = net()
+    optimizer = wrap(torch.optim.SGD(model.parameters(), 0.1), model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    for step in range(5):
+        optimizer.zero_grad()
+        value = scaler.scale(loss(model, rank, step))
+        (value * float("inf") if (step, rank) == (2, 1) else value).backward()
+        optimizer.synchronize()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        with optimizer.skip_synchronize():
+            scaler.step(optimizer)
+        scaler.update()
+    return torch.cat([flat(model), torch.tensor([scaler.get_scale() / 2.0**15])])
+
+
 SCENARIOS: list[Callable[[Wrap, int], Tensor]] = [
     plain,
     topk,
@@ -220,6 +297,10 @@ SCENARIOS: list[Callable[[Wrap, int], Tensor]] = [
     two_models_before_either_steps,
     one_model_after_another_with_equal_names,
     cloudpickled_compressor,
+    changed_before_the_step,
+    thrown_away,
+    void_steps,
+    scaled_in_horovods_order,
 ]
 
 
@@ -268,15 +349,22 @@ def step_with_sparse_gradients(compression: Any) -> Tensor:
 
 
 def uneven_epochs(make: Callable[[], Any], counts: tuple[int, int], epochs: int, *, use_stock: bool) -> Tensor:
-    """Rank r has counts[r] batches in every epoch; the one that is done joins, and takes over the parameters."""
+    """Rank r has counts[r] batches in every epoch; the one that is done joins, and takes over the parameters.
+
+    With Horovod's own join by hand, with ours by itself. Another collective goes on beside the steps.
+    """
     model = net()
-    inner = torch.optim.SGD(model.parameters(), 0.1)
+    inner = torch.optim.SGD(model.parameters(), 0.1, momentum=0.5)
     module: Any = hvd if use_stock else hvd_sketch
     optimizer = module.DistributedOptimizer(inner, model.named_parameters(), compression=make())
     for epoch in range(epochs):
-        train(optimizer, model, range(10 * epoch, 10 * epoch + counts[hvd.rank()]), hvd.rank())
-        last = hvd.join()
-        hvd.broadcast_parameters(model.state_dict(), root_rank=int(last))
+        for step in range(10 * epoch, 10 * epoch + counts[hvd.rank()]):
+            train(optimizer, model, range(step, step + 1), hvd.rank())
+            hvd.allreduce(torch.ones(2), name="metric")
+        last = module.join()
+        if use_stock:
+            hvd.broadcast_parameters(model.state_dict(), root_rank=int(last))
+            hvd.broadcast_optimizer_state(optimizer, root_rank=int(last))
     return flat(model)
 
 
@@ -291,9 +379,13 @@ class Outcome:
             uneven_epochs(lambda: hvd.Compression.none, (3, 5), 1, use_stock=True),
         )
         self.joined = [
-            uneven_epochs(lambda: Compression.sketch(ratio=10.0, warmup_steps=6), (4, 6), 3, use_stock=use_stock)
-            for use_stock in (True, False)
+            [
+                uneven_epochs(partial(make, ratio=10.0, warmup_steps=6), (2, 4), 3, use_stock=use)
+                for use in (True, False)
+            ]
+            for make in (Compression.sketch, Compression.topk, Compression.auto)
         ]
+        self.never_stepped = uneven_epochs(lambda: Compression.auto(ratio=10.0), (0, 2), 2, use_stock=False)
 
 
 def other_outcomes() -> Outcome:
@@ -319,10 +411,10 @@ def test_a_rank_that_joined_counts_as_gradient_zero(others: list[Outcome]) -> No
 
 def test_training_goes_on_after_a_join(others: list[Outcome]) -> None:
     """The rank that joined did not count the others' steps: hashes, sizes and scales must fit again all the same."""
-    stock_end, own_end = others[0].joined
-    assert torch.equal(stock_end, own_end)
-    assert all(torch.equal(end, stock_end) for end in others[1].joined)
-    assert stock_end.isfinite().all()
+    for ends, others_ends in zip(others[0].joined, others[1].joined, strict=True):
+        assert all(torch.equal(end, ends[0]) for end in (*ends, *others_ends))
+        assert ends[0].isfinite().all()
+    assert torch.equal(others[0].never_stepped, others[1].never_stepped)
 
 
 def process_set_of_two() -> tuple[Tensor, ...]:
@@ -433,7 +525,7 @@ def test_misuse_is_refused_alike_on_all_ranks() -> None:
         "allreduce later": "no parameter's gradient.*Compression.none or fp16",
         "reducescatter": "no parameter's gradient.*Compression.none or fp16",
         "parameter": "Compression.none or fp16",
-        "values": r"values: rank 0 has .*0\.weight=.*broadcast_parameters before the first step",
+        "values": r"values: rank 0 has .*0\.weight=.*broadcast_parameters.*the first step",
         "op": "only Average and Sum are linear",
         "adasum": "op=Adasum.*use op=Average",
         "sparse_as_dense": "sparse_as_dense=True hides.*use hvd_sketch.DistributedOptimizer",

@@ -38,6 +38,7 @@ TABLE: dict[str, Compressor] = {
     "sign": Compression.sign(clip_norm=None),
     "sign, one way": Compression.sign(both_ways=False, dense_below=0, clip_norm=None),
     "powersgd": POWERSGD,
+    "powersgd, four bits": replace(POWERSGD, factor_bits=4),
 }
 EVERY = pytest.mark.parametrize("compressor", TABLE.values(), ids=TABLE)
 WHOLE = {name: member for name, member in TABLE.items() if name not in ("sketch, buckets", "sketch, in turn")}

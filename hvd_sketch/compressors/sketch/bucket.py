@@ -18,9 +18,6 @@ from hvd_sketch.sketch import CountSketch
 from hvd_sketch.sparse.chosen import Chosen
 from hvd_sketch.sparse.comb import comb, most_of
 
-_DIGEST = slice(wire.HEADER, wire.HEADER + wire.DIGEST_BITS)
-_VALUES = wire.HEADER + wire.DIGEST_BITS
-
 
 class Scales:
     """The powers of two by which a bucket travels in half precision; they outlive a plan.
@@ -102,8 +99,9 @@ class SketchBucket:
         *lanes, largest, self.norm = torch.cat([self._message[: wire.HEADER], sizes]).tolist()
         header = wire.Header.of(lanes)
         self._all_present = header.present == ranks
+        self._next_cell = self._scales.cell
         if header.finite and self._all_present:
-            self._scales.cell = wire.shared_scale(largest / ranks, ranks, self._dtype) if largest > 0.0 else None
+            self._next_cell = wire.shared_scale(largest / ranks, ranks, self._dtype) if largest > 0.0 else None
         return header
 
     def choose(self, comm: Communicator, step: int, seed: int) -> Tensor:
@@ -118,8 +116,8 @@ class SketchBucket:
         self._dense_computed = self._memory.computed(self._gradient, self._clip, self._dense)
         self._each = grid.scales_of(estimates.abs_().div_(comm.size), comm.size)
         self._second = message = self._new_message(comm.size)
-        wire.write_header(message, True)
-        wire.write_digest(message[_DIGEST], self._drawn(), _number(self._scales.cell))
+        wire.write_header(message)
+        wire.write_digest(message[wire.DIGEST], self._drawn(), _number(self._next_cell))
         fetched, in_turn, dense = self._lanes(comm.size)
         few = candidates.numel()
         sent = (
@@ -137,18 +135,22 @@ class SketchBucket:
         self._memory.keep(self._dense, self._dense_left, mask=False)
 
     def read(self, comm: Communicator) -> bool:
-        """Read round 2's sum: False if ranks chose differently. Of more candidates than k, drop the others."""
+        """Read round 2's sum: False if ranks chose differently. Of more candidates than k, drop the others.
+
+        The step is taken, so the scales of the next one follow from its sums.
+        """
+        self._scales.cell = self._next_cell
         fetched, in_turn, dense = self._lanes(comm.size)
         few, count, learn = self._each.numel(), self._computed.numel(), self._all_present
-        agreed = wire.digests_agree(self._second[_DIGEST], self._second[1])
         in_comb = self._scales.comb.take(in_turn, count - few, comm, learn=learn)
         self._sums = torch.cat([grid.take(fetched, self._each), in_comb])
         self._dense_update = self._scales.dense.take(dense, self._dense_computed.numel(), comm, learn=learn)
         if self._plan.k < self._plan.candidates:
             self._drop_lightest()
-        agreed_by_all, sent = torch.stack([agreed.float(), torch.linalg.vector_norm(self._sums)]).tolist()
+        norm = torch.linalg.vector_norm(self._sums).reshape(1)
+        *lanes, sent = torch.cat([self._second[: wire.HEADER].float(), norm]).tolist()
         self.energy = sent**2
-        return bool(agreed_by_all)
+        return wire.Header.of(lanes).agreed
 
     def put_back(self, *, advanced: bool) -> None:
         """Instead of `update`, when ranks have seen different sums: the memory gets the whole step, unsent."""
@@ -180,14 +182,14 @@ class SketchBucket:
         """Of round 2, in half precision where all of its scales are known."""
         grids = (self._scales.comb, self._scales.dense)
         halves = all(each.dtype(ranks) == torch.float16 for each in grids)
-        lanes = _VALUES + self._plan.candidates + sum(each.lanes(ranks) for each in grids)
+        lanes = wire.HEADER + self._plan.candidates + sum(each.lanes(ranks) for each in grids)
         dtype = torch.float16 if halves else torch.float32
         return torch.empty(lanes, dtype=dtype, device=self._gradient.device)
 
     def _lanes(self, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of round 2's message: what was fetched, the comb's, the dense ones."""
         sizes = (self._plan.candidates, self._scales.comb.lanes(ranks), self._scales.dense.lanes(ranks))
-        fetched, in_turn, dense = self._second[_VALUES:].split(sizes)
+        fetched, in_turn, dense = self._second[wire.HEADER :].split(sizes)
         return fetched, in_turn, dense
 
     def _drawn(self) -> Tensor:

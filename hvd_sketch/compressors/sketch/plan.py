@@ -72,7 +72,7 @@ def sketch_plan(layout: Layout, ratio: float, ranks: int, dtype: torch.dtype, sh
         ConfigurationError: when the dense part alone, or a table of one tile, does not fit.
     """
     cell, value = dtype.itemsize, grid.itemsize(ranks, dtype)
-    headers = cell * wire.HEADER + value * (wire.HEADER + wire.DIGEST_BITS)
+    headers = (cell + value) * wire.HEADER
     overhead = len(layout.buckets) * headers + value * grid.lanes(layout.dense, ranks, dtype)
     left = int(4 * layout.total / ratio) - overhead
     cols = int(left * shares.table) // (cell * shares.rows)

@@ -46,7 +46,8 @@ class Neighbourhood:
             return self._comm.allgather(message, name)[list(self._rows)]
         if self._received.shape != (len(self._rows), message.numel()) or self._received.dtype != message.dtype:
             self._received = torch.empty(len(self._rows), message.numel(), dtype=message.dtype, device="cpu")
-        self._graph_comm.Neighbor_allgather(
+        request = self._graph_comm.Ineighbor_allgather(
             message.view(torch.uint8).numpy(), self._received.view(-1).view(torch.uint8).numpy()
         )
-        return self._received
+        mpi: Any = self._comm
+        return mpi.under_way(request, message, self._received, f"exchange {name}").wait()  # type: ignore[no-any-return]

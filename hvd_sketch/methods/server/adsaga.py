@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import secrets
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -14,12 +13,19 @@ from torch import Tensor
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.methods.flat import HOST, FlatParameters, whole
 from hvd_sketch.methods.server.codes import Whole
-from hvd_sketch.methods.server.connection import ServerSetting, connect
+from hvd_sketch.methods.server.connection import connect
 from hvd_sketch.methods.server.member import Member
 from hvd_sketch.methods.server.message import Note
 from hvd_sketch.methods.server.rules.saga import OnLost, Saga
+from hvd_sketch.methods.server.settings import ServerOptions, Settings
 
 _LARGE_TABLE = 2**30  # bytes
+
+
+class ADSAGAOptions(ServerOptions, total=False):
+    """Further keywords of `ADSAGA`."""
+
+    server_works: bool
 
 
 class ADSAGA(Member):
@@ -76,6 +82,8 @@ class ADSAGA(Member):
         RankMismatchError: alike on all ranks, when models or settings differ.
     """
 
+    _name = "ADSAGA"
+
     def __init__(
         self,
         model: torch.nn.Module,
@@ -86,24 +94,14 @@ class ADSAGA(Member):
         rate: float | None = None,
         seed: int = 0,
         on_lost: OnLost = "keep",
-        server: int = 0,
-        server_works: bool = False,
-        patience: float = 60.0,
-        restarts: int = 0,
-        log: Path | str | None = None,
-        on_change: Callable[[int], None] | None = None,
+        **options: Unpack[ADSAGAOptions],
     ) -> None:
-        step = _rate(smoothness, rate)
-        if on_lost not in ("keep", "remove"):
-            raise ConfigurationError(f"ADSAGA: on_lost must be 'keep' or 'remove', got {on_lost!r}")
+        self._average_of = rule = Saga(_rate(smoothness, rate), on_lost)
+        settings = Settings(method=self._name, samples=components, **options)
         self.model = model
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         parameters = FlatParameters(named, whole(named.items()), HOST)
-        setting = ServerSetting("ADSAGA", server, server_works, patience=patience, restarts=restarts)
-        rule = Saga(step, on_lost)
-        connection = connect(setting, parameters, model, comm, rule, samples=components, log=log, on_change=on_change)
-        self._take_part(connection, parameters)
-        self._server_average = rule
+        self._take_part(connect(settings, parameters, model, comm, rule), parameters)
         self._components = components if self.is_worker else 0
         self._table = _table(self._components, parameters)
         self._generator = torch.Generator().manual_seed(seed * self._engine.size + self._engine.rank)
@@ -120,14 +118,14 @@ class ADSAGA(Member):
     @property
     def average(self) -> Tensor:
         """On the server's rank ū, float64."""
-        return self._server_average.average
+        return self._average_of.average
 
     def work(self, steps: int) -> Iterator[int]:
         """So many components of this worker, drawn at random; none on a dedicated server, which serves here."""
-        draws = (
-            int(torch.randint(self._components, (1,), generator=self._generator, device="cpu")) for _ in range(steps)
-        )
-        return self._engine.work(draws)
+        return self._engine.work(self._draw() for _ in range(steps))
+
+    def _draw(self) -> int:
+        return int(torch.randint(self._components, (1,), generator=self._generator, device="cpu"))
 
     @torch.no_grad()
     def step(self, component: int) -> None:
@@ -163,22 +161,18 @@ class ADSAGA(Member):
     def memory_state_dict(self) -> dict[str, Any]:
         """A copy of what belongs to this rank: its table, its draws, and on the server x and ū."""
         draws = self._generator.get_state()
-        return self._own_part({"table": self._table.clone(), "moment": self._moment, "draws": draws})
+        return self._saved({"table": self._table.clone(), "moment": self._moment, "draws": draws})
 
     def load_memory_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore this rank's part, before the block begins.
+        """Restore this rank's part, before the block begins, all of it or nothing.
 
         The server's must be loaded if any table is; of another moment they are refused when the block begins.
 
         Raises:
             ConfigurationError: when it is another rank's, of another number of ranks, or of other components.
         """
-        self._load_own_part(state)
-        if state["table"].shape != self._table.shape:
-            raise ConfigurationError(
-                f"rank {self._engine.rank}: the saved table has {len(state['table'])} components of "
-                f"{state['table'].shape[1]} parameters, here are {tuple(self._table.shape)}; give each worker its own"
-            )
+        draws = self._generator.get_state()
+        self._load_saved(state, {"table": self._table, "moment": int, "draws": draws})
         self._table.copy_(state["table"])
         self._generator.set_state(state["draws"])
         self._moment, self._fresh = state["moment"], False

@@ -2,99 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hvd_sketch.comm import Communicator, as_communicator
-from hvd_sketch.compressors import Compression, Sparsifier
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.agreement import agree
-from hvd_sketch.layout import Layout
-from hvd_sketch.methods.displacement import layout_rule
-from hvd_sketch.methods.flat import FlatParameters, LayoutRule, whole
+from hvd_sketch.methods.flat import FlatParameters
 from hvd_sketch.methods.server.codes import Code, Whole
 from hvd_sketch.methods.server.engine import Engine
 from hvd_sketch.methods.server.line import Line
-from hvd_sketch.methods.server.log import Event, Happened, Log
+from hvd_sketch.methods.server.log import Log
 from hvd_sketch.methods.server.place import Place, place
-from hvd_sketch.methods.server.polyline import Polyline, PolylineCode
 from hvd_sketch.methods.server.rules.base import Rule
-from hvd_sketch.methods.server.sparse_codes import sparse_code
+from hvd_sketch.methods.server.serving import Serving
+from hvd_sketch.methods.server.settings import Settings
 from hvd_sketch.methods.server.store import Store
 from hvd_sketch.methods.server.validation import Served
-
-
-@dataclass(frozen=True)
-class ServerSetting:
-    """What server and workers agree on, but for ``patience`` and ``restarts``, which are each rank's own."""
-
-    method: str
-    server: int = 0
-    works: bool = False
-    up: Any = Compression.none
-    down: Any = Compression.none
-    patience: float = 60.0
-    restarts: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.patience < math.inf:
-            raise ConfigurationError(
-                f"{self.method}: patience must be a positive number of seconds, got {self.patience}"
-            )
-        if self.restarts < 0:
-            raise ConfigurationError(f"{self.method}: restarts must be at least 0, got {self.restarts}")
-
-    @property
-    def layout(self) -> LayoutRule:
-        """How the parameters become one vector; both codes must ask for the same."""
-        rules = [layout_rule(code) for code in (self.up, self.down) if isinstance(code, Sparsifier)]
-
-        def lay_out(named_parameters: Any) -> Layout:
-            named = list(named_parameters)
-            layouts = [rule(named) for rule in rules]
-            if any(layout != layouts[0] for layout in layouts):
-                raise ConfigurationError(
-                    f"{self.method}: up and down leave different parameters whole; give both the same dense_below "
-                    "and exclude"
-                )
-            return layouts[0] if layouts else whole(named)
-
-        return lay_out
-
-    def code(self, name: str, parameters: FlatParameters) -> Code:
-        """The code that ``up`` or ``down`` asks for.
-
-        Raises:
-            ConfigurationError: when it is none for a server.
-        """
-        compression, layout = getattr(self, name), parameters.layout
-        if compression is Compression.none:
-            return Whole(layout.total, parameters.dtype)
-        if isinstance(compression, Polyline):
-            return PolylineCode(compression, layout.total)
-        if isinstance(compression, Sparsifier):
-            return sparse_code(compression, layout)
-        raise ConfigurationError(
-            f"{self.method}: {name} must be Compression.none, topk(), sharded() or stride(), or a Polyline, "
-            f"got {compression!r}"
-        )
-
-    def agreed(self, parameters: FlatParameters, model: torch.nn.Module) -> dict[str, str]:
-        """What must be equal on all ranks."""
-        buffers = " ".join(f"{name}{list(buffer.shape)}" for name, buffer in sorted(model.named_buffers()))
-        return {
-            "method": self.method,
-            "server": f"server={self.server} server_works={self.works}",
-            "compression": f"up={self.up!r} down={self.down!r}",
-            "parameters": f"{parameters.layout.describe()} {parameters.dtype}",
-            "buffers": buffers,
-        }
 
 
 class Connection(NamedTuple):
@@ -106,88 +32,64 @@ class Connection(NamedTuple):
 
 
 def connect(
-    setting: ServerSetting,
-    parameters: FlatParameters,
-    model: torch.nn.Module,
-    comm: Any,
-    rule: Rule,
-    *,
-    samples: int,
-    log: Path | str | None,
-    on_change: Callable[[int], None] | None,
+    settings: Settings, parameters: FlatParameters, model: torch.nn.Module, comm: Any, rule: Rule
 ) -> Connection:
     """Collective: agree on the settings, share the server's buffers, and be ready.
 
     In a process that replaces a lost worker nothing is collective, and buffers stay its own.
 
     Args:
-        setting: what is agreed on.
+        settings: of this rank.
         parameters: that train, of ``model``.
         model: the server's is what all begin with.
         comm: an mpi4py intracommunicator, or a `Place`; see `place`.
         rule: of the server; those of other ranks do not matter.
-        samples: of this worker.
-        log: a file for the server to record what comes.
-        on_change: see `hvd_sketch.methods.server.serving.Serving`.
 
     Raises:
         ConfigurationError: for what cannot work.
         RankMismatchError: alike on all ranks, when they differ.
     """
     here = place(comm)
-    if not 0 <= setting.server < here.size:
+    if not 0 <= settings.server < here.size:
         raise ConfigurationError(
-            f"{setting.method}: server must be a rank below {here.size}, got {setting.server}; start more ranks"
+            f"{settings.method}: server must be a rank below {here.size}, got {settings.server}; start more ranks"
         )
-    if here.size == 1 and not setting.works:
+    if here.size == 1 and not settings.server_works:
         raise ConfigurationError(
-            f"{setting.method}: a single rank cannot be a server without workers; start more ranks, or let it do "
+            f"{settings.method}: a single rank cannot be a server without workers; start more ranks, or let it do "
             "both with server_works=True"
         )
-    if samples < 1:
-        raise ConfigurationError(f"{setting.method}: a worker's samples must be at least 1, got {samples}")
-    up, down = setting.code("up", parameters), setting.code("down", parameters)
-    differences = None if isinstance(down, Whole) else down
-    counts = _agree(setting, parameters, model, here, samples) if here.way is None else {}
-    store = None
-    if here.rank == setting.server:
-        store = _store(Served(parameters.layout, model, counts), parameters, rule, up, differences, log)
+    up, down = settings.code("up", parameters), settings.code("down", parameters)
+    samples = _agree(settings, parameters, model, here) if here.way is None else {}
     nbytes = max(code.most_bytes for code in (up, down, Whole(parameters.layout.total, parameters.dtype)))
-    line = Line(here, nbytes=nbytes, patience=setting.patience, server=setting.server)
-    engine = Engine(
-        line,
-        store,
-        works=setting.works,
-        patience=setting.patience,
-        restarts=setting.restarts,
-        on_change=on_change,
-    )
+    line = Line(here, nbytes=nbytes, patience=settings.patience, server=settings.server)
+    differences = None if isinstance(down, Whole) else down
+    serving = None
+    if here.rank == settings.server:
+        start = parameters.new()
+        parameters.read(start)
+        served, record = Served(parameters.layout, model, samples), None if settings.log is None else Log(settings.log)
+        store = Store(start.vector, rule, served, up=up, down=differences, log=record)
+        serving = Serving(line, store, restarts=settings.restarts, on_change=settings.on_change)
+    engine = Engine(line, serving, works=settings.server_works, patience=settings.patience)
     return Connection(engine, up, differences)
 
 
-def _agree(
-    setting: ServerSetting, parameters: FlatParameters, model: torch.nn.Module, here: Place, samples: int
-) -> dict[int, int]:
+def _agree(settings: Settings, parameters: FlatParameters, model: torch.nn.Module, here: Place) -> dict[int, int]:
     """Collective: the workers' samples, by rank."""
     collectives = as_communicator(here.comm)
-    agree(collectives, setting.agreed(parameters, model), _name)
-    _share_buffers(model, collectives, setting.server)
-    counts = dict(enumerate(collectives.allgather_object(samples, _name("samples"))))
-    if not setting.works:
-        del counts[setting.server]
-    return counts
-
-
-def _store(
-    served: Served, parameters: FlatParameters, rule: Rule, up: Code, down: Code | None, log: Path | str | None
-) -> Store:
-    start = parameters.new()
-    parameters.read(start)
-    if log is None:
-        return Store(start.vector, rule, served, up=up, down=down)
-    record = Log(log).write
-    record(Event(Happened.START, payload=start.vector.view(torch.uint8)))
-    return Store(start.vector, rule, served, up=up, down=down, record=record)
+    agree(collectives, settings.agreed(parameters, model), _name)
+    _share_buffers(model, collectives, settings.server)
+    own = torch.tensor([settings.samples], dtype=torch.int64, device="cpu")
+    samples = dict(enumerate(collectives.allgather(own, _name("samples")).flatten().tolist()))
+    if not settings.server_works:
+        del samples[settings.server]
+    for rank, count in samples.items():
+        if count < 1:
+            raise ConfigurationError(
+                f"{settings.method}: samples, or components, of a worker must be at least 1, rank {rank} has {count}"
+            )
+    return samples
 
 
 def _share_buffers(model: torch.nn.Module, comm: Communicator, server: int) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import atexit
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from hvd_sketch.methods.server.client import Client
 from hvd_sketch.methods.server.line import Line
 from hvd_sketch.methods.server.message import Kind
 from hvd_sketch.methods.server.serving import Serving
-from hvd_sketch.methods.server.store import Store
 
 _LAST_WORDS = 2.0  # seconds for messages to leave when a rank ends
 
@@ -26,26 +25,16 @@ class Engine:
 
     Args:
         line: of this rank.
-        store: what this rank serves, None on all ranks but the server's.
+        serving: on the server's rank, None on all others.
         works: whether the server's rank is a worker as well.
         patience: seconds, to tell of.
-        restarts, on_change: see `Serving`.
     """
 
-    def __init__(
-        self,
-        line: Line,
-        store: Store | None,
-        *,
-        works: bool,
-        patience: float,
-        restarts: int,
-        on_change: Callable[[int], None] | None,
-    ) -> None:
-        self._line, self.store = line, store
-        self.is_worker = works or store is None
+    def __init__(self, line: Line, serving: Serving | None, *, works: bool, patience: float) -> None:
+        self._line, self._serving = line, serving
+        self.store = None if serving is None else serving.store
+        self.is_worker = works or serving is None
         self.client = Client(line, patience, self._check)
-        self._serving = None if store is None else Serving(line, store, restarts=restarts, on_change=on_change)
         self._thread = threading.Thread(target=self._serve_beside, name="hvd_sketch server", daemon=True)
         self._failure: BaseException | None = None
         self._closed = False
@@ -79,6 +68,8 @@ class Engine:
 
     def begin(self) -> None:
         """The block begins."""
+        if self.store is not None:
+            self.store.begin()
         if self.store is not None and self.is_worker:
             self._thread.start()
 

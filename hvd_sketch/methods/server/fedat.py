@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Required, Unpack
 
 import torch
 
 from hvd_sketch.methods.server.optimizer import AsyncSGD
 from hvd_sketch.methods.server.polyline import Polyline
-from hvd_sketch.methods.server.rules.tiers import Tiers, Weights
+from hvd_sketch.methods.server.rules.tiers import TierOptions, Tiers
+from hvd_sketch.methods.server.settings import ServerOptions
+
+
+class FedATOptions(ServerOptions, TierOptions, total=False):
+    """Keywords of `FedAT`."""
+
+    period: Required[int]
+    samples: int
+    proximal: float
 
 
 class FedAT(AsyncSGD):
@@ -65,46 +73,18 @@ class FedAT(AsyncSGD):
         RankMismatchError: alike on all ranks, when models or settings differ.
     """
 
+    _name = "FedAT"
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         model: torch.nn.Module,
         comm: Any = None,
         *,
-        period: int,
         tiers: int | Sequence[Sequence[int]] = 5,
-        clients: int | None = None,
-        samples: int = 1,
-        proximal: float = 0.4,
         code: Any = Polyline(4),  # noqa: B008 - frozen
-        weights: Weights = "mirror",
-        published: bool = False,
-        retier: int | None = None,
-        forget: int = 30,
-        seed: int = 0,
-        server: int = 0,
-        patience: float = 60.0,
-        restarts: int = 0,
-        log: Path | str | None = None,
-        on_change: Callable[[int], None] | None = None,
+        **options: Unpack[FedATOptions],
     ) -> None:
-        self.tiers = Tiers(
-            tiers, clients=clients, weights=weights, published=published, retier=retier, forget=forget, seed=seed
-        )
-        super().__init__(
-            optimizer,
-            model,
-            comm,
-            rule=self.tiers,
-            period=period,
-            server=server,
-            up=code,
-            down=code,
-            memory="none",
-            proximal=proximal,
-            samples=samples,
-            patience=patience,
-            restarts=restarts,
-            log=log,
-            on_change=on_change,
-        )
+        others: dict[str, Any] = {"proximal": 0.4, **options}
+        self.tiers = Tiers(tiers, **{name: others.pop(name) for name in TierOptions.__annotations__ if name in others})
+        super().__init__(optimizer, model, comm, rule=self.tiers, up=code, down=code, memory="none", **others)

@@ -17,7 +17,7 @@ _FORMAT = struct.Struct("<BBiQdQ")
 class Happened(IntEnum):
     """What an event is."""
 
-    START = auto()  # the model that a server began with
+    START = auto()  # the model that a server began with, and its version
     JOIN = auto()
     PUSH = auto()
     DONE = auto()

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -15,11 +15,13 @@ from hvd_sketch.methods.flat import FlatParameters
 from hvd_sketch.methods.server.codes import Whole
 from hvd_sketch.methods.server.connection import Connection
 from hvd_sketch.methods.server.stats import ServerStats
+from hvd_sketch.saved import Equal, Form, unfit
 
 
 class Member:
     """One rank: a worker, the server, or both. Is used as a context manager, once."""
 
+    _name: ClassVar[str]
     model: torch.nn.Module
 
     def _take_part(self, connection: Connection, parameters: FlatParameters) -> None:
@@ -88,7 +90,7 @@ class Member:
 
     def __enter__(self) -> Self:
         if self._engine.is_over:
-            raise RuntimeError(f"this {type(self).__name__} is finished: make a new one, on all ranks")
+            raise RuntimeError(f"this {self._name} is finished: make a new one, on all ranks")
         self._engine.begin()
         self._inside = True
         if self._engine.is_worker:
@@ -107,7 +109,7 @@ class Member:
 
     def _check_step(self) -> None:
         """Raise where a step would be lost."""
-        name = type(self).__name__
+        name = self._name
         if not self._engine.is_worker:
             raise RuntimeError(
                 f"{name}: this rank is the server and takes no steps; loop over work(...), which serves here, or "
@@ -118,23 +120,27 @@ class Member:
         if self._looking:
             raise RuntimeError(f"{name}: a step inside server_model() would be lost when the block ends")
 
-    def _own_part(self, state: dict[str, Any]) -> dict[str, Any]:
+    def _saved(self, own: dict[str, Any]) -> dict[str, Any]:
         """A rank's state, with the server's if this is its rank."""
-        own = {"rank": self._engine.rank, "size": self._engine.size, **state}
         store = self._engine.store
-        return own if store is None else {**own, "server": store.state_dict()}
+        return {**self._identity(), **own, **({} if store is None else {"server": store.state_dict()})}
 
-    def _load_own_part(self, state: dict[str, Any]) -> None:
-        for key, here in (("rank", self._engine.rank), ("size", self._engine.size)):
-            if state[key] != here:
-                raise ConfigurationError(
-                    f"rank {self._engine.rank}: the saved state has {key}={state[key]}, here it is {here}; load each "
-                    "rank's own, or on a worker none"
-                )
+    def _load_saved(self, state: dict[str, Any], own: dict[str, Form]) -> None:
+        """Look at the whole of a saved state, of which a rank's own part has this form; load the server's."""
         if self._inside:
-            raise RuntimeError(f"load the state of {type(self).__name__} before its block begins")
-        if self._engine.store is not None:
-            self._engine.store.load_state_dict(state["server"])
+            raise RuntimeError(f"load the state of {self._name} before its block begins")
+        store = self._engine.store
+        identity = {name: Equal(value) for name, value in self._identity().items()}
+        problem = unfit(state, {**identity, **own, **({} if store is None else {"server": store.state_form()})})
+        if problem is not None:
+            raise ConfigurationError(f"rank {self._engine.rank}: {problem}")
+        if store is not None:
+            store.load_state_dict(state["server"])
+
+    def _identity(self) -> dict[str, Any]:
+        """What a saved state belongs to."""
+        engine, parameters = self._engine, self._flat.layout.describe()
+        return {"method": self._name, "rank": engine.rank, "size": engine.size, "parameters": parameters}
 
     @abstractmethod
     def _join(self) -> None:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, TypeVar, get_args
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar, Unpack
 
 import torch
 
-from hvd_sketch.compressors import Compression
-from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.methods.flat import FlatModel
-from hvd_sketch.methods.server.connection import ServerSetting, connect
+from hvd_sketch.methods.server.connection import connect
 from hvd_sketch.methods.server.member import Member
 from hvd_sketch.methods.server.rules.base import Rule
 from hvd_sketch.methods.server.rules.plain import Plain
-from hvd_sketch.methods.server.worker import MemoryUse, Transform, Work
+from hvd_sketch.methods.server.settings import AsyncOptions, Settings
+from hvd_sketch.methods.server.worker import Work
 from hvd_sketch.methods.wrapper import Method
 
 Item = TypeVar("Item")
@@ -81,6 +79,8 @@ class AsyncSGD(Member, Method):
         RankMismatchError: alike on all ranks, when models or settings differ.
     """
 
+    _name = "AsyncSGD"
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
@@ -88,38 +88,18 @@ class AsyncSGD(Member, Method):
         comm: Any = None,
         *,
         rule: Rule | None = None,
-        period: int = 1,
-        server: int = 0,
-        server_works: bool = False,
-        up: Any = Compression.none,
-        down: Any = Compression.none,
-        memory: MemoryUse = "reset",
-        proximal: float = 0.0,
-        samples: int = 1,
-        outgoing: Sequence[Transform] = (),
-        patience: float = 60.0,
-        restarts: int = 0,
-        log: Path | str | None = None,
-        on_change: Callable[[int], None] | None = None,
+        **options: Unpack[AsyncOptions],
     ) -> None:
         Method.__init__(self, optimizer)
-        name = type(self).__name__
-        if period < 1:
-            raise ConfigurationError(f"{name}: period must be at least 1 step, got {period}")
-        if not proximal >= 0.0:
-            raise ConfigurationError(f"{name}: proximal must be at least 0, got {proximal}")
-        if memory not in get_args(MemoryUse):
-            raise ConfigurationError(f"{name}: memory must be one of {get_args(MemoryUse)}, got {memory!r}")
-        setting = ServerSetting(name, server, server_works, up, down, patience, restarts)
+        settings = Settings(method=self._name, **options)
         self._own(model=model)
-        self._period, self._proximal = period, proximal
-        self._clip_norm: float | None = getattr(up, "clip_norm", None)
-        parameters = FlatModel(optimizer, model, setting.layout)
-        connection = connect(
-            setting, parameters, model, comm, rule or Plain(), samples=samples, log=log, on_change=on_change
-        )
+        self._settings = settings
+        parameters = FlatModel(optimizer, model, settings.layout)
+        connection = connect(settings, parameters, model, comm, rule or Plain())
         self._take_part(connection, parameters)
-        self._work = Work(parameters, connection.up, connection.down, memory=memory, outgoing=outgoing)
+        self._work = Work(
+            parameters, connection.up, connection.down, memory=settings.memory, outgoing=settings.outgoing
+        )
         self._version = self._steps_since = 0
 
     def work(self, batches: Iterable[Item]) -> Iterator[Item]:
@@ -145,38 +125,49 @@ class AsyncSGD(Member, Method):
 
     def memory_state_dict(self) -> dict[str, Any]:
         """A copy of what belongs to this rank: what it has not sent, its optimizer's state, and on the server x."""
-        return self._own_part({"optimizer": copy.deepcopy(self.optimizer.state_dict()), **self._work.state_dict()})
+        return self._saved({"optimizer": copy.deepcopy(self.optimizer.state_dict()), **self._work.state_dict()})
 
     def load_memory_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore this rank's part, before the block begins.
+        """Restore this rank's part, before the block begins, all of it or nothing.
 
         The server's must be loaded; a worker that loads none begins without unsent work of its own.
 
         Raises:
-            ConfigurationError: when it is another rank's, or of another number of ranks.
+            ConfigurationError: when it is another rank's, or of another number of ranks, model, method or rule.
         """
-        self._load_own_part(state)
+        groups = [dict] * len(self.optimizer.param_groups)
+        self._load_saved(state, {"optimizer": {"state": dict, "param_groups": groups}, **self._work.state_form()})
         self.optimizer.load_state_dict(state["optimizer"])
         self._work.load_state_dict(state)
 
+    def restart(self) -> None:
+        """Forget what is not sent yet, and begin anew at the model's present parameters.
+
+        On the server's rank, before its block begins, these are the server's model from then on.
+        """
+        self._work.restart()
+        store = self._engine.store
+        if store is not None and not self._inside:
+            store.model.copy_(self._work.begun)
+
     def advance(self, **keywords: Any) -> None:
         """One local step, and after every ``period`` of them a push."""
-        limit = math.inf if self._clip_norm is None else self._clip_norm
-        if math.isfinite(float(torch.nn.utils.clip_grad_norm_(self._flat.parameters, limit))):
+        norm = torch.nn.utils.clip_grad_norm_(self._flat.parameters, self._settings.clip_norm)
+        if math.isfinite(float(norm)):
             self._pull_back()
             self.optimizer.step(**keywords)
         else:
             self._counted.skipped += 1
         self._steps_since += 1
-        if self._steps_since == self._period:
+        if self._steps_since == self._settings.period:
             self._push()
 
     def _pull_back(self) -> None:
         """Add the proximal term to the gradients."""
-        if self._proximal:
+        if self._settings.proximal:
             for parameter, sent in zip(self._flat.parameters, self._work.held.views, strict=True):
                 if parameter.grad is not None:
-                    parameter.grad.add_(parameter.detach() - sent.to(parameter), alpha=self._proximal)
+                    parameter.grad.add_(parameter.detach() - sent.to(parameter), alpha=self._settings.proximal)
 
     def _push(self, *, whole: bool = False) -> None:
         code, payload, finite = self._work.update(whole=whole)

@@ -36,7 +36,7 @@ class Serving:
     def __init__(
         self, line: Line, store: Store, *, restarts: int = 0, on_change: Callable[[int], None] | None = None
     ) -> None:
-        self._line, self._store, self._on_change = line, store, on_change
+        self._line, self.store, self._on_change = line, store, on_change
         self._restarts = Restarts(restarts, line.size, line.reach)
         self._starting: dict[int, float] = {}
         self._inbox: deque[Letter] = deque()
@@ -66,12 +66,12 @@ class Serving:
         for worker in self.done | self.lost:
             self._line.tell(worker, Kind.END)
         if not self.done:
-            raise WorkersLost(f"rank {self._line.rank}: none of the {len(self._store.stats.workers)} workers is left")
+            raise WorkersLost(f"rank {self._line.rank}: none of the {len(self.store.stats.workers)} workers is left")
 
     def _remaining(self) -> list[int]:
         """Those to wait for; of these some may be on their way."""
         away = self.done | (self.lost | self.gone) - self._starting.keys()
-        return [rank for rank in self._store.stats.workers if rank not in away]
+        return [rank for rank in self.store.stats.workers if rank not in away]
 
     def _watched(self) -> list[int]:
         return [rank for rank in self._remaining() if rank not in self._starting and rank != self._line.rank]
@@ -98,36 +98,36 @@ class Serving:
         if letter.source in self.gone and letter.source not in self._starting:
             return
         self.lost.discard(letter.source)
-        before = self._store.version
+        before = self.store.version
         try:
             header, payload, intact = Header.read(letter.message)
             replies = self._act(letter.source, header, payload, intact, letter.at)
         except (ProtocolError, Unreadable) as error:
             replies = self._turn_away(letter.source, str(error), letter.at)
         self._send(replies)
-        if self._on_change is not None and self._store.version != before:
-            self._on_change(self._store.version)
+        if self._on_change is not None and self.store.version != before:
+            self._on_change(self.store.version)
 
     def _act(self, source: int, header: Header, payload: torch.Tensor, intact: bool, at: float) -> Replies:
         if header.kind == Kind.PUSH:
-            return self._store.push(source, header, payload, intact, at)
+            return self.store.push(source, header, payload, intact, at)
         if not intact:
             raise ProtocolError("a message without a payload was damaged")
         if header.kind == Kind.JOIN:
             self.done.discard(source)
             self.gone.discard(source)
             self._starting.pop(source, None)
-            return self._store.join(source, header.number, header.note == Note.FRESH, at)
+            return self.store.join(source, header.number, header.note == Note.FRESH, at)
         if header.kind == Kind.PULL:
-            return [(source, self._store.look())]
+            return [(source, self.store.look())]
         if header.kind == Kind.DONE:
             self.done.add(source)
-            return self._store.leave(source, False, at)
+            return self.store.leave(source, False, at)
         if header.kind == Kind.GONE:
             self._warn(f"worker {source} has ended by an error; going on without it")
             self.gone.add(source)
             self._start_again(source)
-            return self._store.leave(source, True, at)
+            return self.store.leave(source, True, at)
         raise ProtocolError(f"workers send no {header.kind.name}")
 
     def _turn_away(self, source: int, reason: str, at: float) -> Replies:
@@ -136,7 +136,7 @@ class Serving:
         told = Header(Kind.ABORT).write(
             torch.frombuffer(bytearray(reason.encode()[:LONGEST_REASON]), dtype=torch.uint8)
         )
-        return [(source, told), *self._store.leave(source, True, at)]
+        return [(source, told), *self.store.leave(source, True, at)]
 
     def _lose(self, worker: int) -> None:
         self._warn(
@@ -145,7 +145,7 @@ class Serving:
         )
         self.lost.add(worker)
         self._start_again(worker)
-        self._send(self._store.leave(worker, True, time.monotonic()))
+        self._send(self.store.leave(worker, True, time.monotonic()))
 
     def _send(self, replies: Replies) -> None:
         for worker, message in replies:

@@ -107,7 +107,9 @@ class FourBits(SparseCode):
         return SparseCodec(self._layout.compressed, count).nbytes
 
     def _add_chosen(self, payload: Tensor, count: int, vector: Tensor) -> None:
-        rows, values = SparseCodec(vector.numel(), count).decode(payload.unsqueeze(0))
+        rows, values, known = SparseCodec(vector.numel(), count).decode(payload.unsqueeze(0))
+        if not known.all():
+            raise ValueError(f"these {payload.numel()} bytes are no code of {count} of {vector.numel()} coordinates")
         _add(rows[0], values[0], vector)
 
 

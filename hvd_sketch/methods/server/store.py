@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.methods.server.codes import Code, Whole
-from hvd_sketch.methods.server.log import Event, Happened
+from hvd_sketch.methods.server.log import Event, Happened, Log
 from hvd_sketch.methods.server.message import Header, Kind, Note
 from hvd_sketch.methods.server.rules.base import Push, Rule
 from hvd_sketch.methods.server.stats import ServerStats, WorkerCounts
 from hvd_sketch.methods.server.validation import Served
+from hvd_sketch.saved import Form
 
 Replies = list[tuple[int, Tensor]]
 """Messages (uint8), each with the rank that it goes to."""
@@ -42,7 +41,7 @@ class Store:
         served: what and to whom.
         up: the code of updates; besides, whole ones are understood.
         down: the code of differences, or None to answer with the whole model.
-        record: told of everything that changes the state.
+        log: of everything that changes the state.
     """
 
     def __init__(
@@ -53,11 +52,11 @@ class Store:
         *,
         up: Code,
         down: Code | None,
-        record: Callable[[Event], None] = lambda event: None,
+        log: Log | None = None,
     ) -> None:
         self.model, self.version = model, 0
         self.stats = ServerStats(workers={worker: WorkerCounts() for worker in served.workers})
-        self._rule, self._record = rule, record
+        self._rule, self._log = rule, log
         self._whole = Whole(model.numel(), model.dtype)
         self._codes = {code.number: code for code in (self._whole, up)}
         self._down = down
@@ -70,6 +69,10 @@ class Store:
         self._spare: list[Tensor] = []
         self._difference = torch.empty_like(model) if down is not None else model
         rule.start(served)
+
+    def begin(self) -> None:
+        """Serving begins, at the model as it is now."""
+        self._record(Event(Happened.START, number=self.version, payload=self.model.view(torch.uint8)))
 
     def join(self, worker: int, moment: int, fresh: bool, at: float) -> Replies:
         """A worker begins, or begins again: it gets the whole model.
@@ -135,6 +138,8 @@ class Store:
             return []
         self._record(Event(Happened.LOST if lost else Happened.DONE, worker, at=at))
         self._present.discard(worker)
+        if not lost:
+            self._sent.pop(worker, None)  # no push can follow
         self._counts(worker).lost += lost
         self._rule.leave(worker, lost=lost)
         return self._settle(at)
@@ -144,6 +149,7 @@ class Store:
         what, worker, number, code, at, payload = event
         if what == Happened.START:
             self.model.copy_(self._whole.values(payload))
+            self.version = number
         elif what == Happened.JOIN:
             self.join(worker, number, bool(code), at)
         elif what == Happened.PUSH:
@@ -162,22 +168,27 @@ class Store:
             "workers": workers,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, before any worker joins.
+    def state_form(self) -> dict[str, Form]:
+        """What a state that can be loaded here looks like; see `hvd_sketch.saved`."""
+        counts = {field.name: int for field in fields(WorkerCounts)}
+        return {
+            "model": self.model,
+            "version": int,
+            "rule": self._rule.state_form(),
+            "workers": dict.fromkeys(self.stats.workers, counts),
+        }
 
-        Raises:
-            ConfigurationError: when it is of another model or other workers.
-        """
-        if state["model"].numel() != self.model.numel() or state["workers"].keys() != self.stats.workers.keys():
-            raise ConfigurationError(
-                f"the saved server has {state['model'].numel()} parameters and workers {sorted(state['workers'])}, "
-                f"here are {self.model.numel()} and {sorted(self.stats.workers)}; build what was saved"
-            )
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned, of the form `state_form`, before any worker joins."""
         self.model.copy_(state["model"])
         self.version = state["version"]
         self._rule.load_state_dict(state["rule"])
         for worker, counts in state["workers"].items():
             self.stats.workers[worker] = WorkerCounts(**counts)
+
+    def _record(self, event: Event) -> None:
+        if self._log is not None:
+            self._log.write(event)
 
     def _counts(self, worker: int) -> WorkerCounts:
         try:
@@ -186,7 +197,7 @@ class Store:
             raise ProtocolError(f"it is none of the workers, which are {sorted(self.stats.workers)}") from None
 
     def _decode(self, number: int, payload: Tensor) -> Tensor | None:
-        """The update behind a payload, None if its values are not finite."""
+        """The update behind a payload, None if its values are not finite, or so large that their squares are not."""
         if number not in self._codes:
             raise ProtocolError(f"code {number} was not agreed on")
         update = self._spare.pop().zero_() if self._spare else torch.zeros_like(self.model)
@@ -194,7 +205,7 @@ class Store:
             self._codes[number].add(payload, update)
         except ValueError as error:
             raise ProtocolError(f"its update cannot be read: {error}") from None
-        return update if math.isfinite(torch.linalg.vector_norm(update, math.inf)) else None
+        return update if math.isfinite(torch.dot(update, update)) else None
 
     def _settle(self, at: float) -> Replies:
         """Take all turns whose time has come."""

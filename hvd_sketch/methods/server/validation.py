@@ -49,6 +49,10 @@ class Validation:
         self._parameters = FlatParameters(named, served.layout, HOST)
         self._flat = self._parameters.new()
 
+    def nothing(self) -> Tensor:
+        """A vector of zeros, like a gradient."""
+        return self._parameters.new().vector
+
     def loss(self, model: Tensor, number: int) -> float:
         """The loss at a model on sample ``number``."""
         self._put(model)

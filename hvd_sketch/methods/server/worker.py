@@ -12,6 +12,7 @@ from torch import Tensor
 from hvd_sketch.methods.flat import FlatParameters
 from hvd_sketch.methods.server.codes import Code, Whole
 from hvd_sketch.methods.server.message import Header
+from hvd_sketch.saved import Form
 
 Transform = Callable[[Tensor], Tensor]
 """Changes an update before it leaves; may work in place."""
@@ -90,9 +91,23 @@ class Work:
         self._flat.write(self._live)
         self._flat.read(self._base)
 
+    @property
+    def begun(self) -> Tensor:
+        """z_0."""
+        return self._base.vector
+
+    def restart(self) -> None:
+        """Begin anew at the parameters as they are, with nothing unsent."""
+        self._flat.read(self._base)
+        self.errors.zero_()
+
     def state_dict(self) -> dict[str, Any]:
         """What is not sent yet, work under way included, and the number of messages."""
         return {"errors": self.errors + self._moved(), "messages": self._messages}
+
+    def state_form(self) -> dict[str, Form]:
+        """What a state that can be loaded here looks like; see `hvd_sketch.saved`."""
+        return {"errors": self.errors, "messages": int}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, before the first model is adopted."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hvd_sketch.comm import as_communicator
 from hvd_sketch.comm.buffers import Buffers
+from hvd_sketch.comm.ending import ending
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.methods.decentralized import Decentralized
 from hvd_sketch.methods.graphs import graph_of
@@ -129,6 +130,7 @@ class SwarmSGD(Decentralized):
             patient=settings.blocking,
             on_meeting=on_meeting,
         )
+        ending.aborts &= settings.on_lost == "raise"
         self._finished, self._steps_left = False, 0
         self.restart()
         self._courier.start()

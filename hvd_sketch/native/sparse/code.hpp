@@ -168,7 +168,7 @@ private:
     bool read_rows(const uint8_t* low, int64_t* rows) const {
         const uint8_t* const high = low + low_bytes;
         BitReader reader(low, high);
-        int64_t found = 0, largest = 0;
+        int64_t found = 0, last = -1;
         for (int64_t byte = 0; byte < high_bytes; byte += 8) {
             uint64_t word = 0;
             const int bytes = int(std::min<int64_t>(8, high_bytes - byte));
@@ -178,10 +178,11 @@ private:
                 const int ahead = __builtin_clzll(word);
                 word ^= uint64_t(1) << 63 >> ahead;
                 rows[found] = (8 * byte + ahead - found) << low_bits | int64_t(reader.get(low_bits));
-                largest = std::max(largest, rows[found]);
+                if (rows[found] <= last) return false;
+                last = rows[found];
             }
         }
-        return found == count && largest < universe;
+        return found == count && last < universe;
     }
 };
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from hvd_sketch.layout import Layout
 from hvd_sketch.methods.flat import FlatParameters, whole
 from hvd_sketch.methods.server.codes import Code, Whole
-from hvd_sketch.methods.server.log import Event
+from hvd_sketch.methods.server.log import Log
 from hvd_sketch.methods.server.message import Header, Kind
 from hvd_sketch.methods.server.rules import Rule
 from hvd_sketch.methods.server.store import Replies, Store
@@ -52,7 +52,7 @@ class Server:
         *,
         up: Code | None = None,
         down: Code | None = None,
-        record: Callable[[Event], None] = lambda event: None,
+        log: Log | None = None,
         model: torch.nn.Module | None = None,
     ) -> None:
         samples = workers if isinstance(workers, dict) else dict.fromkeys(workers, 1)
@@ -64,12 +64,13 @@ class Server:
             served(model or Vector(start), samples),
             up=self.code,
             down=down,
-            record=record,
+            log=log,
         )
         self.versions: dict[int, int] = {}
         self.models: dict[int, Tensor] = {}
         self.notes: dict[int, int] = {}
         self.now = 0.0
+        self.store.begin()
         for worker in sorted(samples):
             self.take(self.store.join(worker, 0, True, 0.0))
 

@@ -16,14 +16,14 @@ import torch
 
 from hvd_sketch.methods.server import Place, ServerLost, place, read_log
 from hvd_sketch.methods.server.log import Happened
+from tests.methods.server.asynchronous import async_sgd
 from tests.methods.server.support import Vector
-from tests.methods.server.test_async import async_sgd
 from tests.support.ranks import launch
 
 KILLED, STOPPED, FAILED = 2, 3, 4
-UNHURT = (0, 1, 5)
-STEPS, HURT_AT = 60, 3
-PATIENCE = 1.0
+UNHURT = (0, 1, 3)  # worker 3 came back
+STEPS, HURT_AT = 90, 3
+PATIENCE = 1.5
 ORPHANS_LIVE = {"OMPI_MCA_orte_enable_recovery": "1"}  # what mpirun's --enable-recovery sets
 
 
@@ -67,7 +67,7 @@ def end_server(here: Any, folder: Path) -> None:
     train(here, folder, "server", False, on_change=end)
 
 
-def on_6_ranks(name: str) -> None:
+def on_5_ranks(name: str) -> None:
     from mpi4py import MPI
 
     warnings.simplefilter("ignore", RuntimeWarning)
@@ -90,8 +90,8 @@ Told = dict[str, list[Any]]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
-    program = f"from tests.methods.server.test_faults import on_6_ranks; on_6_ranks({str(folder)!r})"
-    launch(6, [sys.executable, "-c", program], env=ORPHANS_LIVE, timeout=200)
+    program = f"from tests.methods.server.test_faults import on_5_ranks; on_5_ranks({str(folder)!r})"
+    launch(5, [sys.executable, "-c", program], env=ORPHANS_LIVE, timeout=200)
     return folder
 
 
@@ -116,10 +116,10 @@ def pushes_after_loss(folder: Path, run: str, worker: int) -> int:
 
 def test_workers_that_die_stop_or_fail_hold_nobody_up(folder: Path) -> None:
     told = told_in(folder, "first")
-    assert told["rank 1"][:2] == told["rank 5"][:2] == ["done", STEPS]
+    assert told["rank 1"][:2] == ["done", STEPS]
     assert told["rank 0"][0] == "done"
-    assert told["rank 0"][1] == 3 * STEPS + 2 * HURT_AT
-    assert told["rank 0"][2] == {"1": 0, "2": 1, "3": 1, "4": 1, "5": 0}
+    assert told["rank 0"][1] == 2 * STEPS + 2 * HURT_AT
+    assert told["rank 0"][2] == {"1": 0, "2": 1, "3": 1, "4": 1}
     assert f"rank {KILLED}" not in told
     assert others_meanwhile(folder, "first", KILLED) > 5
     assert pushes_after_loss(folder, "first", KILLED) == 0
@@ -146,7 +146,9 @@ def test_a_worker_that_dies_is_started_again_and_does_its_part(folder: Path) -> 
 def test_the_death_of_the_server_is_an_error_on_its_workers(folder: Path) -> None:
     told = told_in(folder, "server")
     assert sorted(told) == ["rank 1"]
-    assert told["rank 1"][0].startswith("ServerLost: rank 1: the server, rank 0, has not answered for 1 s (patience)")
+    assert told["rank 1"][0].startswith(
+        "ServerLost: rank 1: the server, rank 0, has not answered for 1.5 s (patience)"
+    )
 
 
 def test_a_place_is_taken_as_it_is() -> None:

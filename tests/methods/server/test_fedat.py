@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from hvd_sketch import ConfigurationError
-from hvd_sketch.methods.server import FedAT, Polyline
 from hvd_sketch.methods.server.rules.tiers import Tiers
-from tests.methods.server.support import Server, Vector, vector
-from tests.support.ranks import ranks
+from tests.methods.server.conftest import Together
+from tests.methods.server.support import Server, vector
 
 TIERS = [[1, 2], [3, 4], [5, 6]]
 CENTRES = {1: 0.0, 2: 1.0, 3: 4.0, 4: 6.0, 5: 10.0, 6: 20.0}
@@ -33,15 +30,7 @@ EVENTS = [  # time, tier, its model, rounds, the server's model
 
 
 def tiers_of(tiers: Any = TIERS, **arguments: Any) -> Tiers:
-    settings: dict[str, Any] = {
-        "clients": None,
-        "weights": "mirror",
-        "published": False,
-        "retier": None,
-        "forget": 30,
-        "seed": 0,
-    }
-    return Tiers(tiers, **{**settings, **arguments})
+    return Tiers(tiers, **arguments)
 
 
 def run_round(server: Server, tier: int, at: float) -> None:
@@ -228,41 +217,11 @@ def test_bad_settings_are_refused(arguments: dict[str, Any], message: str) -> No
         Server(tiers_of(**arguments), vector(0.0), SAMPLES)
 
 
-class Federated(NamedTuple):
-    model: Tensor
-    tiers: dict[int, int]
-    rounds: list[int]
-    pushes: int
-    bytes_sent: int
-
-
-def federate(seconds: float) -> Federated:
-    """Five workers, of which 2 and 4 are slow; every local step goes a tenth of the way to the worker's number."""
-    from mpi4py import MPI
-
-    comm = MPI.COMM_WORLD
-    model = Vector(torch.zeros(100))
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = FedAT(
-        sgd, model, comm, period=2, tiers=2, clients=2, samples=1 + comm.rank, code=Polyline(4), proximal=0.1
-    )
-    with optimizer:
-        end = time.monotonic() + seconds
-        for _ in optimizer.work(iter(lambda: time.monotonic() < end, False)):
-            time.sleep(0.06 if comm.rank in (2, 4) else 0.004)
-            model.x.grad = model.x.detach() - float(comm.rank)
-            optimizer.step()
-    rule, stats = optimizer.tiers, optimizer.stats
-    return Federated(model.x.detach(), rule.tier_of, rule.rounds, stats.pushes, stats.bytes_sent)
-
-
-def test_tiers_train_on_real_ranks() -> None:
-    server, *workers = ranks(6, federate, 3.0)
-    assert sorted(server.tiers) == [1, 2, 3, 4, 5]
-    assert server.tiers[2] == server.tiers[4] == 1
-    assert sum(tier == 0 for tier in server.tiers.values()) == 2
+def test_tiers_train_on_real_ranks(together: Together) -> None:
+    server, *workers = [rank.tiers for rank in together.ranks]
+    assert server.tiers == {1: 0, 2: 1, 3: 0, 4: 1}
     assert server.rounds[0] > server.rounds[1] > 1
-    assert torch.all((server.model > 1.0) & (server.model < 5.0))
+    assert torch.all((server.model > 1.0) & (server.model < 4.0))
     for worker in workers:
         assert worker.pushes >= 1
         assert worker.bytes_sent < worker.pushes * (16 + 4 * 100) / 1.5  # polyline, differences

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.methods.server.validation import Served
+from hvd_sketch.saved import Form
 
 
 class Push(NamedTuple):
@@ -84,6 +85,10 @@ class Rule(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Copies: tensors, numbers and strings only."""
+        return {}
+
+    def state_form(self) -> dict[str, Form]:
+        """What a state that can be loaded here looks like, after `start`; see `hvd_sketch.saved`."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from hvd_sketch.methods.server.rules.base import Push, Rule
+from hvd_sketch.methods.server.rules.base import Push, Rule, check
 from hvd_sketch.methods.server.validation import Served
+from hvd_sketch.saved import Form
 
 OnLost = Literal["keep", "remove"]
 
@@ -29,6 +30,7 @@ class Saga(Rule):
     tells = True
 
     def __init__(self, rate: float, on_lost: OnLost) -> None:
+        check("ADSAGA", on_lost=(on_lost in get_args(OnLost), f"one of {get_args(OnLost)}", on_lost))
         self._rate, self._on_lost = rate, on_lost
         self._sums: dict[int, Tensor] = {}
         self._counted: set[int] = set()
@@ -74,6 +76,9 @@ class Saga(Rule):
     def state_dict(self) -> dict[str, Any]:
         sums = {worker: total.clone() for worker, total in self._sums.items()}
         return {"average": self.average.clone(), "sums": sums, "counted": sorted(self._counted)}
+
+    def state_form(self) -> dict[str, Form]:
+        return {"average": self.average, "sums": self._sums, "counted": object}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.average.copy_(state["average"])

@@ -6,16 +6,28 @@ import random
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from torch import Tensor
 
 from hvd_sketch.methods.server.rules.base import Push, Rule, check
 from hvd_sketch.methods.server.validation import Served
+from hvd_sketch.saved import Form
 
 Weights = Literal["mirror", "uniform", "samples"]
 
 _SMOOTHING = 0.3  # of a new latency in the moving average
+
+
+class TierOptions(TypedDict, total=False):
+    """Keywords of `Tiers`."""
+
+    clients: int | None
+    weights: Weights
+    published: bool
+    retier: int | None
+    forget: int
+    seed: int
 
 
 class Tiers(Rule):
@@ -33,12 +45,12 @@ class Tiers(Rule):
         self,
         tiers: int | Sequence[Sequence[int]],
         *,
-        clients: int | None,
-        weights: Weights,
-        published: bool,
-        retier: int | None,
-        forget: int,
-        seed: int,
+        clients: int | None = None,
+        weights: Weights = "mirror",
+        published: bool = False,
+        retier: int | None = None,
+        forget: int = 30,
+        seed: int = 0,
     ) -> None:
         count = tiers if isinstance(tiers, int) else len(tiers)
         check(
@@ -167,6 +179,17 @@ class Tiers(Rule):
             "tier_of": dict(self.tier_of),
             "latencies": dict(self._latencies),
             "random": list(self._random.getstate()[1]),
+        }
+
+    def state_form(self) -> dict[str, Form]:
+        count = self._count
+        return {
+            "models": object,
+            "rounds": [int] * count,
+            "last_report": [int] * count,
+            "tier_of": object,
+            "latencies": object,
+            "random": [int] * len(self._random.getstate()[1]),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hvd_sketch.methods.server.rules.base import Gathered, Push, check
 from hvd_sketch.methods.server.validation import Served, Validate, Validation
+from hvd_sketch.saved import Form
 
 
 class Zeno(Gathered):
@@ -63,6 +64,9 @@ class Zeno(Gathered):
 
     def state_dict(self) -> dict[str, Any]:
         return {"round": self._round}
+
+    def state_form(self) -> dict[str, Form]:
+        return {"round": int}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._round = state["round"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from hvd_sketch.methods.server.rules.base import Push, Rule, check
 from hvd_sketch.methods.server.validation import Served, Validate, Validation
+from hvd_sketch.saved import Form
 
 
+@dataclass(eq=False)
 class ZenoPlus(Rule):
     """With the gradient v on trusted data, at most ``refresh`` pushes old, and a push's gradient g~::
 
@@ -44,63 +47,64 @@ class ZenoPlus(Rule):
         tell: let workers know whether they were accepted; hostile ones learn from it.
     """
 
-    def __init__(
-        self,
-        validate: Validate,
-        *,
-        refresh: int = 10,
-        rate: float = 0.1,
-        rho: float = 0.001,
-        epsilon: float = 0.0,
-        clip: bool = False,
-        raw_norm: bool = False,
-        unit: float = 1.0,
-        max_staleness: int | None = None,
-        tell: bool = False,
-    ) -> None:
+    validate: Validate
+    _: KW_ONLY
+    refresh: int = 10
+    rate: float = 0.1
+    rho: float = 0.001
+    epsilon: float = 0.0
+    clip: bool = False
+    raw_norm: bool = False
+    unit: float = 1.0
+    max_staleness: int | None = None
+    tell: bool = False
+
+    def __post_init__(self) -> None:
+        oldest = self.max_staleness
         check(
             "ZenoPlus",
-            refresh=(refresh >= 1, "at least 1 push", refresh),
-            rate=(rate > 0.0, "above 0", rate),
-            rho=(rho >= 0.0, "at least 0", rho),
-            epsilon=(epsilon >= 0.0, "at least 0", epsilon),
-            unit=(unit > 0.0, "above 0", unit),
-            max_staleness=(max_staleness is None or max_staleness >= 0, "at least 0 or None", max_staleness),
+            refresh=(self.refresh >= 1, "at least 1 push", self.refresh),
+            rate=(self.rate > 0.0, "above 0", self.rate),
+            rho=(self.rho >= 0.0, "at least 0", self.rho),
+            epsilon=(self.epsilon >= 0.0, "at least 0", self.epsilon),
+            unit=(self.unit > 0.0, "above 0", self.unit),
+            max_staleness=(oldest is None or oldest >= 0, "at least 0 or None", oldest),
         )
-        self.rate, self.tells = rate, tell
-        self._validate, self._refresh, self._rho, self._epsilon = validate, refresh, rho, epsilon
-        self._clip, self._raw_norm, self._unit, self._max_staleness = clip, raw_norm, unit, max_staleness
-        self._direction, self._arrivals = torch.empty(0, dtype=torch.float32, device="cpu"), 0
+        self.tells, self._arrivals = self.tell, 0
 
     def start(self, served: Served) -> None:
         super().start(served)
-        self._validation = Validation(self._validate, served)
+        self._validation = Validation(self.validate, served)
+        self._direction = self._validation.nothing()
 
     def apply(self, model: Tensor, pushes: Sequence[Push]) -> list[bool]:
         return [self._consider(model, push) for push in pushes]
 
     def _consider(self, model: Tensor, push: Push) -> bool:
-        if self._arrivals % self._refresh == 0:
-            self._direction = self._validation.gradient(model, self._arrivals // self._refresh)
+        if self._arrivals % self.refresh == 0:
+            self._direction = self._validation.gradient(model, self._arrivals // self.refresh)
         self._arrivals += 1
-        if self._max_staleness is not None and push.staleness > self._max_staleness:
+        if self.max_staleness is not None and push.staleness > self.max_staleness:
             return False
-        length = float(torch.linalg.vector_norm(push.change)) / self._unit
+        length = float(torch.linalg.vector_norm(push.change)) / self.unit
         reach = float(torch.linalg.vector_norm(self._direction))
-        if length == 0.0 or self.score(push.change, self._direction) < -self.rate * self._epsilon:
-            return False
-        step = min(length, reach) if self._clip else reach
-        model.sub_(push.change, alpha=self.rate * step / (length * self._unit))
+        if length == 0.0 or not self.score(push.change, self._direction) >= -self.rate * self.epsilon:
+            return False  # also where the trusted data gave no finite direction
+        step = min(length, reach) if self.clip else reach
+        model.sub_(push.change, alpha=self.rate * step / (length * self.unit))
         return True
 
     def score(self, update: Tensor, direction: Tensor) -> float:
         """The left side of the test, for a push of any length but 0 against v."""
         length, reach = float(torch.linalg.vector_norm(update)), float(torch.linalg.vector_norm(direction))
-        penalised = length / self._unit if self._raw_norm else reach
-        return self.rate * float(torch.dot(direction, update)) * reach / length - self._rho * penalised**2
+        penalised = length / self.unit if self.raw_norm else reach
+        return self.rate * float(torch.dot(direction, update)) * reach / length - self.rho * penalised**2
 
     def state_dict(self) -> dict[str, Any]:
         return {"direction": self._direction.clone(), "arrivals": self._arrivals}
+
+    def state_form(self) -> dict[str, Form]:
+        return {"direction": self._direction, "arrivals": int}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._direction, self._arrivals = state["direction"].clone(), state["arrivals"]

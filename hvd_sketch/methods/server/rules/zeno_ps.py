@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -11,36 +13,43 @@ from torch import Tensor
 
 from hvd_sketch.methods.server.rules.base import Gathered, Push, Rule, check
 from hvd_sketch.methods.server.validation import Served, Validate, Validation
+from hvd_sketch.saved import Form
 
 
+@dataclass(eq=False)
 class _Validated(Rule):
     """What the two variants share: validators, what each of them did last, and the parts that are judged."""
 
-    def __init__(
-        self, validators: Sequence[Validate] | Validate, *, rate: float, steps: int, refresh: int, per_tensor: bool
-    ) -> None:
-        given = [validators] if callable(validators) else list(validators)
+    validators: Sequence[Validate] | Validate
+    _: KW_ONLY
+    rate: float
+    steps: int = 1
+    per_tensor: bool = False
+
+    refresh = 1
+
+    def __post_init__(self) -> None:
+        self._given = [self.validators] if callable(self.validators) else list(self.validators)
         check(
             type(self).__name__,
-            validators=(len(given) > 0, "at least one", given),
-            rate=(rate > 0.0, "above 0", rate),
-            steps=(steps >= 1, "at least 1", steps),
-            refresh=(refresh >= 1, "at least 1 push", refresh),
+            validators=(len(self._given) > 0, "at least one", self._given),
+            rate=(self.rate > 0.0, "above 0", self.rate),
+            steps=(self.steps >= 1, "at least 1", self.steps),
+            refresh=(self.refresh >= 1, "at least 1 push", self.refresh),
         )
-        self._given, self._rate, self._steps = given, rate, steps
-        self._refresh, self._per_tensor = refresh, per_tensor
-        self._turns, self._updates = 0, list[Tensor]()
+        self._turns = 0
 
     def start(self, served: Served) -> None:
         super().start(served)
         slots = [slice(slot.offset, slot.stop) for slot in served.layout.slots if slot.numel]
-        self._parts = slots if self._per_tensor else [slice(0, served.layout.total)]
+        self._parts = slots if self.per_tensor else [slice(0, served.layout.total)]
         self._validators = [Validation(validate, served) for validate in self._given]
+        self._updates = [validator.nothing() for validator in self._validators]
 
     def apply(self, model: Tensor, pushes: Sequence[Push]) -> list[bool]:
-        if self._turns % self._refresh == 0:
-            number = self._turns // self._refresh
-            self._updates = [v.descent(model, number, self._rate, self._steps) for v in self._validators]
+        if self._turns % self.refresh == 0:
+            number = self._turns // self.refresh
+            self._updates = [v.descent(model, number, self.rate, self.steps) for v in self._validators]
         self._turns += 1
         counted = [False] * len(pushes)
         for part in self._parts:
@@ -58,10 +67,14 @@ class _Validated(Rule):
     def state_dict(self) -> dict[str, Any]:
         return {"turns": self._turns, "updates": [update.clone() for update in self._updates]}
 
+    def state_form(self) -> dict[str, Form]:
+        return {"turns": int, "updates": self._updates}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._turns, self._updates = state["turns"], [update.clone() for update in state["updates"]]
 
 
+@dataclass(eq=False)
 class ZenoPS(_Validated, Gathered):
     """Synchronous. Validator i takes ``steps`` steps on its trusted data from x, which makes v_i, and judges the
     pushes of every V-th worker::
@@ -83,18 +96,9 @@ class ZenoPS(_Validated, Gathered):
         per_tensor: the published form.
     """
 
-    def __init__(
-        self,
-        validators: Sequence[Validate] | Validate,
-        *,
-        rate: float,
-        steps: int = 1,
-        zeta: float = -0.001,
-        rho: float = 0.6,
-        per_tensor: bool = False,
-    ) -> None:
-        super().__init__(validators, rate=rate, steps=steps, refresh=1, per_tensor=per_tensor)
-        self._zeta, self._rho = zeta, rho
+    _: KW_ONLY
+    zeta: float = -0.001
+    rho: float = 0.6
 
     def _combine(self, model: Tensor, pushes: Sequence[Push]) -> list[bool]:
         return _Validated.apply(self, model, pushes)
@@ -114,9 +118,10 @@ class ZenoPS(_Validated, Gathered):
         update, own = push.change[part], self._updates[self._validator_of(push)][part]
         squared, product = float(torch.dot(own, own)), float(torch.dot(update, own))
         length = float(torch.dot(update, update))
-        return 0.0 < length < (1.0 + self._rho) * squared and product > self._zeta * squared
+        return 0.0 < length < (1.0 + self.rho) * squared and product > self.zeta * squared
 
 
+@dataclass(eq=False)
 class ZenoPSAsync(_Validated):
     """Asynchronous. With v of the validator of this worker, at most ``refresh`` pushes old::
 
@@ -133,38 +138,31 @@ class ZenoPSAsync(_Validated):
         max_staleness: staler pushes are refused; None for none.
     """
 
-    def __init__(
-        self,
-        validators: Sequence[Validate] | Validate,
-        *,
-        rate: float,
-        steps: int = 1,
-        refresh: int = 10,
-        alpha: float = 0.8,
-        threshold: float = -0.02,
-        per_tensor: bool = False,
-        reverse: bool = False,
-        max_staleness: int | None = None,
-    ) -> None:
-        super().__init__(validators, rate=rate, steps=steps, refresh=refresh, per_tensor=per_tensor)
-        check("ZenoPSAsync", alpha=(0.0 < alpha <= 1.0, "above 0 and at most 1", alpha))
-        self._alpha, self._threshold, self._reverse = alpha, threshold, reverse
-        self._max_staleness = max_staleness
+    _: KW_ONLY
+    refresh: int = 10
+    alpha: float = 0.8
+    threshold: float = -0.02
+    reverse: bool = False
+    max_staleness: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check("ZenoPSAsync", alpha=(0.0 < self.alpha <= 1.0, "above 0 and at most 1", self.alpha))
 
     def _judge(self, model: Tensor, part: slice, pushes: Sequence[Push]) -> list[int]:
         return [i for i, push in enumerate(pushes) if self._consider(model, part, push)]
 
     def _consider(self, model: Tensor, part: slice, push: Push) -> bool:
-        if self._max_staleness is not None and push.staleness > self._max_staleness:
+        if self.max_staleness is not None and push.staleness > self.max_staleness:
             return False
         update, own = push.change[part], self._updates[self._validator_of(push)][part]
         length, reach = (float(torch.linalg.vector_norm(vector)) for vector in (update, own))
-        if length == 0.0 or reach == 0.0:
+        if length == 0.0 or not 0.0 < reach < math.inf:
             return False
         cosine = float(torch.dot(update, own)) / (length * reach)
-        weight = self._alpha * min(1.0, reach / length)
-        if cosine >= self._threshold:
+        weight = self.alpha * min(1.0, reach / length)
+        if cosine >= self.threshold:
             model.sub_(update, alpha=weight)
-        elif self._reverse:
+        elif self.reverse:
             model.sub_(update, alpha=weight * cosine)
-        return cosine >= self._threshold
+        return cosine >= self.threshold

@@ -1,0 +1,1 @@
+"""What happens when a rank fails, on every backend: ``make faults`` writes docs/faults.md."""
