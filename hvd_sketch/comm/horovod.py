@@ -26,8 +26,14 @@ class _Handle(Pending):
 
     def __init__(self, handle: int, result_of: Callable[[Any], Tensor], comm: HorovodCommunicator, what: str) -> None:
         self._handle, self._result_of, self._comm, self._what = handle, result_of, comm, comm.in_words(what)
+        self._awaited: Tensor | None = None
 
     def wait(self) -> Tensor:
+        if self._awaited is None:
+            self._awaited = self._await()
+        return self._awaited
+
+    def _await(self) -> Tensor:
         limit = self._comm.limit
         if not wait_until(self._done, _nothing, limit):
             atexit.register(_end_at_once)

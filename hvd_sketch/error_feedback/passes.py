@@ -190,13 +190,13 @@ def _nothing(module: Module) -> None:
     return
 
 
-_live: weakref.WeakSet[Passes] = weakref.WeakSet()
+_live: list[weakref.ref[Passes]] = []
 _installed: list[Any] = []
 
 
 def _follow(passes: Passes) -> None:
     """Let it see the forwards of all modules, as long as it lives."""
-    _live.add(passes)
+    _live.append(weakref.ref(passes, _live.remove))
     if not _installed:
         # a compiled module fires them beside its own modules, whose hooks are traced away: `_enter` knows
         warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks")
@@ -204,15 +204,20 @@ def _follow(passes: Passes) -> None:
         _installed.append(register_module_forward_hook(_leave, always_call=True))
 
 
+def _alive() -> list[Passes]:
+    """Of all threads; others may begin meanwhile."""
+    return [passes for passes in [reference() for reference in list(_live)] if passes is not None]
+
+
 def _enter(module: Module, arguments: Any) -> None:
     if not torch.compiler.is_dynamo_compiling():
-        for passes in tuple(_live):
+        for passes in _alive():
             passes.enter(module)
 
 
 def _leave(module: Module, arguments: Any, output: Any) -> None:
     if not torch.compiler.is_dynamo_compiling():
-        for passes in tuple(_live):
+        for passes in _alive():
             passes.leave(module, output)
 
 

@@ -206,6 +206,11 @@ class State:
         if self._passes is not None:
             self._passes.took(parameter)
 
+    def present_exchange(self) -> Exchange:
+        """The exchange; an update that was cleared in place of being stepped with has left no trace in it."""
+        self._take_back_what_was_cleared()
+        return self.exchange
+
     def shared_state(self) -> dict[str, Any]:
         """Parameters and the optimizer's state, the same on all ranks; not copied."""
         return shared_state(self._parameters, self._optimizer())

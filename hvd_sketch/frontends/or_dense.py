@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,11 +30,21 @@ class OrDense(Compressor):
 
     wanted: Compressor
 
+    @property
+    def wants_anticipation(self) -> bool:
+        """The other's."""
+        return self.wanted.wants_anticipation
+
+    @property
+    def _told(self) -> Compressor:
+        """The other one, which knows what this one was told."""
+        return replace(self.wanted, anticipate=self.anticipate)
+
     def layout(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Layout:
         """The other's; of a model that is too small, one of which everything is sent whole."""
         named = list(named_parameters)
         try:
-            return self.wanted.layout(named)
+            return self._told.layout(named)
         except NothingGainedError:
             return Layout.of(named, lambda name, parameter: True)
 
@@ -51,7 +61,7 @@ class OrDense(Compressor):
         try:
             if layout.compressed == 0:
                 raise NothingGainedError("all parameters are 1-D, small or excluded")
-            return self.wanted.exchange(layout, comm, average=average, device=device, momentum=momentum)
+            return self._told.exchange(layout, comm, average=average, device=device, momentum=momentum)
         except NothingGainedError as reason:
             if comm.rank == 0:
                 _logger.warning("hvd_sketch: the model is too small to compress and trains dense: %s", reason)
@@ -59,8 +69,8 @@ class OrDense(Compressor):
 
     def plan(self, layout: Layout, step: int, ranks: int) -> Any:
         """The other's."""
-        return self.wanted.plan(layout, step, ranks)
+        return self._told.plan(layout, step, ranks)
 
     def build(self, setting: Setting) -> Exchange:
         """The other's."""
-        return self.wanted.build(setting)
+        return self._told.build(setting)

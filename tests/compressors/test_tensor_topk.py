@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from hvd_sketch import Compression, SingleProcess
+from hvd_sketch import Compression, SingleProcess, wire
 from hvd_sketch.comm import Communicator
 from hvd_sketch.comm.in_process import run_in_process
 from hvd_sketch.compressors.tensor_topk import TensorTopK
@@ -52,8 +52,10 @@ def test_one_tensor_is_the_ordinary_exchange() -> None:
     shapes = {"only.weight": (40, 60)}
     gradients = heavy_tailed(3, 8, 2400)
     ordinary = simulate(Compression.topk(ratio=20.0, half=False, **PLAIN), gradients, shapes)
-    # the ordinary one pays for its header of four values as well
-    found = simulate(TensorTopK(schedule=lambda step: 2400 / (2400 / 20.0 - 4), **PLAIN), gradients, shapes)
+    # the ordinary one pays for its header as well, and for a seal
+    found = simulate(
+        TensorTopK(schedule=lambda step: 2400 / (2400 / 20.0 - wire.HEADER - 2), **PLAIN), gradients, shapes
+    )
     assert torch.equal(ordinary[0].updates, found[0].updates)
 
 
@@ -96,7 +98,10 @@ def real() -> tuple[torch.Tensor, list[list[float]], list[int]]:
     accordion = Accordion(2.0, 20.0, epoch_steps=4, every=1)
     model = training.net()
     optimizer: Any = hvd_sketch.DistributedOptimizer(
-        torch.optim.SGD(model.parameters(), 0.02), model.named_parameters(), TensorTopK(schedule=accordion)
+        torch.optim.SGD(model.parameters(), 0.02),
+        model.named_parameters(),
+        TensorTopK(schedule=accordion),
+        error_feedback=None,
     )
     levels, sent_bytes = [], []
     for number in range(16):

@@ -261,9 +261,8 @@ class Renormed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.embedding = nn.Embedding(100, 60, max_norm=0.5)
+        drawn = torch.randn(100, 60, generator=torch.Generator().manual_seed(0))
+        self.embedding = nn.Embedding(100, 60, max_norm=0.5, _weight=drawn)
 
     def forward(self, inputs: Tensor) -> Tensor:
         hidden: Tensor = self.embedding(torch.arange(16, device="cpu"))

@@ -14,7 +14,7 @@ import os, sys
 import horovod.torch as hvd, torch
 hvd.init()
 total = hvd.allreduce(torch.ones(1), op=hvd.Sum).item()
-optimizer = hvd.DistributedOptimizer.__module__.split(".")[0]
+optimizer = "hvd_sketch" if hasattr(hvd.DistributedOptimizer, "stock") else "horovod"
 threads = os.environ["OMP_NUM_THREADS"]
 line = f"rank {hvd.rank()} sums {total:g} with {optimizer}, {threads} threads, got {sys.argv[1:]}"
 with open(f"{os.environ['TOLD']}.{hvd.rank()}", "w") as told:

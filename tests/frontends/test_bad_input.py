@@ -119,8 +119,8 @@ def test_other_arguments_that_cannot_work_are_refused() -> None:
     model = net()
     corrected = Compression.sketch(momentum=Momentum(0.9), **SETTINGS)
     for expected, keywords in {
-        "op=2 cannot be combined with compression: only Average and Sum": {"op": 2},
-        "op=3 cannot": {"op": 3},
+        "op=Adasum cannot be combined with compression: only Average and Sum": {"op": 2},
+        "op=Min cannot": {"op": 3},
         "op=sum cannot": {"op": "sum"},
         "backward_passes_per_step must be at least 1": {"backward_passes_per_step": 0},
         "gradient_predivide_factor is supported with op=Average only": {
