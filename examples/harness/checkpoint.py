@@ -22,7 +22,7 @@ import hvd_sketch as hvd
 def save(folder: Path, step: int, model: torch.nn.Module, optimizer: Any, record: dict[str, Any]) -> None:
     """Write this rank's part; the checkpoint counts once every rank has written its own. The last one is kept."""
     names = _names(folder, step) if hvd.rank() == 0 else None
-    fresh, former = hvd.broadcast_object(names, root_rank=0)
+    fresh, former = hvd.broadcast_object(names, root_rank=0, name="checkpoint.names")
     for other in folder.glob("*-step-*"):
         if other.name not in (fresh, former):
             shutil.rmtree(other, ignore_errors=True)  # another rank may be at it, too
@@ -44,7 +44,7 @@ def load(folder: Path, model: torch.nn.Module, optimizer: Any) -> tuple[int, dic
     Raises:
         SystemExit: on all ranks, when a file of any of them is missing, damaged, or does not fit.
     """
-    latest = hvd.broadcast_object(_latest(folder) if hvd.rank() == 0 else None, root_rank=0)
+    latest = hvd.broadcast_object(_latest(folder) if hvd.rank() == 0 else None, name="checkpoint.latest")
     files = [folder / latest / _memory_file(), *([folder / latest / "model.pt"] if hvd.rank() == 0 else [])]
     _refuse_together(next((problem for problem in map(_problem, files) if problem), None))
 
@@ -55,7 +55,7 @@ def load(folder: Path, model: torch.nn.Module, optimizer: Any) -> tuple[int, dic
         optimizer.load_state_dict(state["optimizer"])
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     hvd.broadcast_optimizer_state(optimizer, root_rank=0)
-    step, record = hvd.broadcast_object((state["step"], state["record"]), root_rank=0)
+    step, record = hvd.broadcast_object((state["step"], state["record"]), name="checkpoint.record")
     _refuse_together(_load_memory(optimizer, torch.load(files[0], weights_only=True)["memory"]))
     return step, record
 

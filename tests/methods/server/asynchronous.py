@@ -118,7 +118,8 @@ def misbehave(comm: Any) -> str:
                 optimizer.step()
     except TurnedAway as error:
         return str(error)
-    return f"{optimizer.stats.pushes} pushes {''.join(str(warning.message) for warning in caught)}"
+    told = [str(warning.message) for warning in caught if warning.category is not ResourceWarning]
+    return f"{optimizer.stats.pushes} pushes {''.join(told)}"
 
 
 class Resumed(NamedTuple):
