@@ -20,8 +20,6 @@ from tests.methods.server.asynchronous import async_sgd
 from tests.methods.server.support import Vector
 from tests.support.ranks import launch
 
-pytestmark = pytest.mark.skip(reason="fails since the last merges, and why is not known yet")
-
 KILLED, STOPPED, FAILED = 2, 3, 4
 UNHURT = (0, 1, 3)  # worker 3 came back
 STEPS, HURT_AT = 90, 3
