@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from hvd_sketch.compressors import Auto, Sharded, Sparsifier, Stride, TopK
 from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.exchange.budget import unreachable
 from hvd_sketch.layout import Layout
 from hvd_sketch.methods.server.codes import Code
+from hvd_sketch.methods.server.message import HEADER
 from hvd_sketch.schedules.base import AdaptiveSchedule
 from hvd_sketch.sparse.codec import SparseCodec
 from hvd_sketch.sparse.comb import comb
@@ -151,7 +153,7 @@ class Comb(SparseCode):
 def sparse_code(compression: Sparsifier, layout: Layout) -> Code:
     """The code that a compressor's settings ask for: those of ``topk``, ``sharded`` or ``auto``, and ``stride``.
 
-    A message has as many bytes as an allreduce's would have, so the ratio is that of one way.
+    The ratio is that of one way: a dense vector's bytes over a message's.
     What they leave whole travels as float32.
 
     Raises:
@@ -175,9 +177,8 @@ def sparse_code(compression: Sparsifier, layout: Layout) -> Code:
 
 def _recipe(compression: Sparsifier, layout: Layout) -> tuple[Callable[..., Code], Callable[[float], int]]:
     """What makes the code, and how many coordinates fit at a ratio."""
-    if isinstance(compression, TopK):  # two ranks exchange as many bytes by allgather as by allreduce
-        whole = replace(compression, half=False)
-        return Pairs, lambda ratio: whole.fit(layout, ratio, 2)
+    if isinstance(compression, TopK):
+        return Pairs, partial(_pairs, layout)
     if isinstance(compression, Sharded | Auto):
         settings = {field.name: getattr(compression, field.name) for field in fields(Auto)}
         alone = Sharded(**{**settings, "half": False, "buckets": 1})
@@ -187,6 +188,19 @@ def _recipe(compression: Sparsifier, layout: Layout) -> tuple[Callable[..., Code
     raise ConfigurationError(
         f"{type(compression).__name__} cannot choose from one vector alone; use Compression.topk, sharded or stride"
     )
+
+
+def _pairs(layout: Layout, ratio: float) -> int:
+    """How many pairs fit into a message with its header, its count and the dense part.
+
+    Raises:
+        ConfigurationError: when not one does.
+    """
+    others = HEADER + 4 + 4 * (layout.total - layout.compressed)
+    count = int((4 * layout.total / ratio - others) / _PAIR)
+    if count < 1:
+        raise unreachable(layout, ratio, others + _PAIR)
+    return min(count, layout.compressed)
 
 
 def _take(vector: Tensor, where: Any) -> Tensor:
