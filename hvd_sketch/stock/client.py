@@ -92,7 +92,7 @@ class Client:
         _check(compressor, optimizer)
         compressor, follow = _accompany[-1](compressor, optimizer, _averages(optimizer))
         self.names = names
-        self.parameters = {name: parameter for parameter, name in names.items() if parameter.requires_grad}
+        self.parameters = {names[p]: p for p in _as_given(optimizer, names) if p.requires_grad}
         self.exchange = _make_exchange(compressor, optimizer, compressor.layout(self.parameters.items()))
         held = weakref.ref(optimizer)
         self.exchange.watch(self.parameters, lambda: getattr(held(), "param_groups", ()))
@@ -231,6 +231,13 @@ def _hook_of(reference: weakref.ref[Client], change: int) -> Callable[..., None]
             client.in_step(change)
 
     return hook
+
+
+def _as_given(optimizer: torch.optim.Optimizer, names: Iterable[Tensor]) -> list[Tensor]:
+    """The named parameters in the order of the model, by which buckets are cut; Horovod has them by name."""
+    held = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    places = {parameter: place for place, parameter in enumerate(held)}
+    return sorted(names, key=lambda parameter: places.get(parameter, len(places)))
 
 
 def _make_exchange(compressor: Compressing, optimizer: Any, layout: Layout) -> Exchange:

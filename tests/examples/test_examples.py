@@ -77,7 +77,7 @@ def identical(one: Any, other: Any) -> bool:
         return torch.equal(one, other)
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(identical(one[key], other[key]) for key in one if key not in COSTS)
-    if isinstance(one, list):
+    if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(identical, one, other))
     return bool(one == other)
 

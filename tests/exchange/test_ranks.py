@@ -138,7 +138,7 @@ def roads() -> tuple[dict[str, list[Tensor]], Tensor]:
     ends = {name: by_every_road(make, 0.9) for name, make in COMPRESSORS.items()}
     ends["momentum correction"] = by_every_road(partial(COMPRESSORS["sketch"], momentum=Momentum(0.9)), 0.0)
     model = net()
-    exact = Compression.sketch(cols=COMPRESSED, k=200, half=False, clip_norm=None)
+    exact = Compression.sketch(rows=7, cols=54 * COMPRESSED, k=200, half=False, clip_norm=None)
     inner = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     optimizer = hvd.DistributedOptimizer(inner, model.named_parameters(), exact)
     return ends, train(optimizer, model, STEPS, hvd.rank())

@@ -78,7 +78,7 @@ def test_a_real_run_is_replayed_to_the_bit_without_mpi(results: Results, name: s
     assert store.stats.workers == server.stats.workers
 
 
-@pytest.mark.parametrize(("name", "nbytes"), [("dense", 4 * COUNT), ("top-k", 308)])
+@pytest.mark.parametrize(("name", "nbytes"), [("dense", 4 * COUNT), ("top-k", 484)])
 def test_what_is_sent_is_the_code_and_16_bytes_a_message(results: Results, name: str, nbytes: int) -> None:
     for rank, run in enumerate(results.of(name)):
         pushes = run.stats.pushes
