@@ -11,6 +11,8 @@ import torch
 from torch.amp import GradScaler
 from torch.amp.grad_scaler import OptState
 
+from hvd_sketch.instances import instances_of
+
 _SEVERAL = (
     "hvd_sketch: several GradScalers are in use, and which one scaled an optimizer's gradients cannot be told before "
     "scaler.step(): they are taken to be unscaled, so what is kept of them has the scale in it; pass grad_scaler= to "
@@ -63,14 +65,10 @@ def _scale_of(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> fl
 
 def tell_scalers(optimizer: torch.optim.Optimizer) -> None:
     """Make the scaler that steps this optimizer, if one does, lower its scale, although gradients here are finite."""
-    for scaler in _scalers() if "found_inf" in vars(optimizer) else ():
+    for scaler in instances_of(GradScaler) if "found_inf" in vars(optimizer) else ():
         state = _state_of(scaler, optimizer)
         for found in () if state is None else state["found_inf_per_device"].values():
             found.fill_(1.0)
-
-
-def _scalers() -> list[GradScaler]:
-    return [found for found in gc.get_objects() if issubclass(type(found), GradScaler)]
 
 
 def _scalers_in_use() -> list[GradScaler]:
@@ -78,7 +76,7 @@ def _scalers_in_use() -> list[GradScaler]:
     for clears_up in (False, True):
         if clears_up:
             gc.collect()
-        used = [scaler for scaler in _scalers() if scaler.is_enabled() and scaler._scale is not None]
+        used = [scaler for scaler in instances_of(GradScaler) if scaler.is_enabled() and scaler._scale is not None]
         if len(used) <= 1:
             break
     return used

@@ -11,6 +11,7 @@ from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.base import Exchange
 from hvd_sketch.exchange.gradients import Watcher, watchers
 from hvd_sketch.exchange.joining import stand_in
+from hvd_sketch.instances import instances_of
 from hvd_sketch.methods.decentralized import Decentralized
 
 
@@ -50,12 +51,11 @@ def _in_use(exchanges: list[Exchange]) -> list[Exchange]:
 
 def _refuse_models_of_their_own() -> None:
     gc.collect()  # what is no longer used is no obstacle
-    for found in gc.get_objects():
-        if issubclass(type(found), Decentralized):
-            raise ConfigurationError(
-                f"hvd.join() cannot stand in for a rank that trains with {type(found).__name__}, where every rank has "
-                "a model of its own; give all ranks equally many steps"
-            )
+    for found in instances_of(Decentralized):  # type: ignore[type-abstract]
+        raise ConfigurationError(
+            f"hvd.join() cannot stand in for a rank that trains with {type(found).__name__}, where every rank has "
+            "a model of its own; give all ranks equally many steps"
+        )
 
 
 def _answers_by_name(comm: Communicator) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import weakref
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
+from hvd_sketch.instances import instances_of
 from hvd_sketch.stock.client import Client, Compressing, Ticket
 
 
@@ -46,12 +46,8 @@ class _Desk:
 
     def _find_clients(self, compressor: Compressing) -> None:
         known = {id(client.optimizer()) for client in self.clients}
-        for candidate in gc.get_objects():
-            if (
-                issubclass(type(candidate), torch.optim.Optimizer)
-                and vars(candidate).get("_compression") is compressor
-                and id(candidate) not in known
-            ):
+        for candidate in instances_of(torch.optim.Optimizer):
+            if vars(candidate).get("_compression") is compressor and id(candidate) not in known:
                 self.clients.append(Client(compressor, candidate))
         if not self.clients:
             raise ConfigurationError(
