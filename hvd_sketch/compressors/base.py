@@ -142,7 +142,8 @@ class Sparsifier(Compressor):
     """What compressors share that send some coordinates now and the others later.
 
     Attributes:
-        ratio: bytes a dense float32 exchange sends over the bytes this one sends, above 1.
+        ratio: bytes a dense float32 exchange sends over the bytes this one sends, at least 1, where
+            everything is sent.
         warmup_steps: the ratio grows from 1 to ``ratio`` in four stages over so many steps.
         schedule: the ratio of each step, in place of ``ratio`` and ``warmup_steps``; must give
             the same numbers on all ranks.
@@ -154,10 +155,8 @@ class Sparsifier(Compressor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.ratio > 1.0:
-            raise ConfigurationError(
-                f"ratio must be above 1, got {self.ratio}; for no compression use Compression.none"
-            )
+        if not self.ratio >= 1.0:
+            raise ConfigurationError(f"ratio must be at least 1, which sends everything; got {self.ratio}")
         if self.warmup_steps < 0:
             raise ConfigurationError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
 
