@@ -39,7 +39,7 @@ class Communicator(ABC):
 
     Every rank calls the same methods in the same order. ``name`` tells concurrent operations
     apart where the backend matches by name. What ``start_…`` began is awaited by `Pending.wait`, and
-    its tensors are to be left alone until then. Where a `round_trip` is long, sums travel as direct messages, see
+    its tensors are to be left alone until then. Where a `crossing` takes long, sums travel as direct messages, see
     `hvd_sketch.comm.direct`. Bytes are those of the bandwidth-optimal ring,
     counted the same way for compressed and dense messages: ``2 (W-1)/W n`` for an allreduce of
     n bytes, ``(W-1) n`` for an allgather of n bytes a rank,
@@ -94,8 +94,8 @@ class Communicator(ABC):
         return True
 
     @cached_property
-    def round_trip(self) -> float:
-        """Seconds that a message to all and one from all take, the same on all ranks; 0 where it does not matter.
+    def crossing(self) -> float:
+        """Seconds that small messages from all to all take, the same on all ranks; 0 where it does not matter.
 
         Collective at its first use, where a backend measures it. It may be set before, alike on all ranks.
         """
@@ -149,6 +149,11 @@ class Communicator(ABC):
         self.run_broadcast(on_host, root, name)
         tensor.copy_(on_host)
 
+    @property
+    def sends_directly(self) -> bool:
+        """Whether sums travel as direct messages, because messages take long; alike on all ranks."""
+        return self._direct is not None
+
     def reaches(self, device: torch.device) -> bool:
         """Whether ``post_…`` takes tensors that live there; others come by way of the host."""
         return True
@@ -201,7 +206,7 @@ class Communicator(ABC):
     @cached_property
     def _direct(self) -> Direct | None:
         """Direct messages, where they are faster."""
-        if self.negotiates or not pays(self.size, self.round_trip):
+        if self.negotiates or not pays(self.size, self.crossing):
             return None
         gather = None if self.gathers_by_ring else self.post_allgather
         return Direct(self.size, self.post_alltoall, gather, lambda: self._staging.post_until(None))

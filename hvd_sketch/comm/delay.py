@@ -15,20 +15,22 @@ from torch import Tensor
 
 from hvd_sketch.errors import ConfigurationError
 
-VARIABLE = "HVD_SKETCH_ROUND_TRIP"
+VARIABLE = "HVD_SKETCH_CROSSING"
 
 NOTABLE = 4e-3
-"""Seconds: a longer round trip is one between places, and not what a busy machine makes of one within a room."""
+"""Seconds: what takes longer is a way between places, and not what a busy machine makes of one within a room."""
 
-_NAME = "hvd_sketch.round_trip"
+_NAME = "hvd_sketch.crossing"
 _SAMPLES = 10
 _NOT_GIVEN = -1.0
 
 
-def agreed_round_trip(alltoall: Callable[[Tensor, str], Tensor], size: int) -> float:
-    """Seconds until all other ranks' messages are here, the same number on all ranks; collective.
+def agreed_crossing(alltoall: Callable[[Tensor, str], Tensor], size: int) -> float:
+    """Seconds from one's own messages to all until theirs are here, the same number on all ranks; collective.
 
-    It is the largest that any rank's environment gives in ``HVD_SKETCH_ROUND_TRIP``. Where none gives one it is 0 if
+    That is a delay where messages just leave, as over MPI, and two where the receiver has to be ready, as over Gloo.
+
+    It is the largest that any rank's environment gives in ``HVD_SKETCH_CROSSING``. Where none gives one it is 0 if
     all ranks are on one host, and else the largest of the ranks' medians over ten alltoalls of 8 bytes to each rank.
     Ranks leave one alltoall apart by what they are late in the next: of two in a row, the mean is the delay.
 

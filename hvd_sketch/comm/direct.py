@@ -19,7 +19,7 @@ LARGEST = 2**28
 _MESSAGE = 3e-5  # seconds of a processor for one message
 
 
-def pays(members: int, round_trip: float) -> bool:
+def pays(members: int, crossing: float) -> bool:
     """Whether direct messages are faster than what goes around a ring or up and down a tree.
 
     A ring waits ``2 (W-1)`` times for a delay and a tree ``2 log2 W`` times, direct messages twice; but every rank
@@ -27,9 +27,9 @@ def pays(members: int, round_trip: float) -> bool:
 
     Args:
         members: how many ranks, W.
-        round_trip: seconds until all other ranks' messages are here, at best.
+        crossing: seconds that small messages from all to all take.
     """
-    return members > 1 and round_trip >= NOTABLE and members * _MESSAGE <= round_trip * math.log2(members)
+    return members > 1 and crossing >= NOTABLE and members * _MESSAGE <= crossing * math.log2(members)
 
 
 class Direct:

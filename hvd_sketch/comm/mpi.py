@@ -11,7 +11,7 @@ from mpi4py.typing import Buffer
 from torch import Tensor
 
 from hvd_sketch.comm.base import Communicator, Pending
-from hvd_sketch.comm.delay import agreed_round_trip
+from hvd_sketch.comm.delay import agreed_crossing
 from hvd_sketch.comm.patience import limit_of, wait_until
 from hvd_sketch.comm.roll_call import RollCall
 from hvd_sketch.errors import RankLostError
@@ -91,9 +91,9 @@ class MpiCommunicator(Communicator):
         return self._local
 
     @cached_property
-    def round_trip(self) -> float:
+    def crossing(self) -> float:
         """As it is measured."""
-        return agreed_round_trip(lambda message, name: self.post_alltoall(message, name).wait(), self.size)
+        return agreed_crossing(lambda message, name: self.post_alltoall(message, name).wait(), self.size)
 
     def reaches(self, device: torch.device) -> bool:
         """Host memory alone."""

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hvd_sketch.comm.base import Communicator, Pending
-from hvd_sketch.comm.delay import agreed_round_trip
+from hvd_sketch.comm.delay import agreed_crossing
 from hvd_sketch.comm.patience import VARIABLE, limit_of
 from hvd_sketch.errors import ConfigurationError, RankLostError
 
@@ -94,9 +94,9 @@ class TorchCommunicator(Communicator):
         return self._rank >= 0
 
     @cached_property
-    def round_trip(self) -> float:
+    def crossing(self) -> float:
         """As it is measured."""
-        return agreed_round_trip(lambda message, name: self.post_alltoall(message, name).wait(), self.size)
+        return agreed_crossing(lambda message, name: self.post_alltoall(message, name).wait(), self.size)
 
     def reaches(self, device: torch.device) -> bool:
         """Host memory; a GPU's where the group has a backend for it."""

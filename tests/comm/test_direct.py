@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hvd_sketch as hvd
 from hvd_sketch.comm import Communicator, as_communicator, default_communicator
-from hvd_sketch.comm.delay import VARIABLE, agreed_round_trip
+from hvd_sketch.comm.delay import VARIABLE, agreed_crossing
 from hvd_sketch.comm.direct import Direct, pays
 from hvd_sketch.comm.in_process import InProcess, run_in_process
 from hvd_sketch.compressors import Compressor
@@ -25,20 +25,22 @@ from tests.support.simulation import Run, drive, heavy_tailed
 SIZE, STEPS, FAR = 3, 6, 0.05
 ROUNDED_ON_THE_WAY = ("sketch, half", "sketch, five rows", "sketch, buckets", "sketch, in turn")
 """Those of which some sums are rounded in half precision, once or at every rank."""
+HEADER_RIDES = ("sharded", "sharded, buckets", "auto")
+"""Those that send something in vain in a void step; see test_sharded_far.py for their bytes."""
 
 
 @pytest.mark.parametrize(
-    ("members", "round_trip", "expected"),
+    ("members", "crossing", "expected"),
     [(1, 1.0, False), (2, 0.04, True), (8, 0.001, False), (8, 0.04, True), (512, 0.004, True), (4096, 0.004, False)],
 )
 def test_they_are_chosen_where_messages_take_long_and_are_not_too_many(
-    members: int, round_trip: float, expected: bool
+    members: int, crossing: float, expected: bool
 ) -> None:
-    assert pays(members, round_trip) == expected
+    assert pays(members, crossing) == expected
 
 
 def far(comm: Communicator) -> Communicator:
-    comm.round_trip = FAR
+    comm.crossing = FAR
     assert comm._direct is not None
     return comm
 
@@ -115,7 +117,8 @@ def test_an_exchange_is_as_over_any_other_sum(compressor: Compressor) -> None:
 
     direct, plain = runs(True), runs(False)
     assert all(torch.equal(run.updates.nan_to_num(9.0), direct[0].updates.nan_to_num(9.0)) for run in direct)
-    assert [run.exchange.stats.bytes_sent for run in direct] == [run.exchange.stats.bytes_sent for run in plain]
+    if compressor not in [TABLE[name] for name in HEADER_RIDES]:
+        assert [run.exchange.stats.bytes_sent for run in direct] == [run.exchange.stats.bytes_sent for run in plain]
     valid = [0, 1, 2, 4, 5]
     assert bool(direct[0].updates[3].isnan().all())
     assert conserved([Run(run.updates[valid], run.exchange) for run in direct], gradients[:, valid])
@@ -123,7 +126,7 @@ def test_an_exchange_is_as_over_any_other_sum(compressor: Compressor) -> None:
         assert torch.allclose(direct[0].updates[valid], plain[0].updates[valid], rtol=1e-6, atol=1e-6)
 
 
-def test_all_ranks_agree_on_the_longest_round_trip(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ranks_agree_on_the_longest_crossing(monkeypatch: pytest.MonkeyPatch) -> None:
     """One rank is far from the others; on one host none is; and what a rank's environment says is what counts."""
     same = [True]
     monkeypatch.setattr("socket.gethostname", lambda: "here" if same[0] else threading.current_thread().name)
@@ -133,7 +136,7 @@ def test_all_ranks_agree_on_the_longest_round_trip(monkeypatch: pytest.MonkeyPat
             time.sleep(0.01 * (comm.rank == 1))
             return comm.alltoall(tensor, name)
 
-        return agreed_round_trip(alltoall, comm.size)
+        return agreed_crossing(alltoall, comm.size)
 
     assert run_in_process(3, body) == [0.0] * 3
     same[0] = False
@@ -143,11 +146,11 @@ def test_all_ranks_agree_on_the_longest_round_trip(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv(VARIABLE, "0.08")
     assert run_in_process(3, body) == [0.08] * 3
     monkeypatch.setenv(VARIABLE, "-1")
-    with pytest.raises(ConfigurationError, match="HVD_SKETCH_ROUND_TRIP must be a number of seconds"):
+    with pytest.raises(ConfigurationError, match="HVD_SKETCH_CROSSING must be a number of seconds"):
         run_in_process(3, body)
 
 
-NAMES = ("sketch, buckets", "sharded, dense part", "topk", "powersgd")
+NAMES = ("sketch, buckets", "sharded, buckets", "topk", "powersgd")
 
 
 def on_a_rank(use_mpi4py: bool) -> dict[str, tuple[Tensor, Tensor]]:
@@ -160,7 +163,7 @@ def on_a_rank(use_mpi4py: bool) -> dict[str, tuple[Tensor, Tensor]]:
     else:
         comm = default_communicator()
     assert test_backends.check(comm)
-    assert comm.round_trip == FAR
+    assert comm.crossing == FAR
     assert comm._direct is not None
     gradients = heavy_tailed(comm.size, STEPS, TOTAL)[comm.rank]
     seen = {name: drive(comm, TABLE[name], gradients) for name in NAMES}
