@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hvd_sketch.bits import pack as pack_bits
+from hvd_sketch.bits import packed_bytes
+from hvd_sketch.bits import unpack as unpack_bits
 from hvd_sketch.comm.copies import COPIES, majority
 
 _TOLD = 5
@@ -23,6 +26,9 @@ DIGEST = slice(COPIES * _TOLD, COPIES * _TOLD + DIGEST_BITS)
 
 HEADER = DIGEST.stop
 """Lanes before the payload."""
+
+HEADER_BYTES = packed_bytes(HEADER, 1)
+"""Of one rank's header where all ranks get it as it is, not the sum: every lane of it is 0 or 1."""
 
 _ODD = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 """The constants of splitmix64 (Steele, Lea and Flood 2014), as int64."""
@@ -64,6 +70,10 @@ class Header(NamedTuple):
     def void(self) -> bool:
         """Whether nothing of what the step selected will be applied."""
         return not (self.finite and self.agreed) or self.problem or self.flush
+
+    def regular(self, ranks: int) -> bool:
+        """Whether all ranks take part, and none lacks a gradient."""
+        return self.present == ranks and not self.incomplete
 
 
 def shared_scale(largest: float, ranks: int, dtype: torch.dtype) -> float:
@@ -126,6 +136,20 @@ def _lanes(device: torch.device, told: tuple[bool, ...]) -> Tensor:
 def read_header(message: Tensor) -> Header:
     """What a summed message's header tells; waits for a device that has yet to compute it."""
     return Header.of(message[:HEADER].tolist())
+
+
+def header_bits(message: Tensor) -> Tensor:
+    """A message's header, not yet summed, as bytes (uint8)."""
+    packed = torch.empty(HEADER_BYTES, dtype=torch.uint8, device=message.device)
+    pack_bits(message[:HEADER].to(torch.int8), 1, packed)
+    return packed
+
+
+def read_header_bits(rows: Tensor) -> Header:
+    """What all ranks' headers say in sum, from a row of `header_bits` of each; waits for a device."""
+    lanes = torch.empty(len(rows), HEADER, dtype=torch.float32, device=rows.device)
+    unpack_bits(rows, 1, lanes)
+    return Header.of(lanes.neg_().sum(0).tolist())
 
 
 def write_digest(lanes: Tensor, content: Tensor, salt: int = 0) -> None:

@@ -55,4 +55,10 @@ def test_a_header_tells_in_sum_what_one_rank_says(
         wire.write_digest(message[wire.DIGEST], torch.tensor([7]))
     header = wire.read_header(messages.sum(0))
     assert header == (finite, incomplete, 3, problem, flush, True)
+    bits = torch.stack([wire.header_bits(message) for message in messages])
+    assert wire.read_header_bits(bits) == header
+    for place in range(0, wire.HEADER, 7):
+        bits[rank, place % wire.HEADER_BYTES] ^= 1 << place // wire.HEADER_BYTES
+        assert wire.read_header_bits(bits) == header
+        bits[rank, place % wire.HEADER_BYTES] ^= 1 << place // wire.HEADER_BYTES
     assert header.void == (not finite or problem or flush)

@@ -78,6 +78,8 @@ class HorovodCommunicator(Communicator):
         RankLostError: when others do not come. Horovod ends by itself what waits for a rank that has ended.
     """
 
+    negotiates = True
+
     def __init__(self, process_set: Any = None, timeout: float | None = None) -> None:
         self.process_set = hvd.global_process_set if process_set is None else process_set
         self.limit = limit_of(timeout)

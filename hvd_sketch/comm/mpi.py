@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from mpi4py.typing import Buffer
 from torch import Tensor
 
 from hvd_sketch.comm.base import Communicator, Pending
+from hvd_sketch.comm.delay import agreed_crossing
 from hvd_sketch.comm.patience import limit_of, wait_until
 from hvd_sketch.comm.roll_call import RollCall
 from hvd_sketch.errors import RankLostError
@@ -87,6 +89,11 @@ class MpiCommunicator(Communicator):
     def local(self) -> tuple[int, int]:
         """As MPI knows who shares memory."""
         return self._local
+
+    @cached_property
+    def crossing(self) -> float:
+        """As it is measured."""
+        return agreed_crossing(lambda message, name: self.post_alltoall(message, name).wait(), self.size)
 
     def reaches(self, device: torch.device) -> bool:
         """Host memory alone."""

@@ -185,6 +185,7 @@ class Progress(ABC):
         contributors = agree(self.comm, mine, self.rounds.name_of, self._welcome)
         self._agreed_size = self.comm.size if contributors == self.comm.size else 0
         self.drift.forget()
+        self.rounds.regular = True  # alike also on ranks that are new
         self._plans.clear()
 
     def _progress(self) -> str:

@@ -31,6 +31,7 @@ class Rounds:
         all_present: whether all did.
         partial: steps of this rank that some other did not take part in, since somebody last set it to 0.
         flushes: whether the present step sends everything, because some rank asked for it.
+        regular: whether all ranks took part in the last step, and none lacked a gradient.
         incomplete: whether this rank has no gradient for some parameter.
         digest: of what all ranks should hold alike, for the header of the step that `sum` takes.
         on_incomplete: called before a step is taken for which some rank lacks a gradient; may communicate.
@@ -41,7 +42,7 @@ class Rounds:
         self.digest: Tensor | None = None
         self._damages: list[tuple[Tensor, str]] = []
         self.present, self.partial = 0, 0
-        self.all_present, self.flushes = True, False
+        self.all_present, self.flushes, self.regular = True, False, True
         self.incomplete = False
         self.on_incomplete: Callable[[], None] = _nothing
         self._flush_asked = False
@@ -87,12 +88,22 @@ class Rounds:
 
     def start_sum(self, message: Tensor, finite: bool | Tensor, what: str) -> Pending:
         """Begin to sum a message of the step over the ranks, under its header."""
+        self._write_header(message, finite)
+        return self.comm.start_allreduce(message, self.name_of(what))
+
+    def header_bits(self, finite: bool, device: torch.device) -> Tensor:
+        """This rank's header as bytes, to ride in a message to each rank; see `wire.read_header_bits`."""
+        header = torch.zeros(wire.HEADER, dtype=torch.float32, device=device)
+        if not self.comm.muted:
+            self._write_header(header, finite)
+        return wire.header_bits(header)
+
+    def _write_header(self, message: Tensor, finite: bool | Tensor) -> None:
         damages = [damaged for damaged, _ in self._damages]
         problem = self._problem is not None or (bool(damages) and torch.stack(damages).any())
         wire.write_header(message, finite, incomplete=self.incomplete, problem=problem, flush=self._flush_asked)
         digest = message[wire.DIGEST]
         digest.zero_() if self.digest is None else digest.copy_(self.digest)
-        return self.comm.start_allreduce(message, self.name_of(what))
 
     def heed(self, header: wire.Header) -> bool:
         """Whether the step that a header speaks for is to be taken.
@@ -109,6 +120,7 @@ class Rounds:
             raise self._drift.tell(self.comm, self.name_of)
         self.present, self.all_present = header.present, header.present == self.comm.size
         self.partial += not self.all_present
+        self.regular = header.regular(self.comm.size)
         self.flushes = header.finite and header.flush
         taken = header.finite and not header.flush
         if taken and header.incomplete:

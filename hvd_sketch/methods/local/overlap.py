@@ -99,7 +99,7 @@ class OverlapLocalSGD(LocalSteps):
         self._flat.write(self._live)
         self._velocity.mul_(self._factor).add_(anchor).sub_(local)
         anchor.sub_(self._velocity).div_(self._collectives.size)
-        self._pending = self._collectives.start_allreduce(anchor, "hvd_sketch.anchor")
+        self._pending = self._collectives.start_allreduce(anchor, "hvd_sketch.anchor", in_turn=False)
 
     def finish(self) -> None:
         """As for every method: wait for the anchor that is on its way."""
