@@ -87,12 +87,16 @@ class Rounds:
 
     def start_sum(self, message: Tensor, finite: bool | Tensor, what: str) -> Pending:
         """Begin to sum a message of the step over the ranks, under its header."""
+        self.write_header(message, finite)
+        return self.comm.start_allreduce(message, self.name_of(what))
+
+    def write_header(self, message: Tensor, finite: bool | Tensor) -> None:
+        """Put what this rank has to say of the step in front of a message."""
         damages = [damaged for damaged, _ in self._damages]
         problem = self._problem is not None or (bool(damages) and torch.stack(damages).any())
         wire.write_header(message, finite, incomplete=self.incomplete, problem=problem, flush=self._flush_asked)
         digest = message[wire.DIGEST]
         digest.zero_() if self.digest is None else digest.copy_(self.digest)
-        return self.comm.start_allreduce(message, self.name_of(what))
 
     def heed(self, header: wire.Header) -> bool:
         """Whether the step that a header speaks for is to be taken.
