@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hvd_sketch.comm.base import Communicator
+from hvd_sketch.comm.hosts import Hosts
 from hvd_sketch.compressors.base import Bucketed
 from hvd_sketch.compressors.sharded import Sharded
 from hvd_sketch.compressors.sketch import Sketch
@@ -40,10 +41,11 @@ class Auto(Bucketed):
         average: bool,
         device: torch.device,
         momentum: Momentum | None = None,
+        hosts: Hosts | None = None,
     ) -> Exchange:
         """The exchange of the member that suits the model and the number of ranks."""
         member = self._member(layout, comm.size)
-        exchange = member.exchange(layout, comm, average=average, device=device, momentum=momentum)
+        exchange = member.exchange(layout, comm, average=average, device=device, momentum=momentum, hosts=hosts)
         there = f"there are {self._code(layout, comm.size):.0f} bytes for each owner"
         exchange.log.notes.append(f"auto chose {type(member).__name__}: {there} of Sharded, which needs {_LEAST_CODE}")
         return exchange
