@@ -132,6 +132,7 @@ class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
             return self._step_alone(closure, keywords)
         if closure is not None:
             return self._step_plainly(self._exchanging(closure), keywords)
+        self._scale.note_step(self)
         void = False
         with torch.no_grad():
             if self._should_synchronize and not self._synchronized:
@@ -197,7 +198,7 @@ class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
         exchange, gradients = self._made()
         if exchange.streams:
             with torch.no_grad():
-                gradients.computed(parameter, self.backward_passes_per_step, lambda: 1.0 / self._scale.by_hand(self))
+                gradients.computed(parameter, self.backward_passes_per_step, lambda: self._scale.in_backward(self))
 
     def _run(self, scale: float, *, remember: bool = False) -> tuple[Exchange, Gradients]:
         """Exchange the gradients as they are, less their scale."""
