@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -91,32 +90,52 @@ class Horovod(Training):
         return self._bytes
 
 
-class Sparsified(Horovod):
-    """Horovod with one of our compressors at a ratio and other settings, at full strength from the first step."""
+class Exchanged(Training):
+    """A step of ours: one of our compressors, or none, at full strength from the first step."""
 
-    def __init__(self, compression: str, ratio: float, **settings: Any) -> None:
-        from hvd_sketch.sketch import native
-
-        super().__init__(compression)
-        self._settings = {"ratio": ratio, "warmup_steps": 0, **settings}
-        if compression == "sketch":
-            self.kernel = "native" if native.available() else "reference"
+    _settings: dict[str, Any]
+    _comm: Any = None
 
     def attach(self, model: nn.Module) -> None:
         import hvd_sketch
 
-        compressor = getattr(hvd_sketch.Compression, self._name)(**self._settings)
-        self._model, self._step_bytes = model, 0.0
+        compressor, optimizer = _compressor(**self._settings), _sgd(model)
         distributed: Any = hvd_sketch.DistributedOptimizer(
-            _sgd(model), model.named_parameters(), compressor, error_feedback=None
+            optimizer, model.named_parameters(), compressor, comm=self._comm, error_feedback=None
         )
-        self._optimizer, self._stats = distributed, distributed.exchange.stats
+        self._model, self._optimizer, self._stats = model, distributed, distributed.exchange.stats
 
     def bytes_sent(self) -> float:
         return float(self._stats.bytes_sent)
 
     def phases(self) -> dict[str, float]:
         return dict(self._stats.seconds)
+
+
+class Sparsified(Exchanged, Horovod):
+    """Over Horovod, with one of our compressors at a ratio and other settings."""
+
+    def __init__(self, compression: str, ratio: float, **settings: Any) -> None:
+        super().__init__(compression)
+        self._step_bytes = 0.0
+        self._settings = {"name": compression, "ratio": ratio, **settings}
+        self.kernel = _kernel(compression)
+
+
+class Mpi(Exchanged):
+    """Over mpi4py, without Horovod: dense, or with one of our compressors."""
+
+    def __init__(self, compression: str = "none", **settings: Any) -> None:
+        from mpi4py import MPI
+
+        self._comm = MPI.COMM_WORLD
+        self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
+        self._settings = {"name": compression, **settings}
+        self.kernel = _kernel(compression)
+
+    def gather(self, value: Any) -> list[Any]:
+        values: list[Any] = self._comm.allgather(value)
+        return values
 
 
 class Ddp(Training):
@@ -129,8 +148,8 @@ class Ddp(Training):
     def __init__(self, powersgd_rank: int | None = None) -> None:
         from torch import distributed
 
-        self.rank, self.size = int(os.environ["HOROVOD_RANK"]), int(os.environ["HOROVOD_SIZE"])
-        distributed.init_process_group("gloo", init_method="tcp://h1:29500", rank=self.rank, world_size=self.size)
+        distributed.init_process_group("gloo")
+        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         self._powersgd_rank = powersgd_rank
         self._state: Any = None
         self._steps = 0
@@ -168,7 +187,7 @@ class Ddp(Training):
 
 
 class DdpHooked(Ddp):
-    """DistributedDataParallel with one of our compressors, or with PyTorch's own hook of half precision."""
+    """DistributedDataParallel with one of our compressors, or with one of PyTorch's own hooks of half precision."""
 
     def __init__(self, compression: str, **settings: Any) -> None:
         super().__init__()
@@ -183,10 +202,11 @@ class DdpHooked(Ddp):
         self._optimizer = _sgd(model)
         self._model = wrapped = DistributedDataParallel(model, init_sync=False)
         self._step_bytes = self._ring_bytes(2 * _coordinates(model))
-        if self._name == "fp16":
-            wrapped.register_comm_hook(None, default_hooks.fp16_compress_hook)
+        hooks = {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}
+        if self._name in hooks:
+            wrapped.register_comm_hook(None, hooks[self._name])
             return
-        compressor = getattr(hvd_sketch.Compression, self._name)(warmup_steps=0, **self._settings)
+        compressor = _compressor(self._name, **self._settings)
         self._state = hvd_sketch.ddp.register(wrapped, self._optimizer, compressor, error_feedback=None)
 
     def bytes_sent(self) -> float:
@@ -202,6 +222,15 @@ class Method:
 
     start: Callable[[], Training]
     warmup: int = 3
+    launcher: str = "horovodrun"
+
+
+def _ddp(start: Callable[[], Ddp], warmup: int = 3) -> Method:
+    return Method(start, warmup, "torchrun")
+
+
+def _mpi(compression: str = "none", **settings: Any) -> Method:
+    return Method(lambda: Mpi(compression, **settings), launcher="mpirun")
 
 
 _IN_TURN = {"in_turn": 0.75, "dense_below": 0}
@@ -218,14 +247,19 @@ METHODS: Mapping[str, Method] = {
     "sketch-40-in-turn-4-buckets": Method(lambda: Sparsified("sketch", 40.0, buckets=4, **_IN_TURN)),
     "sharded-40": Method(lambda: Sparsified("sharded", 40.0)),
     "sharded-40-4-buckets": Method(lambda: Sparsified("sharded", 40.0, buckets=4)),
-    "ddp": Method(lambda: Ddp(), warmup=2),
-    "ddp-fp16": Method(lambda: DdpHooked("fp16"), warmup=2),
-    "ddp-sketch-40": Method(lambda: DdpHooked("sketch", ratio=40.0)),
-    "ddp-sketch-40-4-buckets": Method(lambda: DdpHooked("sketch", ratio=40.0, buckets=4)),
-    "ddp-sharded-40": Method(lambda: DdpHooked("sharded", ratio=40.0)),
-    "ddp-powersgd-1": Method(lambda: Ddp(1), warmup=4),
-    "ddp-powersgd-2": Method(lambda: Ddp(2), warmup=4),
-    "ddp-powersgd-4": Method(lambda: Ddp(4), warmup=4),
+    "mpi": _mpi(),
+    "mpi-topk-40": _mpi("topk", ratio=40.0),
+    "mpi-sketch-40": _mpi("sketch", ratio=40.0),
+    "mpi-sharded-40": _mpi("sharded", ratio=40.0),
+    "ddp": _ddp(lambda: Ddp(), warmup=2),
+    "ddp-fp16": _ddp(lambda: DdpHooked("fp16"), warmup=2),
+    "ddp-bf16": _ddp(lambda: DdpHooked("bf16"), warmup=2),
+    "ddp-sketch-40": _ddp(lambda: DdpHooked("sketch", ratio=40.0)),
+    "ddp-sketch-40-4-buckets": _ddp(lambda: DdpHooked("sketch", ratio=40.0, buckets=4)),
+    "ddp-sharded-40": _ddp(lambda: DdpHooked("sharded", ratio=40.0)),
+    "ddp-powersgd-1": _ddp(lambda: Ddp(1), warmup=4),
+    "ddp-powersgd-2": _ddp(lambda: Ddp(2), warmup=4),
+    "ddp-powersgd-4": _ddp(lambda: Ddp(4), warmup=4),
 }
 
 
@@ -234,6 +268,22 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, ta
     optimizer.zero_grad()
     nn.functional.cross_entropy(model(inputs), targets).backward()
     optimizer.step()
+
+
+def _compressor(name: str, **settings: Any) -> Any:
+    import hvd_sketch
+
+    if name == "none":
+        return hvd_sketch.Compression.none
+    return getattr(hvd_sketch.Compression, name)(warmup_steps=0, **settings)
+
+
+def _kernel(compression: str) -> str:
+    from hvd_sketch.sketch import native
+
+    if compression != "sketch":
+        return ""
+    return "native" if native.available() else "reference"
 
 
 def _sgd(model: nn.Module) -> torch.optim.Optimizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import groupby, product
 from pathlib import Path
 from string import ascii_uppercase
@@ -206,7 +207,7 @@ def _failed(rows: dict[Cell, Row]) -> str:
 
 
 def _sibling(cell: Cell, method: str) -> Cell:
-    return Cell(cell.hosts, cell.mbit, cell.model, method)
+    return replace(cell, method=method)
 
 
 def _seconds(value: float | None) -> str:
