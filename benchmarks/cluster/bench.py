@@ -30,7 +30,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "results" / "cluster.json"
 HOSTS = (2, 4, 8)
 RATES = (100.0, 1000.0)
 MODELS_OF_TABLE = tuple(name for name in MODELS if name != "transformer-0.4M")
-METHODS_OF_TABLE = tuple(name for name in METHODS if not name.startswith("mpi") and name != "ddp-bf16")
+METHODS_OF_TABLE = tuple(name for name in METHODS if not name.startswith("mpi"))
 COLUMNS = ("hosts", "mbit", "models", "methods", "delay", "ranks_per_host")
 """The options that `grid` takes, in its order."""
 
