@@ -36,7 +36,7 @@ COLUMNS = ("hosts", "mbit", "models", "methods", "delay", "ranks_per_host")
 
 Row = dict[str, Any]
 
-_HOROVOD = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "600", "HOROVOD_CYCLE_TIME": "5"}
+ENVIRONMENT = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "600", "HOROVOD_CYCLE_TIME": "5"}
 """Horovod's ranks talk to each other in every cycle; in one of 1 ms, its default, this takes a third of the processors
 that all hosts share here, and up to 0.4 times a sketched step's bytes."""
 
@@ -176,11 +176,11 @@ def _row(cluster: Cluster, cell: Cell, seconds: float) -> Row:
         limit = _START + 10 * cell.ranks + seconds + _STEPS * cell.longest_step
         try:
             with log.open("w") as output:
-                cluster.run(command, env=_HOROVOD, timeout=limit, output=output)
+                cluster.run(command, env=ENVIRONMENT, timeout=limit, output=output)
         except subprocess.TimeoutExpired:
             return row | {"error": f"not done after {limit:.0f} s"}
         if not out.exists():
-            return row | {"error": _reason(log.read_text(errors="replace"))}
+            return row | {"error": reason(log.read_text(errors="replace"))}
         return row | _derived(cell, json.loads(out.read_text()))
 
 
@@ -197,7 +197,7 @@ def _derived(cell: Cell, measured: Row) -> Row:
     }
 
 
-def _reason(log: str) -> str:
+def reason(log: str) -> str:
     """The line of a failed run's output that says most: the first error that some rank reports."""
     lines = [line.split(">:", 1)[-1].strip() for line in log.splitlines() if line.strip()]
     told = [line for line in lines if "Error" in line or "what():" in line]

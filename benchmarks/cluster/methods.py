@@ -28,12 +28,12 @@ class Training(ABC):
     rank: int
     size: int
     kernel = ""
+    optimizer: Any
     _model: nn.Module
-    _optimizer: torch.optim.Optimizer
 
     @abstractmethod
-    def attach(self, model: nn.Module) -> None:
-        """Make the model's steps exchange their gradients from now on."""
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Make the model's steps with this optimizer exchange their gradients from now on."""
 
     @abstractmethod
     def gather(self, value: Any) -> list[Any]:
@@ -49,7 +49,7 @@ class Training(ABC):
 
     def step(self, inputs: Tensor, targets: Tensor) -> None:
         """One training step, exchange included."""
-        train(self._model, self._optimizer, inputs, targets)
+        train(self._model, self.optimizer, inputs, targets)
 
     def _ring_bytes(self, message: float) -> float:
         """What one rank sends in an allreduce of so many bytes."""
@@ -67,13 +67,12 @@ class Horovod(Training):
         self.rank, self.size, self._name = hvd.rank(), hvd.size(), compression
         self._bytes = 0.0
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         import horovod.torch as hvd
 
         self._model = model
-        self._optimizer = hvd.DistributedOptimizer(
-            _sgd(model), model.named_parameters(), getattr(hvd.Compression, self._name)
-        )
+        compressor = getattr(hvd.Compression, self._name)
+        self.optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters(), compressor)
         self._step_bytes = self._ring_bytes((2 if self._name == "fp16" else 4) * _coordinates(model))
 
     def step(self, inputs: Tensor, targets: Tensor) -> None:
@@ -96,14 +95,14 @@ class Exchanged(Training):
     _settings: dict[str, Any]
     _comm: Any = None
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         import hvd_sketch
 
-        compressor, optimizer = _compressor(**self._settings), _sgd(model)
+        compressor = _compressor(**self._settings)
         distributed: Any = hvd_sketch.DistributedOptimizer(
             optimizer, model.named_parameters(), compressor, comm=self._comm, error_feedback=None
         )
-        self._model, self._optimizer, self._stats = model, distributed, distributed.exchange.stats
+        self._model, self.optimizer, self._stats = model, distributed, distributed.exchange.stats
 
     def bytes_sent(self) -> float:
         return float(self._stats.bytes_sent)
@@ -154,11 +153,11 @@ class Ddp(Training):
         self._state: Any = None
         self._steps = 0
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
         from torch.nn.parallel import DistributedDataParallel
 
-        self._optimizer = _sgd(model)
+        self.optimizer = optimizer
         bucket = None if self._powersgd_rank is None else 4 * _coordinates(model) // 2**20 + 1
         self._model = wrapped = DistributedDataParallel(model, init_sync=False, bucket_cap_mb=bucket)
         self._step_bytes = self._ring_bytes(4 * _coordinates(model))
@@ -196,20 +195,20 @@ class DdpHooked(Ddp):
         super().__init__()
         self._name, self._settings = compression, settings
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
         from torch.nn.parallel import DistributedDataParallel
 
         import hvd_sketch
 
-        self._optimizer = _sgd(model)
+        self.optimizer = optimizer
         self._model = wrapped = DistributedDataParallel(model, init_sync=False)
         self._step_bytes = self._ring_bytes(2 * _coordinates(model))
         if self._name == "fp16":
             wrapped.register_comm_hook(None, default_hooks.fp16_compress_hook)
             return
         compressor = _compressor(self._name, **self._settings)
-        self._state = hvd_sketch.ddp.register(wrapped, self._optimizer, compressor, error_feedback=None)
+        self._state = hvd_sketch.ddp.register(wrapped, optimizer, compressor, error_feedback=None)
 
     def bytes_sent(self) -> float:
         return self._steps * self._step_bytes if self._state is None else float(self._state.exchange.stats.bytes_sent)
@@ -287,7 +286,8 @@ def _kernel(compression: str) -> str:
     return "native" if native.available() else "reference"
 
 
-def _sgd(model: nn.Module) -> torch.optim.Optimizer:
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    """What the rows of the table train with."""
     return torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
 
 
