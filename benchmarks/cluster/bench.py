@@ -111,7 +111,8 @@ def far() -> list[Cell]:
 def packed() -> list[Cell]:
     """Hosts with several ranks, which share a link."""
     two = grid((2,), RATES, ("transformer-1M",), _BOTH_ENGINES, ranks_per_host=(1, 2, 4))
-    return two + grid((4,), RATES, ("transformer-1M",), _BOTH_ENGINES, ranks_per_host=(1, 2))
+    four = grid((4,), RATES, ("transformer-1M",), _BOTH_ENGINES, ranks_per_host=(1, 2))
+    return [replace(cell, series="packed") for cell in (*two, *four)]
 
 
 def ddp() -> list[Cell]:
