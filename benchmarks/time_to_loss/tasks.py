@@ -50,7 +50,7 @@ def _digits(width: int, rate: float) -> Task:
     return replace(
         plain,
         model=lambda: ConvNet(width),
-        optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9),
+        optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=rate),
         batch=lambda generator, size: colored(plain.batch(generator, size)),
         held_out=lambda: colored(plain.held_out()),
     )
@@ -60,8 +60,8 @@ GOALS: Mapping[str, Goal] = {
     "transformer-0.3M": Goal(_transformer(104, 2, 6e-3), steps=300, interval=10),
     "transformer-1M": Goal(_transformer(144, 4, 3e-3), steps=300, interval=10),
     "transformer-10M": Goal(_transformer(384, 6, 1e-3), steps=300, interval=10),
-    "cnn-1M": Goal(_digits(64, 0.02), steps=200, interval=10),
-    "cnn-10M": Goal(_digits(208, 0.01), steps=200, interval=10),
+    "cnn-1M": Goal(_digits(64, 1e-3), steps=200, interval=10),
+    "cnn-10M": Goal(_digits(208, 5e-4), steps=200, interval=10),
 }
 """Learning rates as tuned for dense training, constant after a warm-up: with one that decays until a last step, a
 method that needs more steps would be judged by when it was told to stop."""
