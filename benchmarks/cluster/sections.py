@@ -26,8 +26,9 @@ _FAR = """\
 {models}, {rates} Mbit/s, one rank a host: seconds of the exchange, by one-way delay and number of hosts. Methods that
 begin with `mpi` are ours over mpi4py, all others run on Gloo: within Horovod, or with `ddp` without it. The bytes of a
 compressed gradient need at most {limit:.1f} ms of a link; the rest is messages that wait for each other, and what the
-hosts' two cores do. [The model](scale.md#against-what-was-measured) counts them. Measured beside other programs: load
-{load}.
+hosts' two cores do. Direct: sums as two messages from everybody to everybody, and the header of `sharded` in its
+codes, as the package does by itself where a round trip is long; the other rows are from before.
+[The model](scale.md#against-what-was-measured) counts them. Measured beside other programs: load {load}.
 
 """
 _PACKED = """\
@@ -60,9 +61,11 @@ def far(rows: Rows) -> str:
     if not shown:
         return ""
     places = sorted({(cell.delay, cell.hosts) for cell in shown})
-    told = {(cell.method, cell.delay, cell.hosts): f"{row['seconds_exchange']:.3f}" for cell, row in shown.items()}
-    methods = [method for method in METHODS if any(cell.method == method for cell in shown)]
-    lines = [[f"`{method}`", *(told.get((method, *place), "") for place in places)] for method in methods]
+    told = {(_name(cell), cell.delay, cell.hosts): f"{row['seconds_exchange']:.3f}" for cell, row in shown.items()}
+    ordered = sorted(shown, key=lambda cell: (cell.series, list(METHODS).index(cell.method)))
+    lines = [
+        [name, *(told.get((name, *place), "") for place in places)] for name in dict.fromkeys(map(_name, ordered))
+    ]
     compressed = [row["wire_limit_seconds"] for row in shown.values() if row["ratio"] > 2]
     head = _FAR.format(
         models=_listed(cell.model for cell in shown),
@@ -94,6 +97,10 @@ def table(words: int, columns: Sequence[str], lines: Iterable[Sequence[str]]) ->
     """A table whose first columns are words, and the others numbers."""
     rows = ["| " + " | ".join(columns) + " |", "|" + "---|" * words + "---:|" * (len(columns) - words)]
     return "\n".join([*rows, *("| " + " | ".join(line) + " |" for line in lines)]) + "\n"
+
+
+def _name(cell: Cell) -> str:
+    return f"`{cell.method}`, {cell.series}" if cell.series else f"`{cell.method}`"
 
 
 def _ratio(base: Row | None, row: Row) -> str:

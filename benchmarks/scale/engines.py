@@ -84,6 +84,7 @@ ENGINES: Mapping[str, Engine] = {
     "horovod": Engine(True, True, {**_GLOO, "alltoall": _constant(2)}),
     "gloo": Engine(True, False, _GLOO),
     "mpi": Engine(False, False, {**_ONE_BY_ONE, "allreduce": _mpi_allreduce}, ("allgather",)),
+    "mpi, direct": Engine(False, False, _ONE_BY_ONE, tuple(_DIRECT)),
     "gloo, direct": Engine(True, False, _ONE_BY_ONE, tuple(_DIRECT)),
     "gloo, direct, two levels": Engine(True, False, _ONE_BY_ONE, tuple(_DIRECT), levels=2),
 }

@@ -35,6 +35,8 @@ _START = Fitted(
 )
 _ROBUST = 0.1  # errors above a tenth count less than their square: hours differ by that much
 
+_DIRECT = "direct"  # the series of rows whose sums are two messages from everybody to everybody
+
 Rows = Mapping[Cell, Row]
 
 _ALIKE = {
@@ -53,6 +55,8 @@ _ALIKE = {
     "mpi-sketch-40": "sketch",
     "mpi-sharded-40": "sharded",
     "ddp": "dense",
+    "ddp-sketch-40": "sketch",
+    "ddp-sharded-40": "sharded",
     "ddp-powersgd-1": "powersgd 1",
     "ddp-powersgd-2": "powersgd 2",
     "ddp-powersgd-4": "powersgd 4",
@@ -61,7 +65,11 @@ _ALIKE = {
 
 def known(rows: Rows) -> dict[Cell, Row]:
     """The measured rows whose method the model has."""
-    return {cell: row for cell, row in rows.items() if cell.method in _ALIKE and "error" not in row}
+    return {
+        cell: row
+        for cell, row in rows.items()
+        if cell.method in _ALIKE and cell.series in ("", _DIRECT) and "error" not in row
+    }
 
 
 def fit(rows: Rows) -> Fitted:
@@ -80,6 +88,7 @@ def fit(rows: Rows) -> Fitted:
 def place(cell: Cell, row: Row) -> Place:
     """Where a row was measured: all ranks share the machine's cores."""
     engine = "mpi" if cell.method.startswith("mpi") else "gloo" if cell.method.startswith("ddp") else "horovod"
+    engine += f", {_DIRECT}" if cell.series == _DIRECT else ""
     cores = int(row["machine"].split()[0])
     size = row["params"], row["ratio"], cell.mbit
     return Place(engine, cell.hosts, *size, cell.delay, cell.ranks_per_host, shared_cores=cores)
@@ -111,4 +120,5 @@ def read(path: Path = NUMBERS) -> Fitted:
 
 
 def _exchange(cell: Cell) -> str:
-    return _ALIKE[cell.method]
+    alike = _ALIKE[cell.method]
+    return "sharded, header in its codes" if (alike, cell.series) == ("sharded", _DIRECT) else alike

@@ -96,7 +96,8 @@ def _far(rows: Rows, fitted: Fitted) -> str:
     lines = []
     for cell, row in far.items():
         told, measured = predicted(cell, row, fitted), row["seconds_exchange"]
-        place = f"{cell.delay:g}", str(cell.hosts), f"{cell.mbit:g}", f"`{cell.method}`"
+        method = f"`{cell.method}`" + (f", {cell.series}" if cell.series else "")
+        place = f"{cell.delay:g}", str(cell.hosts), f"{cell.mbit:g}", method
         lines.append([*place, f"{measured:.3f}", f"{told:.3f}", f"{told / measured:.2f}"])
     columns = ("one way ms", "hosts", "Mbit/s", "method", "measured", "predicted", "predicted / measured")
     median, ninth = median_and_ninth(errors_of(far, fitted))

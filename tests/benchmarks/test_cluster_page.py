@@ -39,6 +39,8 @@ def test_delays_are_columns_and_methods_lines() -> None:
     text = sections.far({cell: row(index + 0.5) for index, cell in enumerate(far)})
     assert "| 1 ms, 2 hosts | 1 ms, 8 hosts | 20 ms, 2 hosts | 20 ms, 8 hosts |" in text
     assert "| `ddp` | 0.500 | 1.500 | 2.500 | 3.500 |" in text
+    direct = {replace(cell, series="direct"): row(7.0) for cell in far[-1:]}
+    assert "| `ddp`, direct |  |  |  | 7.000 |" in sections.far(dict.fromkeys(far, row(1.0)) | direct)
 
 
 def test_bytes_of_a_hosts_interface_stand_beside_those_of_one_rank() -> None:
