@@ -16,8 +16,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any
 
-from benchmarks.cluster import delay as switch_with_delay
-from benchmarks.cluster import network, sshd
+from benchmarks.cluster import delayed, network, sshd
 from benchmarks.cluster.launchers import search_path
 from benchmarks.cluster.network import ClusterError
 from benchmarks.cluster.requirements import missing, program
@@ -84,7 +83,7 @@ class Cluster:
         for number, (host, port) in enumerate(zip(self.hosts, ports, strict=True), start=1):
             network.make_host(self._namespace(host), switch, port, f"{sshd.address(number)}/24", self.mbit)
         if self.delay:
-            switch_with_delay.start(self._folder, switch, ports, self.mbit, self.delay, stay=stay)
+            delayed.start(self._folder, switch, ports, self.mbit, self.delay, stay=stay)
         else:
             network.bridge(switch, ports, self.mbit)
         sshd.write_shared(self._folder, self.hosts)
