@@ -94,13 +94,14 @@ class Exchanged(Training):
 
     _settings: dict[str, Any]
     _comm: Any = None
+    _options: Mapping[str, Any] = {}
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         import hvd_sketch
 
         compressor = _compressor(**self._settings)
         distributed: Any = hvd_sketch.DistributedOptimizer(
-            optimizer, model.named_parameters(), compressor, comm=self._comm, error_feedback=None
+            optimizer, model.named_parameters(), compressor, comm=self._comm, error_feedback=None, **self._options
         )
         self._model, self.optimizer, self._stats = model, distributed, distributed.exchange.stats
 
@@ -122,14 +123,14 @@ class Sparsified(Exchanged, Horovod):
 
 
 class Mpi(Exchanged):
-    """Over mpi4py, without Horovod: dense, or with one of our compressors."""
+    """Over mpi4py, without Horovod: dense, or with one of our compressors; ``flat`` with a memory for every rank."""
 
-    def __init__(self, compression: str = "none", **settings: Any) -> None:
+    def __init__(self, compression: str = "none", *, flat: bool = False, **settings: Any) -> None:
         from mpi4py import MPI
 
         self._comm = MPI.COMM_WORLD
         self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
-        self._settings = {"name": compression, **settings}
+        self._settings, self._options = {"name": compression, **settings}, {"hierarchical": False} if flat else {}
         self.kernel = _kernel(compression)
 
     def gather(self, value: Any) -> list[Any]:
@@ -252,6 +253,9 @@ METHODS: Mapping[str, Method] = {
     "mpi-topk-40": _mpi("topk", ratio=40.0),
     "mpi-sketch-40": _mpi("sketch", ratio=40.0),
     "mpi-sharded-40": _mpi("sharded", ratio=40.0),
+    "mpi-topk-40-flat": _mpi("topk", flat=True, ratio=40.0),
+    "mpi-sketch-40-flat": _mpi("sketch", flat=True, ratio=40.0),
+    "mpi-sharded-40-flat": _mpi("sharded", flat=True, ratio=40.0),
     "ddp": _ddp(lambda: Ddp(), warmup=2),
     "ddp-fp16": _ddp(lambda: DdpHooked("fp16"), warmup=2),
     "ddp-sketch-40": _ddp(lambda: DdpHooked("sketch", ratio=40.0)),
