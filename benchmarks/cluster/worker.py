@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.cluster.methods import METHODS, Training, sgd, train
+from benchmarks.cluster.methods import METHODS
 from benchmarks.cluster.models import MODELS, Batch, Model
+from benchmarks.cluster.trainings import Training, sgd, train
 
 _FEWEST, _MOST = 3, 60
 _LOCAL_STEPS, _LOCAL_ROUNDS = 8, 3

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from benchmarks.cluster.methods import METHODS as OF_TABLE
-from benchmarks.cluster.methods import Ddp, Horovod, Method
+from benchmarks.cluster.methods import Method
+from benchmarks.cluster.trainings import Ddp, Horovod
 
 _RATIO = 40.0
 PERIOD = 40

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.accuracy.tasks import Batch, Task
-from benchmarks.cluster.methods import Training
+from benchmarks.cluster.trainings import Training
 from benchmarks.cluster.worker import come_first
 from benchmarks.time_to_loss.methods import METHODS
 from benchmarks.time_to_loss.tasks import GOALS, Goal
