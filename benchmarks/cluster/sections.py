@@ -36,8 +36,8 @@ _PACKED = """\
 
 Ranks of a host share its link. Over mpi4py a host's ranks sum inside it first and send one message, by themselves;
 those that end in `flat` were told not to, and over Horovod every rank sends its own. **MB of the interface**: TCP
-payload that a host sends in a step, by its counters, all its ranks together; **of one rank**: the same over the row with
-one rank a host. Measured beside other programs: load {load}.
+payload that a host sends in a step, by its counters, all its ranks together; **of one rank**: the same over the row
+with one rank a host. Measured beside other programs: load {load}.
 
 """
 
