@@ -23,6 +23,7 @@ from hvd_sketch.exchange import Exchange
 from hvd_sketch.methods.exchanging import ExchangingOptimizer
 from hvd_sketch.methods.flat import Flat, FlatParameters
 from hvd_sketch.methods.wiring import Wiring
+from hvd_sketch.shards import is_sharded, local
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ class Anticipation(Ahead):
         """On a GPU by one kernel, which needs no vector for the point ahead."""
         optimizer, parameters = self._optimizer, self.flat.parameters
         moments = [optimizer.state.get(each, {}).get("exp_avg_sq") for each in parameters]
-        if not gpu.serves(self.synchronous.vector) or not self._mover.serves(parameters, moments):
+        whole = not any(map(is_sharded, parameters))
+        if not whole or not gpu.serves(self.synchronous.vector) or not self._mover.serves(parameters, moments):
             super().move()
             return
         rates = {each: group for group in optimizer.param_groups for each in group["params"]}
@@ -235,7 +237,7 @@ def respond(
     if not errors:
         return
     second = group["betas"][1]
-    sizes = [state["exp_avg_sq"].to(error.dtype) for error, state in zip(errors, states, strict=True)]
+    sizes = [local(state["exp_avg_sq"]).to(error.dtype) for error, state in zip(errors, states, strict=True)]
     sizes = list(torch._foreach_addcmul(sizes, errors, errors, value=1.0 - second))
     torch._foreach_sqrt_(sizes)
     torch._foreach_div_(sizes, math.sqrt(1.0 - second ** float(states[0]["step"])))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -53,6 +53,7 @@ class Exchange(Progress):
         frozen: positions of the parameters that do not require a gradient for now.
         only_decay: positions of those that were handed in for their weight decay, and have no gradient.
         staging: which gradients have arrived, and their norms.
+        whole_norm: the norm of a gradient from that of this rank's shards of it; None where a rank has all of it.
     """
 
     shares_memory = False
@@ -67,6 +68,7 @@ class Exchange(Progress):
         self.gradient = self.staging.vector
         self.frozen: Collection[int] = ()
         self.only_decay: Collection[int] = ()
+        self.whole_norm: Callable[[float], float] | None = None
         self._update = Update(setting.layout, setting.device)
         self._everything: Tensor | None = None
         self._absent, self._missing = Absent(setting.layout), set[int]()
@@ -200,10 +202,14 @@ class Exchange(Progress):
 
     def measure(self) -> tuple[Factor, Finite]:
         """The factor of this rank's gradient, and whether it is finite; what a GPU knows stays there."""
-        if self.staging.gathered:
+        if self.staging.gathered and self.whole_norm is None:
             return self.staging.measure(self._setting.clip_norm)
-        norm = self.gradient_norm()
-        return self.clip_factor(norm), math.isfinite(norm)
+        return self.judge(self.gradient_norm())
+
+    def judge(self, norm: float) -> tuple[float, bool]:
+        """The factor of a gradient, and whether it is finite, by the norm of what this rank has of it."""
+        whole = norm if self.whole_norm is None else self.whole_norm(norm)
+        return self.clip_factor(whole), math.isfinite(whole)
 
     def gradient_norm(self) -> float:
         """The norm of this rank's gradient; not finite if the gradient is not."""

@@ -16,6 +16,7 @@ from hvd_sketch.comm.base import Communicator
 from hvd_sketch.errors import RankMismatchError
 from hvd_sketch.exchange.agreement import Answers, differences
 from hvd_sketch.layout import Layout
+from hvd_sketch.shards import local
 
 PERIOD = 100
 """Steps in which every parameter is looked at once."""
@@ -103,7 +104,7 @@ class Drift:
         first = max(0, bisect_right(self._offsets, start) - 1)
         for at in range(first, bisect_left(self._offsets, stop, first)):
             offset = self._offsets[at]
-            yield self.parameters[at].detach().reshape(-1)[max(0, start - offset) : stop - offset]
+            yield local(self.parameters[at]).detach().reshape(-1)[max(0, start - offset) : stop - offset]
 
 
 def _numbers(groups: Groups) -> dict[str, Any]:

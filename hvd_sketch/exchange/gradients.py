@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hvd_sketch.exchange.base import Exchange
+from hvd_sketch.shards import local
 
 
 class Gradients:
@@ -113,12 +114,12 @@ class Gradients:
                 update = self._exchange.update_of(position) * factor
                 parameter.grad = update.to_sparse(parameter.grad.sparse_dim()).to(parameter.dtype)
             else:
-                targets[position] = parameter.grad
+                targets[position] = local(parameter.grad)
         self._exchange.write_update(targets, factor)
 
     def there(self) -> Iterator[Tensor]:
         """The gradients that there are."""
-        return (parameter.grad for parameter in self.parameters if parameter.grad is not None)
+        return (local(parameter.grad) for parameter in self.parameters if parameter.grad is not None)
 
     def _hand_in(self, gradients: Mapping[int, Tensor], factor: float) -> None:
         dense = {at: self._dense(at, gradient) for at, gradient in gradients.items()}
@@ -127,9 +128,9 @@ class Gradients:
             self._exchange.submit_many(fit, factor)
             return
         for position, gradient in fit.items():
-            parameter = self.parameters[position]
-            decay = self._decay_of(parameter)
-            self._exchange.submit(position, gradient, factor, parameter if decay else None, decay)
+            decay = self._decay_of(self.parameters[position])
+            parameter = local(self.parameters[position]) if decay else None
+            self._exchange.submit(position, gradient, factor, parameter, decay)
 
     def _hand_in_decay(self) -> None:
         """Of parameters without a gradient here, which others may have one for."""
@@ -138,7 +139,7 @@ class Gradients:
         )
         self._exchange.only_decay = [position for position, decay in decays.items() if decay]
         for position in self._exchange.only_decay:
-            parameter = self.parameters[position]
+            parameter = local(self.parameters[position])
             self._exchange.submit(position, torch.zeros_like(parameter), 1.0, parameter, decays[position])
 
     def _dense(self, position: int, gradient: Tensor) -> Tensor | None:
@@ -149,7 +150,7 @@ class Gradients:
                 "pass sparse_as_dense=True, or give it an optimizer of its own"
             )
             return None
-        gradient = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+        gradient = gradient.detach().to_dense() if gradient.is_sparse else local(gradient.detach())
         shape = self._exchange.layout.slots[position].shape
         if tuple(gradient.shape) == shape:
             return gradient

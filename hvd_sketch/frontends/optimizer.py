@@ -16,6 +16,7 @@ from hvd_sketch.compressors import Compression, Compressor, HalfPrecision, NoCom
 from hvd_sketch.error_feedback.ahead import AheadOptimizer
 from hvd_sketch.error_feedback.base import ErrorFeedback, Wrapping, check_error_feedback
 from hvd_sketch.error_feedback.default import Default, settle
+from hvd_sketch.error_feedback.step_ahead import StepAhead
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import DenseExchange, Exchange
 from hvd_sketch.frontends.link import Link
@@ -23,6 +24,7 @@ from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
 from hvd_sketch.methods.exchanging import ExchangingOptimizer
 from hvd_sketch.methods.wiring import HorovodOptimizer, Wiring
+from hvd_sketch.shards import Shards, check_shards, local_parts
 
 Average, Sum = 0, 1  # Horovod's own numbers
 _OTHER_OPS = {2: "Adasum", 3: "Min", 4: "Max", 5: "Product"}
@@ -111,6 +113,9 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     a compressor of ours gradients are gathered while backward runs, and `synchronize` does the
     whole exchange in one fixed order, whatever the order of hooks.
 
+    Parameters may be shards (DTensors of ``fully_shard``): then ``comm`` is the dimension of the mesh along which the
+    same ones are held, and each rank exchanges its own, see `Shards`.
+
     Args:
         optimizer: the optimizer to wrap, before or after loading its state.
         named_parameters: ``model.named_parameters()``; names fix the order and must be unique.
@@ -135,8 +140,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
             none. The default is the compressor's own, see its ``anticipate``.
 
     Raises:
-        ConfigurationError: when a setting cannot work, before any communication.
-    """
+        ConfigurationError: when a setting cannot work, before any communication."""
     _check_arguments(optimizer, backward_passes_per_step, op, gradient_predivide_factor, process_set, comm)
     if num_groups != 0:
         warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=2)
@@ -161,7 +165,9 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     check_groups(groups)
     corrects = momentum_correction and isinstance(compression, Compressor)
     correction = correction_of(optimizer, masking=momentum_masking) if corrects else None
-    named, link = _named(optimizer, named_parameters), Link(comm, process_set)
+    named = _named(optimizer, named_parameters)
+    check_shards(named, comm, _unfit_for_shards(compression, feedback, sparse_as_dense=sparse_as_dense))
+    link = Link(comm, process_set)
     _layout(compression, [item for item in named if item[1].requires_grad])  # fails now, not in the first step
     wiring = Wiring(
         make_exchange=partial(_exchange, compression, link, op == Average),
@@ -218,16 +224,31 @@ def _exchange(
     comm = link.communicator()
     device = next(iter(parameters.values())).device
     layout = _layout(compression, parameters.items())
+    exchange: Exchange
     if isinstance(compression, Compressor):
-        return compression.exchange(layout, comm, average=average, device=device, momentum=momentum)
-    dtype = torch.float16 if compression is HalfPrecision else torch.float32
-    return DenseExchange(layout, comm, average=average, device=device, dtype=dtype)
+        exchange = compression.exchange(layout, comm, average=average, device=device, momentum=momentum)
+    else:
+        dtype = torch.float16 if compression is HalfPrecision else torch.float32
+        exchange = DenseExchange(layout, comm, average=average, device=device, dtype=dtype)
+    shards = Shards.of(parameters.values())
+    exchange.whole_norm = None if shards is None else shards.norm
+    return exchange
 
 
 def _layout(compression: Any, named_parameters: Iterable[tuple[str, Tensor]]) -> Layout:
+    parts = local_parts(named_parameters).items()
     if isinstance(compression, Compressor):
-        return compression.layout(named_parameters)
-    return Layout.of(named_parameters, lambda name, parameter: False)
+        return compression.layout(parts)
+    return Layout.of(parts, lambda name, parameter: False)
+
+
+def _unfit_for_shards(compression: Any, feedback: ErrorFeedback | None, *, sparse_as_dense: bool) -> dict[str, bool]:
+    """Settings that do not go with parameters of which ranks hold shards."""
+    return {
+        "error_feedback=StepAhead": isinstance(feedback, StepAhead),
+        "sparse_as_dense": sparse_as_dense,
+        "buckets above 1": getattr(compression, "buckets", 1) > 1,
+    }
 
 
 def _named(
