@@ -151,10 +151,11 @@ def digests_agree(lanes: Sequence[float], contributors: float) -> bool:
 
 
 def words(content: Tensor) -> Tensor:
-    """The bits of any tensor as a vector of int32."""
+    """The bits of any tensor as a vector of int32, the last of them filled up with zeros."""
     flat = content.detach().reshape(-1)
     if flat.element_size() < 4:
-        return (flat.view(torch.int16) if flat.element_size() == 2 else flat).to(torch.int32)
+        flat = flat.view(torch.uint8)
+        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 4))
     return flat.view(torch.int32)
 
 

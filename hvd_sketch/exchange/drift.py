@@ -32,9 +32,10 @@ _REMEDY = (
 class Drift:
     """What must be equal on all ranks before a step, and what to tell them if it is not.
 
-    In the digest of step t are the update of the step before, the numbers of the optimizer's groups that the step
-    will be made with, the ``t mod 100``-th hundredth of the parameters, and what an algorithm keeps in common. It
-    costs one pass over these, waits for no device, and is 32 lanes of a message that is sent anyway.
+    In the digest of step t are the update of the step before, or what it was computed from, the numbers of the
+    optimizer's groups that the step will be made with, the ``t mod 100``-th hundredth of the parameters, and what an
+    algorithm keeps in common. It costs one pass over these, waits for no device, and is 32 lanes of a message that is
+    sent anyway.
 
     Args:
         layout: of the parameters.
