@@ -62,3 +62,15 @@ def test_a_header_tells_in_sum_what_one_rank_says(
         assert wire.read_header_bits(bits) == header
         bits[rank, place % wire.HEADER_BYTES] ^= 1 << place // wire.HEADER_BYTES
     assert header.void == (not finite or problem or flush)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.float32, torch.float64])
+@given(size=st.integers(1, 200), place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_what_a_tensor_is_folded_to_tells_any_changed_bit(
+    dtype: torch.dtype, size: int, place: float, bit: int
+) -> None:
+    content = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
+    changed = content.clone()
+    changed.view(torch.uint8)[int(place * changed.nbytes)] ^= 1 << bit
+    assert torch.equal(wire.fold(content), wire.fold(content.clone()))
+    assert not torch.equal(wire.fold(content), wire.fold(changed))

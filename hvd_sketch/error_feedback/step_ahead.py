@@ -109,6 +109,7 @@ class StepAheadOptimizer(AheadOptimizer, Method):
             synchronous = self._ahead.synchronous.views
             named = {slot.name: view for slot, view in zip(flat.layout.slots, synchronous, strict=True)}
             exchange.watch(named, lambda: inner.param_groups)
+            exchange.resync_every = self._wrapping.wiring.resync_every
             exchange.log.notes.append(note)
             if self._memory is not None:
                 exchange.load_state_dict(self._memory)

@@ -14,6 +14,7 @@ from hvd_sketch import wire
 from hvd_sketch.exchange.absent import Absent, gather_absent
 from hvd_sketch.exchange.log import Log
 from hvd_sketch.exchange.progress import Progress, Saved
+from hvd_sketch.exchange.resync import take_over_parameters
 from hvd_sketch.exchange.setting import Setting
 from hvd_sketch.exchange.staging import Staging
 from hvd_sketch.exchange.update import Part, Update
@@ -158,6 +159,8 @@ class Exchange(Progress):
         self.step += counts
         if counts and self.comm.size > 1:
             self.drift.note_update(*self._update.contents())
+            if self.resync_every and self.step % self.resync_every == 0:
+                self.stats.drift = take_over_parameters(self.rounds, self.drift.parameters)
         for observer in self.observers if counts else ():
             observer.observe(self)
         self.log.end_step(self, compressed=compressed)

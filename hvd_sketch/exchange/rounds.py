@@ -154,6 +154,12 @@ class Rounds:
         if self.comm.size > 1:
             self._drift.note(values)
 
+    def take_over(self, values: Tensor, what: str) -> None:
+        """After a step that all took part in: replace ``values`` by rank 0's."""
+        with self._stats.counting(self.comm), self._stats.phase("exchange"):
+            self.comm.broadcast(values, 0, self.name_of(what))
+        self._drift.note(values)
+
     def _problems(self) -> Exception:
         """Collective: what is wrong on which rank."""
         damage = next((what for damaged, what in self._damages if bool(damaged)), None)

@@ -16,15 +16,21 @@ from hvd_sketch.sparse.places import Places
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Coordinates ``where`` of the update: zeros but for the values at some places, or without places all values."""
+    """Coordinates ``where`` of the update: zeros but for the values at some places, or without places all values.
+
+    Where all ranks have computed it from something smaller that they received, that is its ``source``.
+    """
 
     where: slice
     values: Tensor
     places: Places | None = None
+    source: Tensor | None = None
 
-    def coordinates(self) -> list[Tensor]:
-        """What says where the values are, unless that is everywhere."""
-        return [] if self.places is None else [self.places.numbers]
+    def contents(self) -> list[Tensor]:
+        """What it is made of: equal on ranks that have the same part."""
+        if self.source is not None:
+            return [self.source]
+        return [self.values] if self.places is None else [self.values, self.places.numbers]
 
     def write(self, vector: Tensor) -> None:
         """Write it to a vector of its size."""
@@ -76,7 +82,7 @@ class Update:
         """All that it is made of."""
         if not self._parts:
             return [self.whole()]
-        return [content for part in self._parts for content in (part.values, *part.coordinates())]
+        return [content for part in self._parts for content in part.contents()]
 
     def of(self, position: int) -> Tensor:
         """The update of one slot in its shape: a view of `whole`."""

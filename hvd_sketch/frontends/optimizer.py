@@ -44,6 +44,7 @@ class Options(TypedDict, total=False):
     grad_scaler: torch.amp.GradScaler | None
     momentum_correction: bool
     momentum_masking: bool
+    resync_every: int
 
 
 @overload
@@ -101,6 +102,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     grad_scaler: torch.amp.GradScaler | None = None,
     momentum_correction: bool = False,
     momentum_masking: bool = True,
+    resync_every: int = 0,
     error_feedback: ErrorFeedback | Default | None = Default.OF_COMPRESSION,
 ) -> HorovodOptimizer | AheadOptimizer:
     """Wrap an optimizer so that its steps use the gradients of all ranks.
@@ -135,6 +137,9 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
             each rank before the selection instead of after it (see `Momentum`); without a
             sparsifying compressor both are the same, and this changes nothing.
         momentum_masking: with the above, clear the momentum of what was sent.
+        resync_every: in every so manieth step all ranks take over rank 0's parameters, which costs a broadcast of
+            them: for processors of several kinds, whose PyTorch rounds the optimizer's steps differently.
+            ``stats.drift`` tells how far apart they were. 0 for never.
         error_feedback: `StepAhead` or `Anticipate` takes gradients where what is unsent is already
             applied, in an unchanged training loop: see `AheadOptimizer`, which the result is then. None for
             none. The default is the compressor's own, see its ``anticipate``.
@@ -142,6 +147,8 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     Raises:
         ConfigurationError: when a setting cannot work, before any communication."""
     _check_arguments(optimizer, backward_passes_per_step, op, gradient_predivide_factor, process_set, comm)
+    if resync_every < 0:
+        raise ConfigurationError(f"resync_every must be at least 0, got {resync_every}")
     if num_groups != 0:
         warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=2)
     compression, feedback = settle(
@@ -160,6 +167,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
             groups=groups if groups is not None else num_groups or None,
             sparse_as_dense=sparse_as_dense,
             process_set=process_set,
+            resync_every=resync_every,
         )
     _check_compression(compression, op, optimizer)
     check_groups(groups)
@@ -176,6 +184,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         sparse_as_dense=sparse_as_dense,
         grad_scaler=grad_scaler,
         correction=correction,
+        resync_every=resync_every,
         attributes={"op": op, "process_set": process_set, "_groups": groups, "sparse_as_dense": sparse_as_dense},
     )
     if feedback is None:
@@ -277,8 +286,15 @@ def _named(
     return [(name, parameter) for name, parameter in named if id(parameter) in held and first[id(parameter)] == name]
 
 
-def _stock_optimizer(optimizer: torch.optim.Optimizer, *, process_set: Any, **arguments: Any) -> HorovodOptimizer:
+def _stock_optimizer(
+    optimizer: torch.optim.Optimizer, *, process_set: Any, resync_every: int, **arguments: Any
+) -> HorovodOptimizer:
     import horovod.torch as hvd
+
+    if resync_every:
+        raise ConfigurationError(
+            "resync_every needs a compressor of ours: with Compression.none and fp16 this is Horovod's own optimizer"
+        )
 
     process_set = hvd.global_process_set if process_set is None else process_set
     # the runner of unmodified scripts may have put this function in place of Horovod's

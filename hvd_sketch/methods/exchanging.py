@@ -80,6 +80,7 @@ class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
             exchange = wiring.make_exchange(self._named, wiring.correction)
             inner = self.optimizer
             exchange.watch(self._named, lambda: inner.param_groups)
+            exchange.resync_every = wiring.resync_every
             exchange.agree_on(f"optimizer={type(inner).__name__} {wiring.note}")
             exchange.log.notes.append(wiring.note)
             for follower in wiring.followers:
