@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.comm import chosen_backend
+from hvd_sketch.comm.hosts import Asked
 from hvd_sketch.compatibility import check_groups, check_momentum, correction_of
 from hvd_sketch.compressors import Compression, Compressor, HalfPrecision, NoCompression
 from hvd_sketch.error_feedback.ahead import AheadOptimizer
 from hvd_sketch.error_feedback.base import ErrorFeedback, Wrapping, check_error_feedback
 from hvd_sketch.error_feedback.default import Default, settle
+from hvd_sketch.error_feedback.step_ahead import StepAhead
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import DenseExchange, Exchange
 from hvd_sketch.frontends.link import Link
@@ -42,6 +44,7 @@ class Options(TypedDict, total=False):
     grad_scaler: torch.amp.GradScaler | None
     momentum_correction: bool
     momentum_masking: bool
+    hierarchical: Asked
 
 
 @overload
@@ -100,6 +103,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     momentum_correction: bool = False,
     momentum_masking: bool = True,
     error_feedback: ErrorFeedback | Default | None = Default.OF_COMPRESSION,
+    hierarchical: Asked = None,
 ) -> HorovodOptimizer | AheadOptimizer:
     """Wrap an optimizer so that its steps use the gradients of all ranks.
 
@@ -133,6 +137,10 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         error_feedback: `StepAhead` or `Anticipate` takes gradients where what is unsent is already
             applied, in an unchanged training loop: see `AheadOptimizer`, which the result is then. None for
             none. The default is the compressor's own, see its ``anticipate``.
+        hierarchical: whether the ranks of a host have one memory together and send one message, see
+            `HierarchicalExchange`. None for yes where there are several hosts with equally many ranks, more than
+            one, connected by mpi4py or torch.distributed; True to insist; a number for groups of so many ranks in a
+            row; False for one memory a rank.
 
     Raises:
         ConfigurationError: when a setting cannot work, before any communication.
@@ -145,6 +153,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     )
     if feedback is not None:
         check_error_feedback(feedback, optimizer, compression, averages=op == Average, corrects=momentum_correction)
+    asked = _check_hierarchical(hierarchical, compression, feedback)
     if comm is None and chosen_backend() == "horovod" and not isinstance(compression, Compressor):
         return _stock_optimizer(
             optimizer,
@@ -161,8 +170,9 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     check_groups(groups)
     corrects = momentum_correction and isinstance(compression, Compressor)
     correction = correction_of(optimizer, masking=momentum_masking) if corrects else None
-    named, link = _named(optimizer, named_parameters), Link(comm, process_set)
+    named = _named(optimizer, named_parameters)
     _layout(compression, [item for item in named if item[1].requires_grad])  # fails now, not in the first step
+    link = Link(comm, process_set, asked)
     wiring = Wiring(
         make_exchange=partial(_exchange, compression, link, op == Average),
         is_active=link.is_active,
@@ -212,6 +222,20 @@ def _check_compression(compression: Any, op: int, optimizer: torch.optim.Optimiz
         check_momentum(compression.momentum, optimizer)
 
 
+def _check_hierarchical(asked: Asked, compression: Any, feedback: ErrorFeedback | None) -> Asked:
+    """What is asked for, False where it is not possible; refused where somebody insists on that."""
+    if not isinstance(asked, bool | None) and (type(asked) is not int or asked < 1):
+        raise ConfigurationError(f"hierarchical must be True, False, None or a number of ranks, got {asked!r}")
+    if isinstance(compression, Compressor) and not isinstance(feedback, StepAhead):
+        return asked
+    if asked:
+        raise ConfigurationError(
+            f"hierarchical={asked} shares the memory of a compressor's exchange of gradients, which "
+            f"{compression if feedback is None else 'StepAhead'} has none of; leave it away"
+        )
+    return False
+
+
 def _exchange(
     compression: Any, link: Link, average: bool, parameters: dict[str, Tensor], momentum: Momentum | None
 ) -> Exchange:
@@ -219,7 +243,11 @@ def _exchange(
     device = next(iter(parameters.values())).device
     layout = _layout(compression, parameters.items())
     if isinstance(compression, Compressor):
-        return compression.exchange(layout, comm, average=average, device=device, momentum=momentum)
+        exchange = compression.exchange(
+            layout, comm, average=average, device=device, momentum=momentum, hosts=link.hosts()
+        )
+        exchange.log.notes += filter(None, [link.note])
+        return exchange
     dtype = torch.float16 if compression is HalfPrecision else torch.float32
     return DenseExchange(layout, comm, average=average, device=device, dtype=dtype)
 
