@@ -46,7 +46,7 @@ class Header(NamedTuple):
     Attributes:
         finite: whether every rank's gradient is.
         incomplete: whether some rank has no gradient for some parameter.
-        present: how many ranks took part.
+        present: how many ranks took part; a fraction where a rank's header was the mean of several.
         problem: whether some rank has a problem.
         flush: whether some rank asks for a flush.
         agreed: whether the ranks wrote the same digest.
@@ -54,7 +54,7 @@ class Header(NamedTuple):
 
     finite: bool
     incomplete: bool
-    present: int
+    present: float
     problem: bool
     flush: bool
     agreed: bool
@@ -64,7 +64,7 @@ class Header(NamedTuple):
         """From the values of the summed lanes."""
         incomplete, odd, present, problem, flush = majority(lanes[: DIGEST.start])
         agreed = digests_agree(lanes[DIGEST], present)
-        return cls(odd == 0.0, incomplete > 0.0, int(present), problem > 0.0, flush > 0.0, agreed)
+        return cls(odd == 0.0, incomplete > 0.0, present, problem > 0.0, flush > 0.0, agreed)
 
     @property
     def void(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.comm import chosen_backend
+from hvd_sketch.comm.hosts import Asked
 from hvd_sketch.compatibility import check_groups, check_momentum, correction_of
 from hvd_sketch.compressors import Compression, Compressor, HalfPrecision, NoCompression
 from hvd_sketch.error_feedback.ahead import AheadOptimizer
@@ -24,7 +25,7 @@ from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
 from hvd_sketch.methods.exchanging import ExchangingOptimizer
 from hvd_sketch.methods.wiring import HorovodOptimizer, Wiring
-from hvd_sketch.shards import Shards, check_shards, local_parts
+from hvd_sketch.shards import Shards, check_shards, is_sharded, local_parts
 
 Average, Sum = 0, 1  # Horovod's own numbers
 _OTHER_OPS = {2: "Adasum", 3: "Min", 4: "Max", 5: "Product"}
@@ -45,6 +46,7 @@ class Options(TypedDict, total=False):
     momentum_correction: bool
     momentum_masking: bool
     resync_every: int
+    hierarchical: Asked
 
 
 @overload
@@ -104,6 +106,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     momentum_masking: bool = True,
     resync_every: int = 0,
     error_feedback: ErrorFeedback | Default | None = Default.OF_COMPRESSION,
+    hierarchical: Asked = None,
 ) -> HorovodOptimizer | AheadOptimizer:
     """Wrap an optimizer so that its steps use the gradients of all ranks.
 
@@ -143,9 +146,14 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         error_feedback: `StepAhead` or `Anticipate` takes gradients where what is unsent is already
             applied, in an unchanged training loop: see `AheadOptimizer`, which the result is then. None for
             none. The default is the compressor's own, see its ``anticipate``.
+        hierarchical: whether the ranks of a host have one memory together and send one message, see
+            `HierarchicalExchange`. None for yes where there are several hosts with equally many ranks, more than
+            one, connected by mpi4py or torch.distributed; True to insist; a number for groups of so many ranks in a
+            row; False for one memory a rank.
 
     Raises:
-        ConfigurationError: when a setting cannot work, before any communication."""
+        ConfigurationError: when a setting cannot work, before any communication.
+    """
     _check_arguments(optimizer, backward_passes_per_step, op, gradient_predivide_factor, process_set, comm)
     if resync_every < 0:
         raise ConfigurationError(f"resync_every must be at least 0, got {resync_every}")
@@ -156,6 +164,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     )
     if feedback is not None:
         check_error_feedback(feedback, optimizer, compression, averages=op == Average, corrects=momentum_correction)
+    asked = _check_hierarchical(hierarchical, compression, feedback)
     if comm is None and chosen_backend() == "horovod" and not isinstance(compression, Compressor):
         return _stock_optimizer(
             optimizer,
@@ -174,9 +183,10 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     corrects = momentum_correction and isinstance(compression, Compressor)
     correction = correction_of(optimizer, masking=momentum_masking) if corrects else None
     named = _named(optimizer, named_parameters)
-    check_shards(named, comm, _unfit_for_shards(compression, feedback, sparse_as_dense=sparse_as_dense))
-    link = Link(comm, process_set)
+    unfit = _unfit_for_shards(compression, feedback, sparse_as_dense=sparse_as_dense, hierarchical=bool(asked))
+    check_shards(named, comm, unfit)
     _layout(compression, [item for item in named if item[1].requires_grad])  # fails now, not in the first step
+    link = Link(comm, process_set, False if any(is_sharded(parameter) for _, parameter in named) else asked)
     wiring = Wiring(
         make_exchange=partial(_exchange, compression, link, op == Average),
         is_active=link.is_active,
@@ -227,6 +237,20 @@ def _check_compression(compression: Any, op: int, optimizer: torch.optim.Optimiz
         check_momentum(compression.momentum, optimizer)
 
 
+def _check_hierarchical(asked: Asked, compression: Any, feedback: ErrorFeedback | None) -> Asked:
+    """What is asked for, False where it is not possible; refused where somebody insists on that."""
+    if not isinstance(asked, bool | None) and (type(asked) is not int or asked < 1):
+        raise ConfigurationError(f"hierarchical must be True, False, None or a number of ranks, got {asked!r}")
+    if isinstance(compression, Compressor) and not isinstance(feedback, StepAhead):
+        return asked
+    if asked:
+        raise ConfigurationError(
+            f"hierarchical={asked} shares the memory of a compressor's exchange of gradients, which "
+            f"{compression if feedback is None else 'StepAhead'} has none of; leave it away"
+        )
+    return False
+
+
 def _exchange(
     compression: Any, link: Link, average: bool, parameters: dict[str, Tensor], momentum: Momentum | None
 ) -> Exchange:
@@ -235,7 +259,10 @@ def _exchange(
     layout = _layout(compression, parameters.items())
     exchange: Exchange
     if isinstance(compression, Compressor):
-        exchange = compression.exchange(layout, comm, average=average, device=device, momentum=momentum)
+        exchange = compression.exchange(
+            layout, comm, average=average, device=device, momentum=momentum, hosts=link.hosts()
+        )
+        exchange.log.notes += filter(None, [link.note])
     else:
         dtype = torch.float16 if compression is HalfPrecision else torch.float32
         exchange = DenseExchange(layout, comm, average=average, device=device, dtype=dtype)
@@ -251,11 +278,11 @@ def _layout(compression: Any, named_parameters: Iterable[tuple[str, Tensor]]) ->
     return Layout.of(parts, lambda name, parameter: False)
 
 
-def _unfit_for_shards(compression: Any, feedback: ErrorFeedback | None, *, sparse_as_dense: bool) -> dict[str, bool]:
+def _unfit_for_shards(compression: Any, feedback: ErrorFeedback | None, **others: bool) -> dict[str, bool]:
     """Settings that do not go with parameters of which ranks hold shards."""
     return {
+        **others,
         "error_feedback=StepAhead": isinstance(feedback, StepAhead),
-        "sparse_as_dense": sparse_as_dense,
         "buckets above 1": getattr(compression, "buckets", 1) > 1,
     }
 
