@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
@@ -18,7 +18,7 @@ from hvd_sketch.comm.direct import LARGEST, Direct, pays
 from hvd_sketch.comm.launcher import on_host
 from hvd_sketch.comm.pending import Pending
 from hvd_sketch.comm.staged import HostStaging
-from hvd_sketch.errors import RankMismatchError
+from hvd_sketch.errors import ConfigurationError, RankMismatchError
 
 __all__ = ["Communicator", "Pending"]
 
@@ -85,6 +85,22 @@ class Communicator(ABC):
         return on_host()
 
     @property
+    def host(self) -> str | None:
+        """A name that ranks have in common which share a host; None where nobody tells."""
+        return None
+
+    def subgroup(self, ranks: Sequence[int]) -> Communicator:
+        """Collective: a communicator of some ranks, this one among them; the others give those of theirs.
+
+        Raises:
+            ConfigurationError: where the backend cannot.
+        """
+        raise ConfigurationError(
+            f"the ranks of {type(self).__name__} cannot be put into groups, which hierarchical asks for; start with "
+            "mpirun and give comm=MPI.COMM_WORLD of mpi4py, or start with torchrun, or give hierarchical=False"
+        )
+
+    @property
     def group(self) -> str:
         """A name for the ranks that take part, to tell process sets apart."""
         return "all"
@@ -139,6 +155,10 @@ class Communicator(ABC):
         self.bytes_sent += (self.size - 1) * tensor.nbytes // self.size
         return self._post(self.post_alltoall, tensor, name)
 
+    def reduce_scatter(self, rows: Tensor, name: str) -> Tensor:
+        """The sum over the ranks of this rank's row of ``rows``, shape ``(size, n)``; sends as an alltoall of them."""
+        return self.alltoall(rows, name).sum(dim=0)
+
     def broadcast(self, tensor: Tensor, root: int, name: str) -> None:
         """Replace ``tensor`` (contiguous) by the root's."""
         self.bytes_sent += tensor.nbytes if self.rank == root and self.size > 1 else 0
@@ -157,7 +177,7 @@ class Communicator(ABC):
 
     def look_at_links(self) -> None:
         """Collective, when the ranks have agreed on what they train: measure what is not known of the links."""
-        return
+        _ = self.crossing
 
     def remarks(self) -> list[str]:
         """What there is to say of the links: how long messages take where that matters, and what is done about it."""

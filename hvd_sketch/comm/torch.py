@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
@@ -87,6 +87,26 @@ class TorchCommunicator(Communicator):
     @property
     def size(self) -> int:
         return self._size
+
+    @property
+    def world_size(self) -> int:
+        """Of the default group."""
+        return dist.get_world_size()
+
+    @property
+    def host(self) -> str | None:
+        """As torchrun numbers them."""
+        return os.environ.get("GROUP_RANK") if "LOCAL_WORLD_SIZE" in os.environ else None
+
+    def subgroup(self, ranks: Sequence[int]) -> Communicator:
+        """A group that its members alone make, of the same backend."""
+        group = dist.new_group(
+            [dist.get_global_rank(self._group, rank) for rank in ranks],
+            timeout=_timeout(),
+            backend=str(dist.get_backend_config(self._group)),
+            use_local_synchronization=True,
+        )
+        return TorchCommunicator(group)
 
     @property
     def included(self) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from hvd_sketch.comm.base import Communicator
+from hvd_sketch.comm.hosts import Hosts
 from hvd_sketch.compressors import rule
 from hvd_sketch.compressors.base import Bucketed
 from hvd_sketch.compressors.sharded import Sharded
@@ -57,11 +58,17 @@ class Auto(Bucketed):
         average: bool,
         device: torch.device,
         momentum: Momentum | None = None,
+        hosts: Hosts | None = None,
     ) -> Exchange:
         """The exchange of the member that suits the model, the ranks and the links."""
         conditions = self._conditions(layout, comm.size, negotiates=comm.negotiates)
+        if hosts is not None:
+            share = conditions.coordinates / hosts.local.size
+            conditions = replace(conditions, members=hosts.across.size, coordinates=share)
         kind = self._kind(conditions)
-        exchange = self._member(kind).exchange(layout, comm, average=average, device=device, momentum=momentum)
+        exchange = self._member(kind).exchange(
+            layout, comm, average=average, device=device, momentum=momentum, hosts=hosts
+        )
         if self.mbit is not None:
             kinds: tuple[rule.Kind, ...] = ("dense", "sharded", "sketch")
             times = ", ".join(f"{each} {rule.seconds(each, conditions):.2g} s" for each in kinds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from hvd_sketch import stock
 from hvd_sketch.comm.base import Communicator
+from hvd_sketch.comm.hosts import Hosts
 from hvd_sketch.errors import ConfigurationError, NothingGainedError
-from hvd_sketch.exchange import Exchange, Setting
+from hvd_sketch.exchange import Exchange, HierarchicalExchange, Setting
 from hvd_sketch.layout import Layout, small_or_named
 from hvd_sketch.memory import Momentum
 from hvd_sketch.schedules.base import AdaptiveSchedule, Schedule, warmup
@@ -97,21 +98,36 @@ class Compressor(ABC):
         average: bool,
         device: torch.device,
         momentum: Momentum | None = None,
+        hosts: Hosts | None = None,
     ) -> Exchange:
-        """The exchange of one optimizer; ``momentum`` takes the place of the compressor's own."""
-        return self.build(
-            Setting(
-                layout=layout,
-                comm=comm,
-                device=device,
-                plan=partial(self.plan, layout),
-                name=repr(self),
-                label=str(self),
-                average=average,
-                clip_norm=self.clip_norm,
-                momentum=momentum or self.momentum,
-            )
+        """The exchange of one optimizer.
+
+        Args:
+            layout: of its parameters.
+            comm: the ranks.
+            average: mean over the ranks, or sum.
+            device: where gradients and memory live.
+            momentum: in place of the compressor's own.
+            hosts: the ranks' hosts, if each host is to have one memory; see `HierarchicalExchange`.
+        """
+        setting = Setting(
+            layout=layout,
+            comm=comm,
+            device=device,
+            plan=partial(self.plan, layout),
+            name=repr(self),
+            label=str(self),
+            average=average,
+            clip_norm=self.clip_norm,
+            momentum=momentum or self.momentum,
         )
+        if hosts is None:
+            return self.build(setting)
+
+        def build(of_part: Setting) -> Exchange:
+            return self.build(replace(of_part, plan=partial(self.plan, of_part.layout)))
+
+        return HierarchicalExchange(setting, hosts, self.layout, build)
 
     @abstractmethod
     def plan(self, layout: Layout, step: int, ranks: int) -> Any:
@@ -142,7 +158,8 @@ class Sparsifier(Compressor):
     """What compressors share that send some coordinates now and the others later.
 
     Attributes:
-        ratio: bytes a dense float32 exchange sends over the bytes this one sends, above 1.
+        ratio: bytes a dense float32 exchange sends over the bytes this one sends, at least 1, where
+            everything is sent.
         warmup_steps: the ratio grows from 1 to ``ratio`` in four stages over so many steps.
         schedule: the ratio of each step, in place of ``ratio`` and ``warmup_steps``; must give
             the same numbers on all ranks.
@@ -154,10 +171,8 @@ class Sparsifier(Compressor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.ratio > 1.0:
-            raise ConfigurationError(
-                f"ratio must be above 1, got {self.ratio}; for no compression use Compression.none"
-            )
+        if not self.ratio >= 1.0:
+            raise ConfigurationError(f"ratio must be at least 1, which sends everything; got {self.ratio}")
         if self.warmup_steps < 0:
             raise ConfigurationError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
 
@@ -169,6 +184,7 @@ class Sparsifier(Compressor):
         average: bool,
         device: torch.device,
         momentum: Momentum | None = None,
+        hosts: Hosts | None = None,
     ) -> Exchange:
         """As for every `Compressor`.
 
@@ -177,15 +193,15 @@ class Sparsifier(Compressor):
         Raises:
             ConfigurationError: when the ratio cannot be reached; now, not at the end of the warm-up.
         """
+        exchange = super().exchange(layout, comm, average=average, device=device, momentum=momentum, hosts=hosts)
         if self.schedule is None:
-            self.plan(layout, self.warmup_steps, comm.size)
-        exchange = super().exchange(layout, comm, average=average, device=device, momentum=momentum)
+            exchange.plan_at(self.warmup_steps)
         if isinstance(self.schedule, AdaptiveSchedule):
             self.schedule.attach(exchange)
         if self.schedule is not None:
             kind = getattr(self.schedule, "__name__", type(self.schedule).__name__)
             exchange.log.notes.append(f"the ratio of a step is that of schedule={kind}")
-        elif self.plan(layout, 0, comm.size) is None:
+        elif exchange.plan_at(0) is None:
             exchange.log.notes.append(f"the ratio is {self.ratio:g} from step {self.warmup_steps} on")
         return exchange
 

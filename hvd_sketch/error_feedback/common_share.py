@@ -45,6 +45,7 @@ class CommonShare:
         slots, device = exchange.layout.slots, exchange.gradient.device
         self._message = torch.zeros(len(slots), CELLS + 1, dtype=torch.float32, device=device)
         self._sketches = NarrowSketches([(slot.offset, slot.stop) for slot in slots], device)
+        exchange.follow_memory()
         exchange.observers.append(self)
 
     def observe(self, exchange: Exchange) -> None:

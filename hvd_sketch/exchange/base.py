@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -48,12 +48,14 @@ class Exchange(Progress):
         void: whether the last step was.
         observers: who learns from every step that counts.
         log: what rank 0 tells of it.
+        shares_memory: whether what other ranks have not sent is in this rank's memory as well.
         gradient: the step's gradients, float32, of the layout's size.
         frozen: positions of the parameters that do not require a gradient for now.
         only_decay: positions of those that were handed in for their weight decay, and have no gradient.
         staging: which gradients have arrived, and their norms.
     """
 
+    shares_memory = False
     _dense_dtype = torch.float32
 
     def __init__(self, setting: Setting) -> None:
@@ -69,7 +71,8 @@ class Exchange(Progress):
         self._everything: Tensor | None = None
         self._absent, self._missing = Absent(setting.layout), set[int]()
         self.rounds.on_incomplete = self._leave_alone
-        self._told_void = self._forced_void = False
+        self._told_void = False
+        self._measured: tuple[Factor, Finite] | None = None
 
     def submit(
         self,
@@ -101,11 +104,15 @@ class Exchange(Progress):
 
     def run_void(self) -> None:
         """Go through the step as if this rank's gradient were not finite: it is void on all ranks."""
-        self._forced_void = True
+        self.run_measured(1.0, False)
+
+    def run_measured(self, clip: Factor, finite: Finite) -> None:
+        """`run`, with what `measure` would say of the gradient."""
+        self._measured = clip, finite
         try:
             self.run()
         finally:
-            self._forced_void = False
+            self._measured = None
 
     def submit_all(self, vector: Tensor) -> None:
         """Hand in the whole vector, in the layout's order, in place of one `submit` a slot."""
@@ -136,15 +143,14 @@ class Exchange(Progress):
         if self.comm.size > 1:
             self.rounds.digest = self.drift.lanes(self.step, self.own_state(), self.gradient.device)
         with self.stats.counting(self.comm):
-            clip, finite = (1.0, False) if self._forced_void else self.measure()
-            self.stats.clip = clip
+            clip, finite = self._measured or self.measure()
+            self.stats.clip, compressed = clip, self.plan is not None
             self.void = not self._send(clip, finite)
             if self.void:
                 self._make_void()
-        compressed = self.plan is not None and not self.void and not self.rounds.flushes
+        compressed = compressed and not self.void and not self.rounds.flushes
         self._plans.clear()
-        self.stats.steps += 1
-        self.stats.dense_bytes += self.comm.allreduce_bytes(4 * self.layout.total)
+        self._count()
         if self._absent.positions and not self.void:
             self._absent.put_back(self.memory, self.update)
         counts = self.rounds.all_present and not self.void
@@ -175,6 +181,14 @@ class Exchange(Progress):
         Returns:
             what `Rounds.sum` said.
         """
+
+    def leave_alone(self, positions: Iterable[int]) -> None:
+        """Set these slots and what is kept of them aside for the rest of the step."""
+        self._absent.set_aside(positions, self.memory)
+
+    def follow_memory(self) -> None:
+        """To be called by who reads ``memory`` after steps; it holds the whole model's then."""
+        return
 
     def hold(self, *parts: Part) -> None:
         """Take these as the step's update, in place of writing it to `update`; together they are all of it."""
@@ -273,13 +287,17 @@ class Exchange(Progress):
 
     def _leave_alone(self) -> None:
         """Find out what no rank has a gradient for, and set it aside."""
-        positions = gather_absent(self.rounds, self.layout, self._missing, self.frozen)
-        self._absent.set_aside(positions, self.memory)
+        self.leave_alone(gather_absent(self.rounds, self.layout, self._missing, self.frozen))
+
+    def _count(self) -> None:
+        """A step is done."""
+        self.stats.steps += 1
+        self.stats.skipped += self.void
+        self.stats.dense_bytes += self.comm.allreduce_bytes(4 * self.layout.total)
 
     def _make_void(self) -> None:
         """Nothing has changed; say so, once a run."""
         self.update.fill_(math.nan)
-        self.stats.skipped += 1
         if not self._told_void:
             tell_void(self.rounds, self.layout, self.gradient, self.step)
             self._told_void = True

@@ -31,14 +31,18 @@ def stand_in(exchanges: Sequence[Exchange], comm: Communicator) -> int:
 
 
 def attend(exchange: Exchange) -> bool:
-    """Take part in one step, adding zeros; whether some rank had a gradient."""
+    """Take part in one step, adding zeros; whether some rank had a gradient.
+
+    It leaves no trace here, but in a memory that belongs to other ranks too, if any of all had a gradient.
+    """
     undo = exchange.snapshot()
     exchange.comm.muted = True
     try:
         exchange.run()
     finally:
         exchange.comm.muted = False
-        undo()
+        if not (exchange.shares_memory and exchange.rounds.present):
+            undo()
     return exchange.rounds.present > 0
 
 

@@ -68,8 +68,12 @@ class Progress(ABC):
     def plan(self) -> Any:
         """The sizes of the coming step's messages, None when it sends everything; solved once a step."""
         if not self._plans:
-            self._plans.append(self._setting.plan(self.step, self.comm.size))
+            self._plans.append(self.plan_at(self.step))
         return self._plans[0]
+
+    def plan_at(self, step: int) -> Any:
+        """The sizes of a step's messages, solved now."""
+        return self._setting.plan(step, self.comm.size)
 
     @property
     def agreed(self) -> bool:
@@ -88,7 +92,7 @@ class Progress(ABC):
 
     def snapshot(self) -> Callable[[], None]:
         """Remember memory and counters; what is returned goes back to them, once."""
-        state, agreed = self.state_dict(), (self._agreed_size, self._loaded, self._refused)
+        state, agreed = self._state(), (self._agreed_size, self._loaded, self._refused)
 
         def restore() -> None:
             self.memory.load_state_dict(state["memory"])
@@ -99,6 +103,9 @@ class Progress(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's memory and counters: tensors, numbers and strings only."""
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
         return {
             **self._identity(),
             "memory": self.memory.state_dict(),

@@ -37,6 +37,9 @@ class Rounds:
         on_incomplete: called before a step is taken for which some rank lacks a gradient; may communicate.
     """
 
+    speaks_for_one = True
+    """Whether every lane of this rank's header is 0 or 1, so that its `header_bits` say it."""
+
     def __init__(self, comm: Communicator, stats: Stats, drift: Drift) -> None:
         self.comm, self._stats, self._drift = comm, stats, drift
         self.digest: Tensor | None = None
@@ -88,17 +91,18 @@ class Rounds:
 
     def start_sum(self, message: Tensor, finite: bool | Tensor, what: str) -> Pending:
         """Begin to sum a message of the step over the ranks, under its header."""
-        self._write_header(message, finite)
+        self.write_header(message, finite)
         return self.comm.start_allreduce(message, self.name_of(what))
 
     def header_bits(self, finite: bool, device: torch.device) -> Tensor:
         """This rank's header as bytes, to ride in a message to each rank; see `wire.read_header_bits`."""
         header = torch.zeros(wire.HEADER, dtype=torch.float32, device=device)
         if not self.comm.muted:
-            self._write_header(header, finite)
+            self.write_header(header, finite)
         return wire.header_bits(header)
 
-    def _write_header(self, message: Tensor, finite: bool | Tensor) -> None:
+    def write_header(self, message: Tensor, finite: bool | Tensor) -> None:
+        """Put what this rank has to say of the step in front of a message."""
         damages = [damaged for damaged, _ in self._damages]
         problem = self._problem is not None or (bool(damages) and torch.stack(damages).any())
         wire.write_header(message, finite, incomplete=self.incomplete, problem=problem, flush=self._flush_asked)

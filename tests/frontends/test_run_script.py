@@ -80,7 +80,7 @@ def test_exit_codes_pass_through(tmp_path: Path, leave: str, status: int) -> Non
     [
         ([], "the script to run is missing"),
         (["nowhere.py"], "there is no script 'nowhere.py' in "),
-        (["--ratio", "0.5", __file__], "ratio must be above 1, got 0.5"),
+        (["--ratio", "0.5", __file__], "ratio must be at least 1, which sends everything; got 0.5"),
         (["--compression", "zip", __file__], "invalid choice: 'zip'"),
         (["--warmup-steps", "-3", __file__], "warmup_steps must be at least 0"),
     ],
