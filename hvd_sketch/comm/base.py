@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.comm.copies import majority, thrice
+from hvd_sketch.comm.delay import NOTABLE
 from hvd_sketch.comm.direct import LARGEST, Direct, pays
 from hvd_sketch.comm.launcher import on_host
 from hvd_sketch.comm.pending import Pending
@@ -173,6 +174,17 @@ class Communicator(ABC):
     def sends_directly(self) -> bool:
         """Whether sums travel as direct messages, because messages take long; alike on all ranks."""
         return self._direct is not None
+
+    def look_at_links(self) -> None:
+        """Collective, when the ranks have agreed on what they train: measure what is not known of the links."""
+        _ = self.crossing
+
+    def remarks(self) -> list[str]:
+        """What there is to say of the links: how long messages take where that matters, and what is done about it."""
+        if self.negotiates or self.crossing < NOTABLE:
+            return []
+        told = "sums travel directly" if self.sends_directly else "ranks are too many for direct sums"
+        return [f"messages take {1e3 * self.crossing:.0f} ms; {told}"]
 
     def reaches(self, device: torch.device) -> bool:
         """Whether ``post_…`` takes tensors that live there; others come by way of the host."""

@@ -157,7 +157,8 @@ class ShardedExchange(SparseExchange):
     def _header_rides(self) -> bool:
         """Whether it saves time, and costs no more bytes than by itself; alike on all ranks."""
         comm, layout = self.comm, self.layout
-        if not (comm.sends_directly and self.rounds.regular and layout.dense == 0):
+        rounds = self.rounds
+        if not (comm.sends_directly and rounds.regular and rounds.speaks_for_one and layout.dense == 0):
             return False
         by_itself = comm.allreduce_bytes(dense_nbytes(layout, comm.size, torch.float16))
         cheap = (comm.size - 1) * wire.HEADER_BYTES <= by_itself

@@ -141,6 +141,7 @@ class Exchange(Progress):
             with self.stats.counting(self.comm):
                 self._told_void = False
                 self._agree()
+                self.comm.look_at_links()
             self.log.begin_step(self.stats)
         if self.comm.size > 1:
             self.rounds.digest = self.drift.lanes(self.step, self.own_state(), self.gradient.device)

@@ -210,6 +210,8 @@ class HostRounds(Rounds):
         of_host: lanes of a header, the mean over the ranks of this host: in a sum, who took part is counted in hosts.
     """
 
+    speaks_for_one = False
+
     def __init__(self, part: Exchange, whole: Rounds, local: int) -> None:
         super().__init__(part.comm, part.stats, part.drift)
         self._whole, self._local = whole, local

@@ -69,6 +69,7 @@ class Log:
                 f"{_cost(sent, dense)} a step and rank",
                 f"{layout.compressed:,} parameters compressed, {layout.dense:,} sent whole",
                 *self.notes,
+                *exchange.comm.remarks(),
             ]
         )
 

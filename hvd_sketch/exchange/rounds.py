@@ -37,6 +37,9 @@ class Rounds:
         on_incomplete: called before a step is taken for which some rank lacks a gradient; may communicate.
     """
 
+    speaks_for_one = True
+    """Whether every lane of this rank's header is 0 or 1, so that its `header_bits` say it."""
+
     def __init__(self, comm: Communicator, stats: Stats, drift: Drift) -> None:
         self.comm, self._stats, self._drift = comm, stats, drift
         self.digest: Tensor | None = None

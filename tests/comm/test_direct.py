@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import hvd_sketch as hvd
 from hvd_sketch.comm import Communicator, as_communicator, default_communicator
 from hvd_sketch.comm.delay import VARIABLE, agreed_crossing
 from hvd_sketch.comm.direct import Direct, pays
+from hvd_sketch.comm.horovod import HorovodCommunicator
 from hvd_sketch.comm.in_process import InProcess, run_in_process
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.errors import ConfigurationError
@@ -148,6 +150,17 @@ def test_all_ranks_agree_on_the_longest_crossing(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv(VARIABLE, "-1")
     with pytest.raises(ConfigurationError, match="HVD_SKETCH_CROSSING must be a number of seconds"):
         run_in_process(3, body)
+
+
+def test_the_first_line_says_how_long_messages_take_and_what_to_start_in_horovods_place() -> None:
+    assert run_in_process(3, lambda comm: comm.remarks()) == [[]] * 3
+    assert run_in_process(3, lambda comm: far(comm).remarks()) == [["messages take 50 ms; sums travel directly"]] * 3
+    of_four = HorovodCommunicator(SimpleNamespace(size=lambda: 4, rank=lambda: 0))
+    assert of_four.remarks() == []
+    of_four.crossing = 0.04
+    (remark,) = of_four.remarks()
+    assert "2 (W-1) times that, 0.24 s" in remark
+    assert "comm=MPI.COMM_WORLD of mpi4py, or start with torchrun" in remark
 
 
 NAMES = ("sketch, buckets", "sharded, buckets", "topk", "powersgd")

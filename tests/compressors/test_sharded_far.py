@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.comm import Communicator
+from hvd_sketch.comm.hosts import find_hosts
 from hvd_sketch.comm.in_process import InProcess, run_in_process
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.errors import ConfigurationError, RankMismatchError
@@ -17,7 +18,7 @@ from hvd_sketch.exchange import Exchange
 from hvd_sketch.exchange.joining import stand_in
 from hvd_sketch.memory import Momentum
 from tests.support.compressors import SHARDED, TOTAL
-from tests.support.simulation import heavy_tailed, make, step
+from tests.support.simulation import heavy_tailed, make, parameters, step
 
 SIZE, STEPS, FAR = 3, 9, 0.05
 KINDS: dict[str, tuple[Compressor, Momentum | None]] = {
@@ -140,3 +141,22 @@ def test_a_step_that_is_refused_changes_nothing(compressor: Compressor, momentum
     assert all(texts == told[0] for texts in told)
     assert "rank 1: it has one" in told[0][0]
     assert "drifted apart" in told[0][1]
+
+
+def test_hosts_of_several_ranks_keep_the_header_by_itself() -> None:
+    """Theirs is a sum already, of which a lane is no bit."""
+    gradients = heavy_tailed(4, STEPS, TOTAL)
+
+    def updates(crossing: float) -> list[Tensor]:
+        def on_rank(comm: Communicator) -> Tensor:
+            hosts, _ = find_hosts(comm, 2)
+            assert hosts is not None
+            comm.crossing = hosts.across.crossing = crossing
+            layout = SHARDED.layout(parameters().items())
+            exchange = SHARDED.exchange(layout, comm, average=True, device=torch.device("cpu"), hosts=hosts)
+            return torch.stack([step(exchange, gradient) for gradient in gradients[comm.rank]])
+
+        return run_in_process(4, on_rank)
+
+    near = updates(0.0)
+    assert all(torch.equal(far, near[0]) for far in updates(FAR))

@@ -97,6 +97,13 @@ def test_check_reports_what_is_installed() -> None:
     assert completed.returncode == 0
     for part in ("torch", "Horovod", "mpi4py", "kernel"):
         assert part in completed.output
+    assert "links" not in completed.output
+
+
+def test_check_under_a_launcher_reports_how_far_the_ranks_are() -> None:
+    completed = launch(2, [*RUNNER, "--check"], launcher="torchrun", env={"HVD_SKETCH_CROSSING": "0.04"})
+    assert completed.returncode == 0
+    assert completed.output.count("links of 2 ranks, torch: messages take 40 ms; sums travel directly") == 1
 
 
 HALF_PRECISION = "hvd.DistributedOptimizer(optimizer, model.named_parameters(), {}compression=hvd.Compression.fp16)"
