@@ -22,7 +22,7 @@ FLOORS = (
     ("schedules",),
     ("stock", "compatibility"),
     ("exchange",),
-    ("memory", "memory_cuda", "layout", "wire", "grid", "saved", "stats", "scope", "instances"),
+    ("memory", "memory_cuda", "mixing", "layout", "wire", "grid", "saved", "stats", "scope", "instances"),
     ("sketch", "sparse", "comm"),
     ("native", "gpu", "precision", "bits"),
     ("errors", "version"),
