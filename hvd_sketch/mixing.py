@@ -28,7 +28,7 @@ class _Side(NamedTuple):
 class Mixing:
     """An orthonormal transform T of the compressed tensors of a layout, block by block.
 
-    A matrix, of a convolution ``(out, rest)``, is cut into blocks of ``a × b``, where a and b are the largest
+    A matrix, of a convolution ``(out, rest)``, is cut into blocks of ``(a, b)``, where a and b are the largest
     divisors of its two sides up to 64, for "hadamard" the largest powers of two among them; a vector into blocks of
     b. With orthonormal A and B a block X becomes::
 

@@ -69,6 +69,42 @@ METHODS: dict[str, Callable[[float], Wrap]] = {
 }
 """By name, of the ratio; none has dense steps at first, so that the ratio is that of the whole run."""
 
+
+def soft_sign(compression: Any) -> Wrap:
+    """The step of the recipe."""
+
+    def wrap(optimizer: torch.optim.Optimizer, model: nn.Module, comm: Communicator) -> Any:
+        return exchanged(compression)(hvd_sketch.SoftSign(optimizer), model, comm)
+
+    return wrap
+
+
+NORMALISED: dict[str, Callable[[float], Wrap]] = {
+    "soft sign, uncompressed": lambda ratio: soft_sign(Compression.none),
+    "soft sign, mixed by dct": lambda ratio: soft_sign(Compression.mixed(ratio=ratio, mixing="dct")),
+    "soft sign, mixed by hadamard": lambda ratio: soft_sign(Compression.mixed(ratio=ratio, mixing="hadamard")),
+    "sharded, anticipate, mixed by dct": lambda ratio: exchanged(
+        Compression.sharded(ratio=ratio, warmup_steps=0, mixing="dct"), Anticipate()
+    ),
+    "sharded, anticipate, mixed by hadamard": lambda ratio: exchanged(
+        Compression.sharded(ratio=ratio, warmup_steps=0, mixing="hadamard"), Anticipate()
+    ),
+    "sketch, soft sign, mixed by hadamard": lambda ratio: soft_sign(
+        Compression.sketch(
+            ratio=ratio,
+            warmup_steps=0,
+            table_share=0.2,
+            dense_below=0,
+            clip_norm=None,
+            anticipate=False,
+            mixing="hadamard",
+            tensor_power=0.7,
+            decay=0.99,
+        )
+    ),
+}
+"""By name, of the ratio: coefficients in place of entries, and a step to go with them."""
+
 LOW_RANK: dict[str, Callable[[float], Wrap]] = {
     "powersgd": lambda rank: exchanged(Compression.powersgd(rank=int(rank), start_step=0)),
     "powersgd, anticipate": lambda rank: exchanged(Compression.powersgd(rank=int(rank), start_step=0), Anticipate()),
@@ -84,7 +120,7 @@ DROPPED_IN: dict[str, Callable[[float], Wrap]] = {
 }
 """By name, of the ratio: what one argument brings, but for the dense steps at first."""
 
-BY_RATIO = DROPPED_IN | METHODS
+BY_RATIO = DROPPED_IN | METHODS | NORMALISED
 
 
 def make(method: str, setting: float) -> Wrap:
