@@ -18,9 +18,9 @@ LARGEST = 64
 
 
 class _Side(NamedTuple):
-    """A dimension of ``count`` blocks of ``size``, and what stands before and behind it in memory."""
+    """Blocks of ``size`` along a dimension, so many of them, each of so many neighbours in memory."""
 
-    before: int
+    blocks: int
     size: int
     behind: int
 
@@ -68,8 +68,10 @@ class Mixing:
 
     def _sides_of(self, slot: Slot) -> list[_Side]:
         """The sides that have blocks: of a tensor of several dimensions the first one, and all others together."""
+        if slot.numel == 0:
+            return []
         rows = slot.shape[0] if len(slot.shape) > 1 else 1
-        sides, cols = [], slot.numel // rows if rows else 0
+        sides, cols = [], slot.numel // rows
         for length, behind in ((cols, 1), (rows, cols)):
             size = self._divisor(length)
             if size > 1:
@@ -115,10 +117,10 @@ def _cosine(values: Tensor, inverse: bool) -> Tensor:
 
 def _hadamard(values: Tensor, inverse: bool) -> Tensor:
     """The Hadamard transform along the middle one of three dimensions, which is its own inverse."""
-    before, size, behind = values.shape
+    blocks, size, behind = values.shape
     width = 1
     while width < size:
-        pairs = values.view(before, size // (2 * width), 2, width * behind)
+        pairs = values.view(blocks, size // (2 * width), 2, width * behind)
         values = torch.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], dim=2)
         width *= 2
     return values * (1.0 / math.sqrt(size))

@@ -16,7 +16,7 @@ class Domain:
     on y as it does on g, and what it sends and keeps adds up all the same.
 
     Attributes:
-        scales: f in the layout's order, on the host; None while all are 1.
+        scales: f in the layout's order, on the host; None where they are 1 for good.
     """
 
     def __init__(self, layout: Layout, mixing: str | None) -> None:
@@ -47,8 +47,8 @@ class Domain:
 
     def rescale(self, scales: list[float], *kept: Tensor) -> None:
         """From now on f is this; vectors of coordinates follow."""
-        before = self.scales or [1.0] * len(scales)
-        factors = [old / new for old, new in zip(before, scales, strict=True)]
+        assert self.scales is not None
+        factors = [old / new for old, new in zip(self.scales, scales, strict=True)]
         for vector in kept:
             torch._foreach_mul_(self._parts(vector), factors)
         self.scales = scales

@@ -36,6 +36,7 @@ class TensorScales:
     def attach(self, exchange: Exchange) -> None:
         """Follow an exchange from its first step on."""
         self._exchange, self._slots = exchange, exchange.layout.slots
+        exchange.domain.scales = [1.0] * len(self._slots)
         self._roots = [max(1, slot.numel) ** 0.5 for slot in self._slots]
         exchange.observers.append(self)
 
@@ -55,7 +56,7 @@ class TensorScales:
         norms = torch.stack(torch._foreach_norm(parts)).mul_(float(exchange.stats.clip))
         exchange.rounds.sum_coarsely(norms.div_(torch.tensor(self._roots, device=norms.device)), "scales")
         sizes = norms.div_(exchange.comm.size).cpu()
-        return sizes if exchange.domain.scales is None else sizes * torch.tensor(exchange.domain.scales)
+        return sizes * torch.tensor(exchange.domain.scales, dtype=sizes.dtype)
 
     def _scales(self, sizes: Tensor) -> list[float]:
         whole = sizes.square().mean().sqrt()
@@ -77,4 +78,5 @@ class TensorScales:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; the memory that was saved with it has its scales."""
         self._smoothed, self._count = state["smoothed"], state["count"]
-        self._exchange.domain.scales = None if self._smoothed is None else self._scales(self._smoothed)
+        ones = [1.0] * len(self._slots)
+        self._exchange.domain.scales = ones if self._smoothed is None else self._scales(self._smoothed)
