@@ -14,6 +14,7 @@ from hvd_sketch import Compression
 from hvd_sketch.comm import Communicator, SingleProcess
 from hvd_sketch.comm.in_process import run_in_process
 from hvd_sketch.compressors import Compressor
+from hvd_sketch.error_feedback.common_share import read_errors
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
 from tests.support.compressors import BUCKETS, HALF, PLAIN, POWERSGD, SHARDED, TOPK, TOTAL, at_ratio_one
@@ -155,6 +156,25 @@ def test_a_decaying_memory_forgets_at_its_rate() -> None:
     plain, fading = (simulate(replace(SHARDED, decay=decay), gradients)[0] for decay in (1.0, 0.5))
     waiting = (plain.residual != 0) & (fading.residual != 0)
     torch.testing.assert_close(fading.residual[waiting], plain.residual[waiting] * 0.5**12)
+
+
+def test_error_feedback_reads_errors_of_the_model() -> None:
+    """Of what a rank owns its share; what steps ahead by them steps in the model's coordinates."""
+    gradients = heavy_tailed(2, 5, TOTAL)
+
+    def read(comm: Communicator) -> tuple[Tensor, Tensor]:
+        exchange = make(MEMBERS["sharded, hadamard, by tensor"], comm)
+        for gradient in gradients[comm.rank]:
+            step(exchange, gradient)
+        errors = torch.empty(TOTAL)
+        read_errors(exchange, errors)
+        shares = exchange.memory.residual.clone()
+        shares[comm.rank : exchange.layout.compressed : 2] /= 2
+        return errors, exchange.in_model(shares)
+
+    for errors, expected in run_in_process(2, read):
+        assert torch.equal(errors, expected)
+        assert errors.any()
 
 
 def test_a_memory_of_another_domain_is_refused() -> None:
