@@ -16,6 +16,8 @@ from hvd_sketch.layout import Layout, Slot
 LARGEST = 64
 """Side of the largest block."""
 
+_PIECE = 2**16
+
 
 class _Side(NamedTuple):
     """Blocks of ``size`` along a dimension, so many of them, each of so many neighbours in memory."""
@@ -59,12 +61,18 @@ class Mixing:
     def mix(self, part: Tensor, position: int) -> None:
         """Replace a slot's entries (1-D, contiguous) by their coefficients."""
         for side in self._sides[position]:
-            part.copy_(self._along(part.view(side), False).view(-1))
+            self._transform(part.view(side), inverse=False)
 
     def unmix(self, part: Tensor, position: int) -> None:
         """Replace a slot's coefficients (1-D, contiguous) by the entries."""
         for side in reversed(self._sides[position]):
-            part.copy_(self._along(part.view(side), True).view(-1))
+            self._transform(part.view(side), inverse=True)
+
+    def _transform(self, values: Tensor, *, inverse: bool) -> None:
+        """Along the middle one of three dimensions, in place; a processor does it in pieces that its caches hold."""
+        each = max(1, _PIECE // (values.shape[1] * values.shape[2])) if values.device.type == "cpu" else len(values)
+        for piece in values.split(each):
+            piece.copy_(self._along(piece, inverse).view_as(piece))
 
     def _sides_of(self, slot: Slot) -> list[_Side]:
         """The sides that have blocks: of a tensor of several dimensions the first one, and all others together."""
@@ -120,8 +128,11 @@ def _hadamard(values: Tensor, inverse: bool) -> Tensor:
     blocks, size, behind = values.shape
     width = 1
     while width < size:
-        pairs = values.view(blocks, size // (2 * width), 2, width * behind)
-        values = torch.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], dim=2)
+        one, other = values.view(blocks, size // (2 * width), 2, width * behind).unbind(2)
+        values = torch.empty_like(values)
+        sums, differences = values.view(blocks, size // (2 * width), 2, width * behind).unbind(2)
+        torch.add(one, other, out=sums)
+        torch.sub(one, other, out=differences)
         width *= 2
     return values * (1.0 / math.sqrt(size))
 

@@ -35,10 +35,10 @@ in `benchmarks/results/accuracy.json`). On as many real ranks the same numbers c
 whole table hours, in pieces of any length: a row that is there is not run again.
 
 *Setting* is the ratio asked for, or PowerSGD's rank; *ratio* is dense bytes over bytes sent over the whole run, and
-*bytes* what a rank sent for each parameter in all of it. No method has a dense warm-up here, which would send more in a
-few steps than in all the others. *Gap* is the loss above the dense run of the same seed and length, in percent;
-negative is better than dense. Mean over seeds, and the spread between the best and the worst. Where *lr* is given, the
-learning rate was so many times dense's.
+*bytes* what a rank sent for each parameter in all of it. No method has a dense warm-up here, which would send more in
+a few steps than in all the others. *Gap* is the loss above the dense run of the same seed and length, in percent;
+negative is better than dense. Mean over seeds, and the spread between the best and the worst. Where *lr* is given,
+the learning rate was so many times dense's.
 
 *Dropped in* is what one argument brings, `Compression.auto(ratio=…)` for one, but for the dense steps at first
 (`warmup_steps=0`); *by hand* takes more than that. The rows "sketch" and "sketch, anticipate" by hand were measured
@@ -50,9 +50,9 @@ with anticipation and harms it without. "factored" is `Anticipate(second_moments
 what it measures are rows and columns, much of matrices as small as these, so its ratio is below what was asked for.
 "local SGD" meets every 8 steps, with `sharded` at an eighth of the ratio asked for, so that 10 comes out as about 42.
 
-"mixed by dct" or "by hadamard" chooses coefficients in place of entries, and "soft sign" is `hvd_sketch.SoftSign` over
-`Compression.mixed`: see [the recipe](../recipe.md). "soft sign, uncompressed" is its step alone; what compression costs
-there is the distance to that row.
+"mixed by dct" or "by hadamard" chooses coefficients in place of entries, and "soft sign" is `hvd_sketch.SoftSign`
+over `Compression.mixed`: see [the recipe](../recipe.md). "soft sign, uncompressed" is its step alone; what compression
+costs there is the distance to that row.
 
 These models are small. [At a real size](gpu.md#accuracy-at-a-real-size), on a GPU, the order is another.
 """
