@@ -54,7 +54,7 @@ def test_a_header_tells_in_sum_what_one_rank_says(
         wire.write_header(message, finite or not mine, **told)
         wire.write_digest(message[wire.DIGEST], torch.tensor([7]))
     header = wire.read_header(messages.sum(0))
-    assert header == (finite, incomplete, 3, problem, flush, True)
+    assert header == (finite, incomplete, 3.0, problem, flush, True)
     bits = torch.stack([wire.header_bits(message) for message in messages])
     assert wire.read_header_bits(bits) == header
     for place in range(0, wire.HEADER, 7):

@@ -172,6 +172,7 @@ class Progress(ABC):
             "parameters": self.layout.describe(),
             "compressed": self.layout.compressed,
             "cuts": list(self.layout.cuts),
+            **({} if self._setting.mixing is None else {"mixing": self._setting.mixing}),
         }
 
     def _common_state(self) -> dict[str, Any]:

@@ -241,12 +241,13 @@ def _check_hierarchical(asked: Asked, compression: Any, feedback: ErrorFeedback 
     """What is asked for, False where it is not possible; refused where somebody insists on that."""
     if not isinstance(asked, bool | None) and (type(asked) is not int or asked < 1):
         raise ConfigurationError(f"hierarchical must be True, False, None or a number of ranks, got {asked!r}")
-    if isinstance(compression, Compressor) and not isinstance(feedback, StepAhead):
+    if isinstance(compression, Compressor) and compression.divides and not isinstance(feedback, StepAhead):
         return asked
     if asked:
+        unfit = "StepAhead" if isinstance(feedback, StepAhead) else compression
         raise ConfigurationError(
-            f"hierarchical={asked} shares the memory of a compressor's exchange of gradients, which "
-            f"{compression if feedback is None else 'StepAhead'} has none of; leave it away"
+            f"hierarchical={asked} divides a compressor's exchange of gradients among the ranks of a host, which does "
+            f"not work with {unfit}; leave it away"
         )
     return False
 
