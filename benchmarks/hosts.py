@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from hvd_sketch.compressors import Compressor
 
 SHAPES = {f"layer {number}": (500, 500) for number in range(4)}
 RATIO, HOSTS = 40.0, 2
-PLAIN = {"ratio": RATIO, "warmup_steps": 0, "clip_norm": None}
+PLAIN: dict[str, Any] = {"ratio": RATIO, "warmup_steps": 0, "clip_norm": None}
 COMPRESSORS: Mapping[str, Compressor] = {
     "sketch": Compression.sketch(**PLAIN),
     "sharded": Compression.sharded(**PLAIN),

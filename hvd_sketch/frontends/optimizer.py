@@ -20,6 +20,7 @@ from hvd_sketch.error_feedback.default import Default, settle
 from hvd_sketch.error_feedback.step_ahead import StepAhead
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import DenseExchange, Exchange
+from hvd_sketch.frontends.grouped import grouped
 from hvd_sketch.frontends.link import Link
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
@@ -243,11 +244,8 @@ def _exchange(
     device = next(iter(parameters.values())).device
     layout = _layout(compression, parameters.items())
     if isinstance(compression, Compressor):
-        exchange = compression.exchange(
-            layout, comm, average=average, device=device, momentum=momentum, hosts=link.hosts()
-        )
-        exchange.log.notes += filter(None, [link.note])
-        return exchange
+        make = partial(compression.exchange, layout, comm, average=average, device=device, momentum=momentum)
+        return grouped(lambda hosts: make(hosts=hosts), link.hosts, link.note)
     dtype = torch.float16 if compression is HalfPrecision else torch.float32
     return DenseExchange(layout, comm, average=average, device=device, dtype=dtype)
 
