@@ -20,10 +20,12 @@ class Hosts:
     Attributes:
         local: the ranks of this host.
         across: the ranks of the same number in ``local``, one of every host.
+        wanted: whether somebody asked for them, and is not to get anything else.
     """
 
     local: Communicator
     across: Communicator
+    wanted: bool = True
 
     def __str__(self) -> str:
         return f"{self.across.size} groups of {self.local.size} ranks, with one memory each"
@@ -55,7 +57,7 @@ def find_hosts(comm: Communicator, asked: Asked = None) -> tuple[Hosts | None, s
             f"hierarchical=True needs hosts of equally many ranks, and {uneven}; start as many on each, or give "
             "hierarchical=<ranks in a group>, which divides their number, or False"
         )
-    return _hosts(comm, groups) if sizes[0] > 1 else None, ""
+    return _hosts(comm, groups, wanted=asked is not None) if sizes[0] > 1 else None, ""
 
 
 def _rows(comm: Communicator, size: int) -> list[list[int]]:
@@ -79,7 +81,7 @@ def _by_host(comm: Communicator) -> list[list[int]]:
     return [[rank for rank, its in enumerate(told) if its == host] for host in dict.fromkeys(told)]
 
 
-def _hosts(comm: Communicator, groups: Sequence[Sequence[int]]) -> Hosts:
+def _hosts(comm: Communicator, groups: Sequence[Sequence[int]], *, wanted: bool) -> Hosts:
     mine = next(group for group in groups if comm.rank in group)
     number = mine.index(comm.rank)
-    return Hosts(comm.subgroup(mine), comm.subgroup([group[number] for group in groups]))
+    return Hosts(comm.subgroup(mine), comm.subgroup([group[number] for group in groups]), wanted)

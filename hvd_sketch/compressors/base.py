@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -136,11 +136,7 @@ class Compressor(ABC):
         )
         if hosts is None:
             return self.build(setting)
-
-        def build(of_part: Setting) -> Exchange:
-            return self.build(replace(of_part, plan=partial(self.plan, of_part.layout)))
-
-        return HierarchicalExchange(setting, hosts, self.layout, build)
+        return HierarchicalExchange(setting, hosts, self.layout, self.plan, self.build)
 
     @abstractmethod
     def plan(self, layout: Layout, step: int, ranks: int) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from hvd_sketch.exchange.base import Exchange, Factor, Finite
 from hvd_sketch.exchange.division import Division, LayoutOf
 from hvd_sketch.exchange.rounds import Rounds
 from hvd_sketch.exchange.setting import Setting
+from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Memory
 from hvd_sketch.saved import Form
 
@@ -42,14 +44,13 @@ class HierarchicalExchange(Exchange):
     ``memory`` is empty, unless somebody follows it, see `follow_memory`: then it is this host's, gathered inside
     after every step. Ranks of one host save parts, and have to load their own.
 
-    Sent: ``2 (L-1)/L 4 d`` bytes inside, twice half as much again where the memory is followed, counted in
+    Sent: ``2 (L-1)/L 4 d`` bytes inside, half as much again where the memory is followed, counted in
     ``stats.local_bytes``; and what the compressor sends of ``d / L`` coordinates to ``H - 1`` other hosts.
 
     Args:
         setting: of all ranks.
         hosts: the ranks of this host, and this one's peers.
-        layout_of: the compressor's.
-        build: the compressor's exchange of a layout, in a setting that lacks its plan.
+        layout_of, plan_of, build: the compressor's ``layout``, ``plan`` and ``build``.
 
     Attributes:
         part: the exchange across hosts.
@@ -61,24 +62,32 @@ class HierarchicalExchange(Exchange):
     shares_memory = True
 
     def __init__(
-        self, setting: Setting, hosts: Hosts, layout_of: LayoutOf, build: Callable[[Setting], Exchange]
+        self,
+        setting: Setting,
+        hosts: Hosts,
+        layout_of: LayoutOf,
+        plan_of: Callable[[Layout, int, int], Any],
+        build: Callable[[Setting], Exchange],
     ) -> None:
-        super().__init__(replace(setting, momentum=None, plan=self._plan_of_part))
+        super().__init__(replace(setting, momentum=None, plan=lambda step, ranks: self.part.plan))
         self.memory = Memory(0, setting.device)
         self.agree_on(f"{hosts} momentum_correction={setting.momentum}")
         self.log.notes.append(str(hosts))
         local = self._local = hosts.local
         division = self._division = Division(setting.layout, local.size, layout_of)
+        self._plan_of, mine = plan_of, division.layouts[local.rank]
         self._rows = torch.zeros(local.size, division.width, dtype=torch.float32, device=setting.device)
         self.part = build(
-            replace(setting, layout=division.layouts[local.rank], comm=hosts.across, label="", clip_norm=None)
+            replace(setting, layout=mine, comm=hosts.across, plan=partial(plan_of, mine), label="", clip_norm=None)
         )
         self.part.stats, self.part._told_void = self.stats, True  # the whole counts and tells
         self._header = self.part.rounds = HostRounds(self.part, self.rounds, local.size)
         self._updates = division.of_vector(self.update)
 
-    def _plan_of_part(self, step: int, ranks: int) -> Any:
-        return self.part.plan if step == self.part.step else self.part.plan_at(step)
+    def plan_at(self, step: int) -> Any:
+        """As for every `Exchange`; raises alike, for the plans of all parts are solved."""
+        plans = [self._plan_of(layout, step, self.part.comm.size) for layout in self._division.layouts]
+        return plans[self._local.rank]
 
     def send(self, plan: Any, clip: Factor, finite: Finite) -> bool:
         """Never called: the part sends."""

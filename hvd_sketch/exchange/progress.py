@@ -69,11 +69,15 @@ class Progress(ABC):
     def plan(self) -> Any:
         """The sizes of the coming step's messages, None when it sends everything; solved once a step."""
         if not self._plans:
-            self._plans.append(self.plan_at(self.step))
+            self._plans.append(self._setting.plan(self.step, self.comm.size))
         return self._plans[0]
 
     def plan_at(self, step: int) -> Any:
-        """The sizes of a step's messages, solved now."""
+        """The sizes of a step's messages, solved now.
+
+        Raises:
+            ConfigurationError: alike on all ranks, where there are none.
+        """
         return self._setting.plan(step, self.comm.size)
 
     @property

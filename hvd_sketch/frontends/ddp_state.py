@@ -5,6 +5,7 @@
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from hvd_sketch.exchange import Exchange
 from hvd_sketch.exchange.gradients import shared_state, take_over, watch
 from hvd_sketch.exchange.joining import attend
 from hvd_sketch.exchange.scaling import LossScale
+from hvd_sketch.frontends.grouped import grouped
 from hvd_sketch.methods.wrapper import HOROVODS_MODULE
 
 
@@ -82,8 +84,8 @@ class State:
         comm = as_communicator(dist.group.WORLD if process_group is None else process_group)
         device = next(iter(trained.values())).device
         hosts, note = find_hosts(comm, hierarchical)
-        self.exchange = compression.exchange(layout, comm, average=True, device=device, hosts=hosts)
-        self.exchange.log.notes += filter(None, [note])
+        make = partial(compression.exchange, layout, comm, average=True, device=device)
+        self.exchange = grouped(lambda hosts: make(hosts=hosts), hosts, note)
         held = self._optimizer
         self.exchange.watch(trained, lambda: getattr(held(), "param_groups", ()))
         self.exchange.drift.parameters = ()  # which may be ahead while backward runs, on each rank elsewhere

@@ -21,6 +21,10 @@ class Link:
         process_set: Horovod's, if there is one.
         asked: whether there are to be groups of ranks.
 
+    Attributes:
+        hosts: the groups of ranks that share a memory; None where each has its own.
+        note: what is logged of them.
+
     Raises:
         ConfigurationError: for groups that cannot be had.
     """
@@ -29,12 +33,12 @@ class Link:
         self._explicit = comm is not None
         self._process_set, self._asked = process_set, asked
         self._comm: Communicator | None = as_communicator(comm) if comm is not None else None
-        self._hosts: Hosts | None = None
+        self.hosts: Hosts | None = None
         self.note = ""
         if chosen_backend() != "horovod":
             self.communicator()
         if self._comm is not None:
-            self._hosts, self.note = find_hosts(self._comm, asked)
+            self.hosts, self.note = find_hosts(self._comm, asked)
         elif asked:
             raise ConfigurationError(
                 f"hierarchical={asked} needs ranks that mpi4py or torch.distributed connects, and Horovod does these; "
@@ -53,10 +57,6 @@ class Link:
         if self._comm is None:
             self._comm = default_communicator(self._process_set)
         return self._comm
-
-    def hosts(self) -> Hosts | None:
-        """The groups of ranks that share a memory; None where each has its own."""
-        return self._hosts
 
     def is_active(self) -> bool:
         """Whether there is anybody to exchange with, or the caller insists."""

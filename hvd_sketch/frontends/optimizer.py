@@ -20,6 +20,7 @@ from hvd_sketch.error_feedback.default import Default, settle
 from hvd_sketch.error_feedback.step_ahead import StepAhead
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import DenseExchange, Exchange
+from hvd_sketch.frontends.grouped import grouped
 from hvd_sketch.frontends.link import Link
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
@@ -260,10 +261,8 @@ def _exchange(
     layout = _layout(compression, parameters.items())
     exchange: Exchange
     if isinstance(compression, Compressor):
-        exchange = compression.exchange(
-            layout, comm, average=average, device=device, momentum=momentum, hosts=link.hosts()
-        )
-        exchange.log.notes += filter(None, [link.note])
+        make = partial(compression.exchange, layout, comm, average=average, device=device, momentum=momentum)
+        exchange = grouped(lambda hosts: make(hosts=hosts), link.hosts, link.note)
     else:
         dtype = torch.float16 if compression is HalfPrecision else torch.float32
         exchange = DenseExchange(layout, comm, average=average, device=device, dtype=dtype)

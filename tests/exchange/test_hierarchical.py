@@ -417,6 +417,26 @@ def test_uneven_hosts_exchange_by_rank_and_say_so_and_are_refused_where_hosts_ar
         run_in_process(2, lambda comm: find_hosts(comm, True))
 
 
+def test_a_model_whose_parts_are_too_small_is_exchanged_by_rank_unless_hosts_were_asked_for() -> None:
+    """Of 4300 parameters every part has 100 that travel whole, one of the two also a small piece."""
+
+    def body(comm: Communicator) -> list[str]:
+        model = net()
+        asked: list[Asked] = [None, True]
+        kinds = []
+        for each in asked:
+            plain, named = torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters()
+            compression = Compression.topk(ratio=20.0, dense_below=1200, anticipate=False, **PLAIN)
+            optimizer = hvd.DistributedOptimizer(plain, named, compression, comm=comm, hierarchical=each)
+            try:
+                kinds.append(type(optimizer.exchange).__name__)
+            except ConfigurationError as error:
+                kinds.append(type(error).__name__)
+        return kinds
+
+    assert InProcessGroup(8, hosts=[0, 0, 0, 0, 1, 1, 1, 1]).run(body) == [["TopKExchange", "NothingGainedError"]] * 8
+
+
 @pytest.mark.parametrize("count", [2, 3, 8])
 @pytest.mark.parametrize(
     "shapes", [SHAPES, {"flat": (1000,)}, {"wide": (2, 3001), "thin": (700, 3)}, {"tiny": (2,), "none": (0, 3)}]
