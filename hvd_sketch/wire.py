@@ -27,9 +27,6 @@ DIGEST = slice(COPIES * _TOLD, COPIES * _TOLD + DIGEST_BITS)
 HEADER = DIGEST.stop
 """Lanes before the payload."""
 
-HEADER_BYTES = packed_bytes(HEADER, 1)
-"""Of one rank's header where all ranks get it as it is, not the sum: every lane of it is 0 or 1."""
-
 _ODD = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 """The constants of splitmix64 (Steele, Lea and Flood 2014), as int64."""
 
@@ -138,18 +135,33 @@ def read_header(message: Tensor) -> Header:
     return Header.of(message[:HEADER].tolist())
 
 
-def header_bits(message: Tensor) -> Tensor:
-    """A message's header, not yet summed, as bytes (uint8)."""
-    packed = torch.empty(HEADER_BYTES, dtype=torch.uint8, device=message.device)
-    pack_bits(message[:HEADER].to(torch.int8), 1, packed)
+def header_bytes(largest: int = 1) -> int:
+    """Bytes of a header that is not summed on its way, whose lanes are ``largest`` at most: see `pack_header`."""
+    return packed_bytes(HEADER, _lane_bits(largest))
+
+
+def pack_header(message: Tensor, largest: int = 1) -> Tensor:
+    """A message's header as bytes (uint8), in few bits a lane: 1 of one rank's own, more of a sum of some ranks'."""
+    packed = torch.empty(header_bytes(largest), dtype=torch.uint8, device=message.device)
+    pack_bits(message[:HEADER].to(torch.uint8).view(torch.int8), _lane_bits(largest), packed)
     return packed
 
 
-def read_header_bits(rows: Tensor) -> Header:
-    """What all ranks' headers say in sum, from a row of `header_bits` of each; waits for a device."""
+def read_packed_headers(rows: Tensor, largest: int = 1) -> Header:
+    """What headers say in sum, each packed in a row; waits for a device."""
+    bits = _lane_bits(largest)
     lanes = torch.empty(len(rows), HEADER, dtype=torch.float32, device=rows.device)
-    unpack_bits(rows, 1, lanes)
-    return Header.of(lanes.neg_().sum(0).tolist())
+    unpack_bits(rows, bits, lanes)
+    return Header.of(torch.where(lanes < 0.0, lanes + 2**bits, lanes).sum(0).tolist())
+
+
+def _lane_bits(largest: int) -> int:
+    return next(bits for bits in (1, 2, 4, 8) if largest < 2**bits)
+
+
+def tells_of_odd(message: Tensor) -> bool:
+    """Whether a header, not yet summed, says that a gradient is not finite."""
+    return bool(message[1] > 0.0)
 
 
 def write_digest(lanes: Tensor, content: Tensor, salt: int = 0) -> None:

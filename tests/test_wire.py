@@ -55,10 +55,13 @@ def test_a_header_tells_in_sum_what_one_rank_says(
         wire.write_digest(message[wire.DIGEST], torch.tensor([7]))
     header = wire.read_header(messages.sum(0))
     assert header == (finite, incomplete, 3, problem, flush, True)
-    bits = torch.stack([wire.header_bits(message) for message in messages])
-    assert wire.read_header_bits(bits) == header
-    for place in range(0, wire.HEADER, 7):
-        bits[rank, place % wire.HEADER_BYTES] ^= 1 << place // wire.HEADER_BYTES
-        assert wire.read_header_bits(bits) == header
-        bits[rank, place % wire.HEADER_BYTES] ^= 1 << place // wire.HEADER_BYTES
     assert header.void == (not finite or problem or flush)
+    for largest in (1, 3, 8, 200):
+        bits = torch.stack([wire.pack_header(message, largest) for message in messages])
+        assert wire.read_packed_headers(bits, largest) == header
+    sums = torch.stack([wire.pack_header(messages[:2].sum(0), 2), wire.pack_header(messages[2], 2)])
+    assert wire.read_packed_headers(sums, 2) == header
+    for place in range(0, wire.HEADER, 5):
+        bits = torch.stack([wire.pack_header(message) for message in messages])
+        bits[rank, place % len(bits[rank])] ^= 1 << place // len(bits[rank])
+        assert wire.read_packed_headers(bits) == header

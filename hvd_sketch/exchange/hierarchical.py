@@ -210,12 +210,15 @@ class HostRounds(Rounds):
         of_host: lanes of a header, summed over the ranks of this host.
     """
 
-    speaks_for_one = False
-
     def __init__(self, part: Exchange, whole: Rounds) -> None:
         super().__init__(part.comm, part.stats, part.drift)
         self._whole = whole
         self.of_host = torch.zeros(wire.HEADER, dtype=torch.float64, device="cpu")
+
+    @property
+    def ranks_each(self) -> int:
+        """Those of a host."""
+        return self._whole.comm.size // self.comm.size
 
     def write_header(self, message: Tensor, finite: bool | Tensor) -> None:
         """Put what the host's ranks have to say of the step in front of a message."""
@@ -225,7 +228,7 @@ class HostRounds(Rounds):
         """As all ranks do alike."""
         taken = self._whole.heed(header)
         self.present, self.all_present = self._whole.present, self._whole.all_present
-        self.flushes = self._whole.flushes
+        self.flushes, self.regular = self._whole.flushes, self._whole.regular
         return taken
 
     def note_damage(self, damaged: Tensor, what: str) -> None:
