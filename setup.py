@@ -53,6 +53,7 @@ EXTRAS = {
         "pytest-xdist>=3.6,<4",  # two files of tests at a time
         "hypothesis>=6.100,<7",  # invariants on generated input
         "psutil>=5.9,<8",  # ends all descendants of a launcher that hangs
+        "auditwheel>=6,<7",  # on which systems the wheel's kernel runs
         "ruff>=0.17,<0.18",  # lint; its rules change between minor versions
         "mypy>=2.4,<2.5",  # types; likewise
         "pre-commit>=4,<5",  # both before each commit, for those who want it

@@ -27,6 +27,7 @@ from hvd_sketch.methods.local.cser import CSER
 from hvd_sketch.methods.local.local_sgd import LocalSGD
 from hvd_sketch.methods.local.overlap import OverlapLocalSGD
 from hvd_sketch.methods.server import ADSAGA, AsyncSGD, FedAT
+from hvd_sketch.methods.soft_sign import SoftSign
 from hvd_sketch.methods.swarm import SwarmSGD
 from hvd_sketch.schedules.accordion import Accordion
 from hvd_sketch.schedules.accordion_batch import AccordionBatch
@@ -80,6 +81,7 @@ __all__ = [
     "RankMismatchError",
     "SavedMemory",
     "SingleProcess",
+    "SoftSign",
     "Stats",
     "StepAhead",
     "Sum",

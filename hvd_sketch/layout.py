@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.shards import is_sharded, local
 
 DensePredicate = Callable[[str, Tensor], bool]
 """Decides by name and parameter whether a tensor is sent whole in every step."""
@@ -140,11 +140,10 @@ def _check_is_there(name: str, parameter: Tensor) -> None:
             f"parameter {name!r} is on the meta device and has no values; give the model a device with "
             "model.to_empty(device=…) and initialise it, or load its weights, before wrapping"
         )
-    sharded = sys.modules.get("torch.distributed.tensor")
-    if sharded is not None and isinstance(parameter, sharded.DTensor):
+    if is_sharded(parameter):
         raise ConfigurationError(
             f"parameter {name!r} is a DTensor, of which this process has a part only (FSDP2, tensor parallel); "
-            "wrap a model that every rank holds whole, or leave the exchange to FSDP"
+            "wrap a model that every rank holds whole; DistributedOptimizer takes shards, to exchange with replicas"
         )
 
 
@@ -160,7 +159,7 @@ def _cuts(slots: Sequence[Slot], compressed: int, buckets: int) -> tuple[int, ..
 
 
 def _checksum(parameter: Tensor) -> int:
-    values = parameter.detach().cpu().contiguous().reshape(-1)
+    values = local(parameter).detach().cpu().contiguous().reshape(-1)
     return zlib.crc32(values.view(torch.uint8).numpy().data) if values.numel() else 0
 
 

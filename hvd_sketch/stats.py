@@ -30,6 +30,8 @@ class Stats:
             of the memory summed over the ranks by the sketch's own estimate, or of this rank's
             where it selects by itself; NaN when not known.
         clip: factor the last gradient was multiplied by, 1 when it was within the norm.
+        drift: how far an element of a parameter here was from rank 0's at most when it was last taken over, see
+            ``resync_every``.
         seconds: wall time by phase.
     """
 
@@ -38,6 +40,7 @@ class Stats:
     bytes_sent: int = 0
     dense_bytes: int = 0
     local_bytes: int = 0
+    drift: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     _captured: Callable[[], float] | float = field(default=float("nan"), repr=False)
     _clip: Tensor | float = field(default=1.0, repr=False)
@@ -96,6 +99,7 @@ class Stats:
             "ratio": self.ratio,
             "captured_energy": self.captured_energy,
             "clip": self.clip,
+            "drift": self.drift,
             **{f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()},
         }
 

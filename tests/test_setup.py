@@ -85,6 +85,27 @@ def test_one_wheel_serves_every_python(wheel: Path) -> None:
     assert not re.search("python|torch|c10", needed.stdout)
 
 
+MANYLINUX_2_28 = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11), "GCC": (8,)}
+"""The newest symbols of a system of that name: of its C library, and of the C++ library of its GCC 8."""
+
+
+def test_the_kernel_runs_on_systems_of_2018(wheel: Path) -> None:
+    """It asks for no symbol that manylinux_2_28 has not, whatever it was built on."""
+    listed = run("objdump", "--dynamic-syms", installed_kernel(wheel), cwd=wheel.parent)
+    assert listed.returncode == 0, listed.stdout
+    needed = re.findall(r"\(?(GLIBC|GLIBCXX|CXXABI|GCC)_([0-9.]+)\)? ", listed.stdout)
+    assert needed
+    for library, version in needed:
+        assert tuple(map(int, version.split("."))) <= MANYLINUX_2_28[library], f"{library}_{version}"
+
+
+def test_auditwheel_agrees(wheel: Path) -> None:
+    pytest.importorskip("auditwheel")
+    told = run(sys.executable, "-m", "auditwheel", "show", wheel, cwd=wheel.parent)
+    assert told.returncode == 0, told.stdout
+    assert re.search("manylinux_2_(1[0-9]|2[0-8]|[5-9])_", " ".join(told.stdout.split())), told.stdout
+
+
 def installed_kernel(wheel: Path) -> Path:
     return Path(zipfile.ZipFile(wheel).extract("hvd_sketch/native/_kernel.so", wheel.parent))
 

@@ -11,15 +11,19 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.faults.worker import ALONE, FAULTS, VICTIM, in_process
+from benchmarks.faults.worker import ALONE, FAULTS, THROUGH_DDP, VICTIM, in_process
 
 RANKS, LIMIT, HUNG = 3, 10.0, 120.0
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "faults.md"
 MARK = "<!-- below: written by `make faults` -->"
+MPIRUN = ("mpirun", "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none", "-np", str(RANKS))
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", "--no-python")
 LAUNCHERS: dict[str, tuple[str, ...]] = {
-    "mpi4py": ("mpirun", "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none"),
-    "Horovod over MPI": ("mpirun", "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none"),
-    "Horovod over Gloo": ("horovodrun", "--gloo"),
+    "mpi4py": MPIRUN,
+    "Horovod over MPI": MPIRUN,
+    "Horovod over Gloo": ("horovodrun", "--gloo", "-np", str(RANKS)),
+    "torchrun": TORCHRUN,
+    THROUGH_DDP: TORCHRUN,
 }
 IN_PROCESS = "in process"
 
@@ -55,7 +59,7 @@ def run(backend: str, fault: str) -> Outcome:
         times = [each["time"] for each in said]
         return Outcome(max(times) - said[VICTIM]["time"], said)
     with tempfile.TemporaryDirectory() as name:
-        command = [*LAUNCHERS[backend], "-np", str(RANKS), sys.executable, "-m", "benchmarks.faults.worker"]
+        command = [*LAUNCHERS[backend], sys.executable, "-m", "benchmarks.faults.worker"]
         environment = {**os.environ, "HVD_SKETCH_TIMEOUT": str(LIMIT), "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
             [*command, backend, fault, str(LIMIT), name],
@@ -71,7 +75,7 @@ def run(backend: str, fault: str) -> Outcome:
         except subprocess.TimeoutExpired:
             ended = None
             process.terminate()
-            process.wait(30)
+            process.wait(60)  # torchrun gives a rank half a minute to end
         files = [Path(name, f"{rank}.json") for rank in range(RANKS)]
         said = [json.loads(file.read_text()) if file.exists() else {} for file in files]
         struck = said[VICTIM].get("time")

@@ -20,6 +20,7 @@ from hvd_sketch.comm import Communicator
 
 STEPS, STEP, VICTIM = 6, 3, 1
 SHORT = 0.4  # of the limit
+THROUGH_DDP = "torchrun, DDP"
 
 
 def _raise(limit: float) -> NoReturn:
@@ -69,22 +70,33 @@ ALONE = ("an exception", "sys.exit(0)", "one step() fewer")
 
 def train(comm: Any, rank: int, fault: Callable[[], object] | None, point: str, *, fewer: bool = False) -> list[float]:
     """A few steps; on the victim the fault at a point of one of them. The parameters at the end."""
+    model, optimizer, exchange_of = prepared(comm)
+    for step in range(STEP if fewer else STEPS):
+        optimizer.zero_grad()
+        inputs = torch.randn(8, 40, generator=torch.Generator().manual_seed(100 * step + rank))
+        loss = (model(inputs) - inputs).square().mean()
+        if step == STEP and fault is not None:
+            strike(exchange_of(), fault, point)
+        loss.backward()
+        optimizer.step()
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).tolist()
+
+
+def prepared(comm: Any) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], Any]]:
+    """The model, the optimizer to step, and what gives the exchange; by DistributedDataParallel's hook on demand."""
     model = nn.Sequential(nn.Linear(40, 60), nn.Tanh(), nn.Linear(60, 40))
     for number, parameter in enumerate(model.parameters()):
         generator = torch.Generator().manual_seed(number)
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 8)
     compression = hvd.Compression.sharded(ratio=4, warmup_steps=0)
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    if comm == THROUGH_DDP:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        state = hvd.ddp.register(parallel, sgd, compression)
+        return parallel, sgd, lambda: state.exchange
     keywords = {} if comm is None else {"comm": comm}
-    inner = torch.optim.SGD(model.parameters(), 0.1)
-    optimizer = hvd.DistributedOptimizer(inner, model.named_parameters(), compression, **keywords)
-    for step in range(STEP if fewer else STEPS):
-        optimizer.zero_grad()
-        inputs = torch.randn(8, 40, generator=torch.Generator().manual_seed(100 * step + rank))
-        (model(inputs) - inputs).square().mean().backward()
-        if step == STEP and fault is not None:
-            strike(optimizer.exchange, fault, point)
-        optimizer.step()
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).tolist()
+    optimizer = hvd.DistributedOptimizer(sgd, model.named_parameters(), compression, **keywords)
+    return model, optimizer, lambda: optimizer.exchange
 
 
 def strike(exchange: Any, fault: Callable[[], object], point: str) -> None:
@@ -131,7 +143,8 @@ def main(backend: str, name: str, limit: float, folder: Path) -> None:
     victim = rank == VICTIM and name != "nothing"
     fewer = victim and name == "one step() fewer"
     try:
-        end = train(None, rank, struck if victim and not fewer else None, point, fewer=fewer)
+        comm = backend if backend == THROUGH_DDP else None
+        end = train(comm, rank, struck if victim and not fewer else None, point, fewer=fewer)
     except BaseException as error:
         if not victim:
             tell(folder, rank, error=f"{type(error).__name__}: {' '.join([str(error), *error_notes(error)])}")

@@ -61,7 +61,7 @@ PUSHES, PERIOD, BATCH = 60, 4, 32  # of each worker
 RATES = {"plain": 0.03, "Zeno++": 0.2, "ZenoPS async": 0.1}
 SYNCHRONOUS_RATE = 0.3
 """The workers' learning rates: a mean of ten allows more than ten pushes one after the other."""
-HOSTILE = (0, 4, 6, 8)
+HOSTILE = (0, 2, 4, 6, 8)
 MAJORITY_Z = 1.5  # of ALIE, where hostile workers need nobody else for a majority
 
 RULES: dict[str, Callable[[Any], Rule]] = {

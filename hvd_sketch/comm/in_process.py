@@ -72,8 +72,8 @@ class _Meeting:
 class InProcess(Communicator):
     """One of several ranks that share a process; made by `InProcessGroup`."""
 
-    def __init__(self, rank: int, size: int, meeting: _Meeting) -> None:
-        self._rank, self._size, self._meeting = rank, size, meeting
+    def __init__(self, rank: int, size: int, meeting: _Meeting, host: int | None = None) -> None:
+        self._rank, self._size, self._meeting, self._host = rank, size, meeting, host
 
     @property
     def rank(self) -> int:
@@ -82,6 +82,11 @@ class InProcess(Communicator):
     @property
     def size(self) -> int:
         return self._size
+
+    @property
+    def host(self) -> str | None:
+        """The number of the one that it was said to be on."""
+        return None if self._host is None else str(self._host)
 
     def subgroup(self, ranks: Sequence[int]) -> Communicator:
         """Its first rank makes the place to meet."""
@@ -121,11 +126,14 @@ class InProcessGroup:
         size: how many.
         timeout: seconds that a rank waits for the others in one collective; by default
             the environment's ``HVD_SKETCH_TIMEOUT``, or half an hour.
+        hosts: the number of the host that each rank stands for being on.
     """
 
-    def __init__(self, size: int, timeout: float | None = None) -> None:
+    def __init__(self, size: int, timeout: float | None = None, hosts: Sequence[int] | None = None) -> None:
         self._meeting = meeting = _Meeting(size, limit_of(timeout))
-        self.communicators = [InProcess(rank, size, meeting) for rank in range(size)]
+        self.communicators = [
+            InProcess(rank, size, meeting, None if hosts is None else hosts[rank]) for rank in range(size)
+        ]
 
     def run(self, body: Callable[[Communicator], Result]) -> list[Result]:
         """Call ``body(communicator)`` on a thread for each rank and return the results by rank.

@@ -39,7 +39,8 @@ def is_launched(*, by_another: bool) -> bool:
 def initialize() -> None:
     """Make the default process group from torchrun's variables: Gloo, and NCCL beside it where there are GPUs."""
     with_gpus = torch.cuda.is_available() and dist.is_nccl_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if with_gpus else "gloo")
+    limit = timedelta(seconds=limit_of(None)) if VARIABLE in os.environ else None
+    dist.init_process_group("cpu:gloo,cuda:nccl" if with_gpus else "gloo", timeout=limit)
 
 
 def group_of(comm: Any) -> Any:

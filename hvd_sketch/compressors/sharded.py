@@ -140,7 +140,7 @@ class ShardedExchange(SparseExchange):
         ups = self._start_ups(plan, wire.pack_header(header, each))
         with self.stats.phase("exchange"):
             told = wire.read_packed_headers(ups[0].wait()[:, -wire.header_bytes(each) :], each)
-        goes_on = told.regular(each * self.comm.size) and not told.void
+        goes_on = told.regular(self.comm.size) and not told.void
         if not goes_on:
             for up in ups:
                 up.wait()
@@ -156,11 +156,11 @@ class ShardedExchange(SparseExchange):
 
     def _header_rides(self) -> bool:
         """Whether it saves time, and costs no more bytes than by itself; alike on all ranks."""
-        comm, layout = self.comm, self.layout
-        if not (comm.sends_directly and self.rounds.regular and layout.dense == 0):
+        comm, layout, each = self.comm, self.layout, self.rounds.ranks_each
+        if not (comm.sends_directly and self.rounds.regular and layout.dense == 0 and each <= wire.MOST_PACKED):
             return False
         by_itself = comm.allreduce_bytes(dense_nbytes(layout, comm.size, torch.float16))
-        cheap = (comm.size - 1) * wire.header_bytes(self.rounds.ranks_each) <= by_itself
+        cheap = (comm.size - 1) * wire.header_bytes(each) <= by_itself
         return cheap and 2.0 * comm.crossing >= _KEEPING * layout.total
 
     def send_chosen(self, plan: Codes) -> list[Part]:

@@ -23,6 +23,7 @@ from hvd_sketch.exchange import Exchange
 from hvd_sketch.methods.exchanging import ExchangingOptimizer
 from hvd_sketch.methods.flat import Flat, FlatParameters
 from hvd_sketch.methods.wiring import Wiring
+from hvd_sketch.shards import is_sharded, local
 
 
 @dataclass(frozen=True)
@@ -159,14 +160,16 @@ class Anticipation(Ahead):
 
     def move(self) -> None:
         """On a GPU by one kernel, which needs no vector for the point ahead."""
-        optimizer, parameters = self._optimizer, self.flat.parameters
+        optimizer, parameters, exchange = self._optimizer, self.flat.parameters, self._exchange()
         moments = [optimizer.state.get(each, {}).get("exp_avg_sq") for each in parameters]
-        if not gpu.serves(self.synchronous.vector) or not self._mover.serves(parameters, moments):
+        of_models = exchange.domain.is_models and not any(map(is_sharded, parameters))
+        served = gpu.serves(self.synchronous.vector) and self._mover.serves(parameters, moments)
+        if not (of_models and served):
             super().move()
             return
         rates = {each: group for group in optimizer.param_groups for each in group["params"]}
         numbers = [numbers_of(optimizer, rates[each], each) for each in parameters]
-        exchange, shares = self._exchange(), self._shares.shares
+        shares = self._shares.shares
         if shares is None:  # nothing is unsent before the first step
             shares = torch.zeros(len(numbers), dtype=torch.float32, device=exchange.gradient.device)
         errors, factors = exchange.memory.residual, self._coefficient * shares
@@ -235,7 +238,7 @@ def respond(
     if not errors:
         return
     second = group["betas"][1]
-    sizes = [state["exp_avg_sq"].to(error.dtype) for error, state in zip(errors, states, strict=True)]
+    sizes = [local(state["exp_avg_sq"]).to(error.dtype) for error, state in zip(errors, states, strict=True)]
     sizes = list(torch._foreach_addcmul(sizes, errors, errors, value=1.0 - second))
     torch._foreach_sqrt_(sizes)
     torch._foreach_div_(sizes, math.sqrt(1.0 - second ** float(states[0]["step"])))

@@ -16,6 +16,7 @@ from hvd_sketch.error_feedback.ahead import AheadOptimizer
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.layout import Layout
 from hvd_sketch.methods.wiring import Wiring
+from hvd_sketch.shards import local_parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class Wrapping:
     @property
     def layout(self) -> Layout:
         """Of these."""
-        return self.compression.layout(self.trained.items())
+        return self.compression.layout(local_parts(self.trained.items()).items())
 
 
 class ErrorFeedback(ABC):

@@ -78,6 +78,7 @@ class CommonShare:
 
 
 def read_errors(exchange: Exchange, into: Tensor) -> None:
-    """Copy this rank's e_i, in the layout's order: its memory, and of what it owns its share."""
+    """Copy this rank's e_i, of the model, in the layout's order: its memory, and of what it owns its share."""
     into.copy_(exchange.memory.residual)
     into[exchange.owned] /= exchange.comm.size
+    exchange.domain.leave(into)

@@ -16,6 +16,7 @@ from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.layout import Slot
 from hvd_sketch.saved import Form
+from hvd_sketch.shards import local
 from hvd_sketch.sketch.narrow import CELLS, NarrowSketches
 
 _GROWTH = 4
@@ -106,7 +107,7 @@ class MomentsObserver:
         groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
         lent = [p for p in self._moments if p in groups and p.grad is not None and optimizer.state.get(p)]
         numbers = {p: _numbers(groups[p]["betas"][1], float(optimizer.state[p]["step"])) for p in lent}
-        means = {p: optimizer.state[p]["exp_avg_sq"] for p in lent}
+        means = {p: local(optimizer.state[p]["exp_avg_sq"]) for p in lent}
         if self._kernels is not None and self._kernels.serves(means):
             self._kernels.lend(self._vector, means, numbers, list(self._moments))
             return
@@ -115,14 +116,14 @@ class MomentsObserver:
             sizes = [means[p] for p in its]
             torch._foreach_copy_(sizes, [self._moments[p] for p in its])
             torch._foreach_mul_(sizes, pair[0])
-            updates = [p.grad for p in its if p.grad is not None]
+            updates = [local(p.grad) for p in its if p.grad is not None]
             torch._foreach_addcmul_(sizes, updates, updates, value=-pair[1])
             torch._foreach_clamp_min_(sizes, 0.0)
 
     def _measure(self, exchange: Exchange) -> None:
-        clip = exchange.stats.clip
-        self._tables.copy_(self._sketches(exchange.gradient, exchange.step, clip))
-        self._sum_squares(exchange.gradient, clip)
+        gradient, clip = exchange.in_model(exchange.gradient), exchange.stats.clip
+        self._tables.copy_(self._sketches(gradient, exchange.step, clip))
+        self._sum_squares(gradient, clip)
         exchange.rounds.sum_coarsely(self._message, "moments")
         if not bool(self._message.isfinite().all()):
             return

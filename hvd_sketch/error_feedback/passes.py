@@ -19,6 +19,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
 
+from hvd_sketch.shards import gather_anew
+
 _log = logging.getLogger("hvd_sketch")
 
 
@@ -97,11 +99,14 @@ class Passes:
         elif not self._suspended and self._holders_in(module):
             self._outer, self._depth = module, 1
             self._trains = module.training and (torch.is_grad_enabled() or _in_checkpoint())
-            self._resumes = self._moved.is_ahead and not self._trains
+            was_ahead = self._moved.is_ahead
+            self._resumes = was_ahead and not self._trains
             if self._trains:
                 self._forth()
             else:
                 self._back()
+            if self._moved.is_ahead is not was_ahead and not _in_backward():
+                gather_anew(module)
 
     def leave(self, module: Module, output: Any) -> None:
         """After a module's forward, or when it has failed."""

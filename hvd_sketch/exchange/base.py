@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from hvd_sketch import wire
 from hvd_sketch.exchange.absent import Absent, gather_absent
+from hvd_sketch.exchange.domain import Domain
 from hvd_sketch.exchange.log import Log
 from hvd_sketch.exchange.progress import Progress, Saved
+from hvd_sketch.exchange.resync import take_over_parameters
 from hvd_sketch.exchange.setting import Setting
 from hvd_sketch.exchange.staging import Staging
 from hvd_sketch.exchange.update import Part, Update
@@ -49,10 +51,12 @@ class Exchange(Progress):
         observers: who learns from every step that counts.
         log: what rank 0 tells of it.
         shares_memory: whether what other ranks have not sent is in this rank's memory as well.
+        domain: the coordinates of gradient, memory and messages.
         gradient: the step's gradients, float32, of the layout's size.
         frozen: positions of the parameters that do not require a gradient for now.
         only_decay: positions of those that were handed in for their weight decay, and have no gradient.
         staging: which gradients have arrived, and their norms.
+        whole_norm: the norm of a gradient from that of this rank's shards of it; None where a rank has all of it.
     """
 
     shares_memory = False
@@ -63,11 +67,13 @@ class Exchange(Progress):
         self.void = False
         self.log = Log(setting.label)
         self.observers: list[Observer] = []
-        self.staging = Staging(setting.layout, setting.device)
+        self.domain = Domain(setting.layout, setting.mixing)
+        self.staging = Staging(setting.layout, setting.device, self.domain)
         self.gradient = self.staging.vector
         self.frozen: Collection[int] = ()
         self.only_decay: Collection[int] = ()
-        self._update = Update(setting.layout, setting.device)
+        self.whole_norm: Callable[[float], float] | None = None
+        self._update = Update(setting.layout, setting.device, self.domain)
         self._everything: Tensor | None = None
         self._absent, self._missing = Absent(setting.layout), set[int]()
         self.rounds.on_incomplete = self._leave_alone
@@ -157,6 +163,8 @@ class Exchange(Progress):
         self.step += counts
         if counts and self.comm.size > 1:
             self.drift.note_update(*self._update.contents())
+            if self.resync_every and self.step % self.resync_every == 0:
+                self.stats.drift = take_over_parameters(self.rounds, self.drift.parameters)
         for observer in self.observers if counts else ():
             observer.observe(self)
         self.log.end_step(self, compressed=compressed)
@@ -201,10 +209,14 @@ class Exchange(Progress):
 
     def measure(self) -> tuple[Factor, Finite]:
         """The factor of this rank's gradient, and whether it is finite; what a GPU knows stays there."""
-        if self.staging.gathered:
+        if self.staging.gathered and self.whole_norm is None:
             return self.staging.measure(self._setting.clip_norm)
-        norm = self.gradient_norm()
-        return self.clip_factor(norm), math.isfinite(norm)
+        return self.judge(self.gradient_norm())
+
+    def judge(self, norm: float) -> tuple[float, bool]:
+        """The factor of a gradient, and whether it is finite, by the norm of what this rank has of it."""
+        whole = norm if self.whole_norm is None else self.whole_norm(norm)
+        return self.clip_factor(whole), math.isfinite(whole)
 
     def gradient_norm(self) -> float:
         """The norm of this rank's gradient; not finite if the gradient is not."""
@@ -217,6 +229,10 @@ class Exchange(Progress):
             return 1.0
         return min(1.0, limit / norm)
 
+    def in_model(self, vector: Tensor) -> Tensor:
+        """Gradient or memory in the coordinates of the model: the vector itself, where those are the exchange's."""
+        return vector if self.domain.is_models else self.domain.leave(vector.clone())
+
     def average_memory(self) -> None:
         """Replace every rank's residual by the mean over the ranks: what is kept in total stays the same."""
         self.rounds.sum_values(self.memory.residual, "memory")
@@ -228,7 +244,7 @@ class Exchange(Progress):
 
     @property
     def update(self) -> Tensor:
-        """The update of the last `run`, in the layout's order; valid until the next one."""
+        """The update of the last `run`, of the model, in the layout's order; valid until the next one."""
         return self._update.whole()
 
     def write_update(self, tensors: Mapping[int, Tensor], factor: float = 1.0) -> None:
@@ -281,7 +297,8 @@ class Exchange(Progress):
         self.memory.absorb(self.gradient, clip)
         self.memory.keep(slice(0, self.layout.compressed), 0.0, mask=True)
         self.memory.keep(slice(self.layout.compressed, None), 0.0, mask=False)
-        self.update.copy_(message[wire.HEADER :]).mul_(1.0 / self.divisor)
+        values = message[wire.HEADER :].to(torch.float32).mul_(1.0 / self.divisor)
+        self.hold(Part(slice(0, self.layout.total), values))
         self.stats.captured_energy = 1.0
         return True
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hvd_sketch.exchange.base import Exchange
+from hvd_sketch.shards import local
 
 
 class Gradients:
@@ -48,13 +49,19 @@ class Gradients:
         self._factor = 1.0
         """By which those were multiplied."""
 
-    def computed(self, parameter: Tensor, passes: int, factor_of: Callable[[], float]) -> None:
-        """A gradient is there; the last of so many passes over the parameter hands it in, times the step's factor."""
+    def computed(self, parameter: Tensor, passes: int, scale_of: Callable[[], float | None]) -> None:
+        """A gradient is there; the last of so many passes over the parameter hands it in, less the step's scale.
+
+        While the scale is None all wait for the step.
+        """
         position = self._positions[parameter]
         self._passes[position] += 1
         if self._passes[position] == passes and parameter.grad is not None:
             if not self._handed:
-                self._factor = factor_of()
+                scale = scale_of()
+                if scale is None:
+                    return
+                self._factor = 1.0 / scale
             self._handed[position] = (parameter.grad, parameter.grad._version)
             self._hand_in({position: parameter.grad}, self._factor)
 
@@ -66,10 +73,11 @@ class Gradients:
             if factor == self._factor and self._is_as_handed_in(position):
                 del now[position]
             elif self._exchange.has_begun(position):
+                changed = "changed" if factor == self._factor else f"scaled by {self._factor / factor:g}, or unscaled,"
                 self._exchange.fail_together(
-                    f"the gradient of {self._name(position)!r} was changed after backward() had handed it to a bucket "
-                    "that is under way; change gradients after optimizer.synchronize(), use the compressor's "
-                    "clip_norm, or leave buckets at 1"
+                    f"the gradient of {self._name(position)!r} was {changed} after backward() had handed it to a "
+                    "bucket that is under way; change gradients after optimizer.synchronize(), pass grad_scaler=, use "
+                    "the compressor's clip_norm, or leave buckets at 1"
                 )
             else:
                 self._exchange.take_back(position)
@@ -106,12 +114,12 @@ class Gradients:
                 update = self._exchange.update_of(position) * factor
                 parameter.grad = update.to_sparse(parameter.grad.sparse_dim()).to(parameter.dtype)
             else:
-                targets[position] = parameter.grad
+                targets[position] = local(parameter.grad)
         self._exchange.write_update(targets, factor)
 
     def there(self) -> Iterator[Tensor]:
         """The gradients that there are."""
-        return (parameter.grad for parameter in self.parameters if parameter.grad is not None)
+        return (local(parameter.grad) for parameter in self.parameters if parameter.grad is not None)
 
     def _hand_in(self, gradients: Mapping[int, Tensor], factor: float) -> None:
         dense = {at: self._dense(at, gradient) for at, gradient in gradients.items()}
@@ -120,9 +128,9 @@ class Gradients:
             self._exchange.submit_many(fit, factor)
             return
         for position, gradient in fit.items():
-            parameter = self.parameters[position]
-            decay = self._decay_of(parameter)
-            self._exchange.submit(position, gradient, factor, parameter if decay else None, decay)
+            decay = self._decay_of(self.parameters[position])
+            parameter = local(self.parameters[position]) if decay else None
+            self._exchange.submit(position, gradient, factor, parameter, decay)
 
     def _hand_in_decay(self) -> None:
         """Of parameters without a gradient here, which others may have one for."""
@@ -131,7 +139,7 @@ class Gradients:
         )
         self._exchange.only_decay = [position for position, decay in decays.items() if decay]
         for position in self._exchange.only_decay:
-            parameter = self.parameters[position]
+            parameter = local(self.parameters[position])
             self._exchange.submit(position, torch.zeros_like(parameter), 1.0, parameter, decays[position])
 
     def _dense(self, position: int, gradient: Tensor) -> Tensor | None:
@@ -142,7 +150,7 @@ class Gradients:
                 "pass sparse_as_dense=True, or give it an optimizer of its own"
             )
             return None
-        gradient = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+        gradient = gradient.detach().to_dense() if gradient.is_sparse else local(gradient.detach())
         shape = self._exchange.layout.slots[position].shape
         if tuple(gradient.shape) == shape:
             return gradient

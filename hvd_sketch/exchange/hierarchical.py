@@ -74,7 +74,7 @@ class HierarchicalExchange(Exchange):
             replace(setting, layout=division.layouts[local.rank], comm=hosts.across, label="", clip_norm=None)
         )
         self.part.stats, self.part._told_void = self.stats, True  # the whole counts and tells
-        self._header = self.part.rounds = HostRounds(self.part, self.rounds)
+        self._header = self.part.rounds = HostRounds(self.part, self.rounds, local.size)
         self._updates = division.of_vector(self.update)
 
     def _plan_of_part(self, step: int, ranks: int) -> Any:
@@ -113,15 +113,14 @@ class HierarchicalExchange(Exchange):
         return self.part.staging.norm()
 
     def _tell(self, norm: float, finite: bool) -> float:
-        """Sum inside what the ranks have to say of the step; the norm of the host's gradient."""
+        """Sum inside what the ranks have to say of the step; the norm of the host's mean gradient."""
         message = torch.zeros(wire.HEADER + 1, dtype=torch.float64, device="cpu")
         if not self.comm.muted:
             self.rounds.write_header(message, finite and math.isfinite(norm))
         message[-1] = norm * norm
         self._local.allreduce(message, self.rounds.name_of("header"))
-        self._header.of_host = message[: wire.HEADER]
-        total = math.sqrt(float(message[-1]))
-        return total / self._local.size if self.average else total
+        self._header.of_host = message[: wire.HEADER] / self._local.size
+        return math.sqrt(float(message[-1])) / self._local.size
 
     def _gather_inside(self, problem: Exception | None) -> None:
         """The whole update, and the whole memory if somebody follows it.
@@ -205,20 +204,21 @@ class HostRounds(Rounds):
     Args:
         part: whose.
         whole: those of the whole exchange, which heed what is told.
+        local: how many ranks a host has.
 
     Attributes:
-        of_host: lanes of a header, summed over the ranks of this host.
+        of_host: lanes of a header, the mean over the ranks of this host: in a sum, who took part is counted in hosts.
     """
 
-    def __init__(self, part: Exchange, whole: Rounds) -> None:
+    def __init__(self, part: Exchange, whole: Rounds, local: int) -> None:
         super().__init__(part.comm, part.stats, part.drift)
-        self._whole = whole
+        self._whole, self._local = whole, local
         self.of_host = torch.zeros(wire.HEADER, dtype=torch.float64, device="cpu")
 
     @property
     def ranks_each(self) -> int:
         """Those of a host."""
-        return self._whole.comm.size // self.comm.size
+        return self._local
 
     def write_header(self, message: Tensor, finite: bool | Tensor) -> None:
         """Put what the host's ranks have to say of the step in front of a message."""
@@ -226,7 +226,7 @@ class HostRounds(Rounds):
 
     def heed(self, header: wire.Header) -> bool:
         """As all ranks do alike."""
-        taken = self._whole.heed(header)
+        taken = self._whole.heed(header._replace(present=round(header.present * self._local)))
         self.present, self.all_present = self._whole.present, self._whole.all_present
         self.flushes, self.regular = self._whole.flushes, self._whole.regular
         return taken

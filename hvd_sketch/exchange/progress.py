@@ -62,6 +62,7 @@ class Progress(ABC):
         self.rounds = Rounds(setting.comm, self.stats, self.drift)
         self._setting, self._agreed = setting, setting.name
         self._agreed_size, self._loaded, self._refused = 0, False, False
+        self._resync_every = 0
         self._plans: list[Any] = []
 
     @property
@@ -89,6 +90,26 @@ class Progress(ABC):
         self.drift.parameters = [parameters[slot.name] for slot in self.layout.slots]
         self.drift.groups = groups
         self.drift.describe_values = partial(describe_values, parameters)
+
+    @property
+    def resync_every(self) -> int:
+        """All ranks take over rank 0's parameters in every so manieth step, and do not compare them; 0 for never.
+
+        To be set before the first step, alike on all ranks.
+        """
+        return self._resync_every
+
+    @resync_every.setter
+    def resync_every(self, steps: int) -> None:
+        if steps < 0:
+            raise ConfigurationError(f"resync_every must be at least 0, got {steps}")
+        if steps and not self.drift.parameters:
+            raise ConfigurationError(
+                "resync_every: a DistributedDataParallel hook must not change parameters while backward runs; use "
+                "hvd_sketch.DistributedOptimizer, or broadcast them between two steps"
+            )
+        self._resync_every, self.drift.samples = steps, steps == 0
+        self._agreed_size = 0
 
     def snapshot(self) -> Callable[[], None]:
         """Remember memory and counters; what is returned goes back to them, once."""
@@ -151,6 +172,7 @@ class Progress(ABC):
             "parameters": self.layout.describe(),
             "compressed": self.layout.compressed,
             "cuts": list(self.layout.cuts),
+            **({} if self._setting.mixing is None else {"mixing": self._setting.mixing}),
         }
 
     def _common_state(self) -> dict[str, Any]:
@@ -183,7 +205,8 @@ class Progress(ABC):
         setting = self._setting
         mine = {
             "software": f"version={VERSION} sketch_geometry={geometry.VERSION} kernel={native.identity()}",
-            "settings": f"{self._agreed} average={setting.average} momentum_correction={setting.momentum}",
+            "settings": f"{self._agreed} average={setting.average} momentum_correction={setting.momentum} "
+            f"resync_every={self._resync_every}",
             "step": self._progress(),
             "parameters": self.layout.describe(),
             "compressed": str(self.layout.compressed),

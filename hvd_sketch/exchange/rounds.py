@@ -124,7 +124,7 @@ class Rounds:
         self._damages.clear()
         if not header.agreed:
             raise self._drift.tell(self.comm, self.name_of)
-        self.present, self.all_present = header.present, header.present == self.comm.size
+        self.present, self.all_present = round(header.present), header.present == self.comm.size
         self.partial += not self.all_present
         self.regular = header.regular(self.comm.size)
         self.flushes = header.finite and header.flush
@@ -158,6 +158,12 @@ class Rounds:
             values.copy_(summed.total.view_as(values))
         if self.comm.size > 1:
             self._drift.note(values)
+
+    def take_over(self, values: Tensor, what: str) -> None:
+        """After a step that all took part in: replace ``values`` by rank 0's."""
+        with self._stats.counting(self.comm), self._stats.phase("exchange"):
+            self.comm.broadcast(values, 0, self.name_of(what))
+        self._drift.note(values)
 
     def _problems(self) -> Exception:
         """Collective: what is wrong on which rank."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from hvd_sketch.comm import Communicator, as_communicator, default_communicator
 from hvd_sketch.comm.states import broadcast_pickled, broadcast_state
 from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.shards import is_sharded
 
 
 @lru_cache(maxsize=1)
@@ -86,6 +87,11 @@ def broadcast_parameters(params: Mapping[str, Any] | Iterable[tuple[str, Tensor]
     items = params.items() if isinstance(params, Mapping) else params
     for name, tensor in sorted(items, key=lambda item: item[0]):
         if isinstance(tensor, Tensor):
+            if is_sharded(tensor):
+                raise ConfigurationError(
+                    f"broadcast_parameters: {name!r} is a DTensor, of which each rank has another part; give all "
+                    "replicas the same seed, or load the same checkpoint, before wrapping"
+                )
             whole = tensor.detach().contiguous()
             world().broadcast(whole, root_rank, name)
             tensor.detach().copy_(whole)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.layout import Layout
+from hvd_sketch.shards import local
 
 HOST = torch.device("cpu")
 
@@ -58,13 +59,14 @@ class FlatParameters:
     @property
     def _values(self) -> list[Tensor]:
         """The parameters' memory, whatever a script has put there, beside autograd and its count of versions."""
-        for slot, parameter in zip(self.layout.slots, self.parameters, strict=True):
-            if parameter.shape != slot.shape:
+        values = [local(parameter).data for parameter in self.parameters]
+        for slot, value in zip(self.layout.slots, values, strict=True):
+            if value.shape != slot.shape:
                 raise ConfigurationError(
-                    f"parameter {slot.name!r} has the shape {tuple(parameter.shape)}, and had {slot.shape} when the "
+                    f"parameter {slot.name!r} has the shape {tuple(value.shape)}, and had {slot.shape} when the "
                     "optimizer was wrapped; wrap the plain optimizer again after changing a model"
                 )
-        return [parameter.data for parameter in self.parameters]
+        return values
 
     @cached_property
     def _elsewhere(self) -> torch.device | None:

@@ -4,12 +4,25 @@
 #include <pthread.h>
 
 #include <atomic>
-#include <condition_variable>
 #include <mutex>
 #include <system_error>
 #include <thread>
 
 namespace sketch {
+
+// A condition variable; std's would bind the kernel to the C++ library of the compiler that built it.
+class Signal {
+public:
+    template <class Predicate>
+    void wait(std::unique_lock<std::mutex>& lock, Predicate holds) {
+        while (!holds()) pthread_cond_wait(&condition_, lock.mutex()->native_handle());
+    }
+    void notify_one() { pthread_cond_signal(&condition_); }
+    void notify_all() { pthread_cond_broadcast(&condition_); }
+
+private:
+    pthread_cond_t condition_ = PTHREAD_COND_INITIALIZER;
+};
 
 // One job runs at a time; a caller that finds the pool busy works alone.
 class Pool {
@@ -19,11 +32,12 @@ public:
     // Calls work(job, 0) here and work(job, 1 … threads - 1) on whichever threads come before this one is done.
     static void run(Work work, void* job, int threads) {
         Pool* pool = instance();
-        std::unique_lock<std::mutex> alone(pool->busy_, std::defer_lock);
-        if (threads > 1 && alone.try_lock())
+        if (threads > 1 && !pool->busy_.test_and_set(std::memory_order_acquire)) {
             pool->share(work, job, threads);
-        else
+            pool->busy_.clear(std::memory_order_release);
+        } else {
             work(job, 0);
+        }
     }
 
 private:
@@ -89,8 +103,9 @@ private:
 #endif
     }
 
-    std::mutex busy_, state_;
-    std::condition_variable wake_, done_;
+    std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
+    std::mutex state_;
+    Signal wake_, done_;
     std::atomic<uint64_t> round_{0};
     Work work_ = nullptr;
     void* job_ = nullptr;

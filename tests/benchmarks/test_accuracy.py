@@ -46,7 +46,7 @@ def test_rows_are_kept_and_a_page_is_written(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(command, "RESULTS", tmp_path / "accuracy.json")
     rows: list[dict[str, Any]] = []
     for method, setting in (("dense", 1.0), ("sharded", 20.0), ("sketch", 400.0)):
-        rows.append(command._row(TASK, method, setting, 2, 0, 3, rows))
+        rows.append(command._row((TASK, method, setting, 2, 0, 3, 1.0), rows))
         command._append(rows[-1])
     assert json.loads((tmp_path / "accuracy.json").read_text()) == json.loads(json.dumps(rows))
     assert rows[1]["ratio"] == pytest.approx(20.0, rel=0.05)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.faults import __main__ as faults
+from benchmarks.faults.worker import THROUGH_DDP
 from hvd_sketch.comm import Communicator
 from hvd_sketch.comm.in_process import InProcessGroup
 from hvd_sketch.comm.patience import VARIABLE, limit_of, ranks, wait_until
@@ -76,6 +77,17 @@ def test_threads_are_told_who_is_missing_and_can_go_on() -> None:
         assert ended[2] == ended[0].replace("rank 0", "rank 2")
     late = told(group, silent=True)  # whoever gives up first leaves the other one
     assert any(f"rank {rank}: waited 0.5 s in allgather second of step 7 for rank" in late[rank] for rank in (0, 2))
+
+
+def test_torchrun_ends_the_others_when_a_rank_is_killed() -> None:
+    """They are told by Gloo, unless torchrun is faster."""
+    if support.quick:
+        pytest.skip("starts processes")
+    outcome = faults.run(THROUGH_DDP, "SIGKILL between the rounds")
+    assert outcome.seconds is not None, "hangs"
+    assert not any("end" in said for said in outcome.said)
+    for error in (said["error"] for said in outcome.said if "error" in said):
+        assert "lost the others in alltoall hvd_sketch.all.1.up0 of step 3" in error
 
 
 @pytest.mark.parametrize(

@@ -230,8 +230,7 @@ class SketchExchange(Exchange):
 
     def measure(self) -> tuple[float, bool]:
         """As numbers of the host: what a sketch is scaled by is one."""
-        norm = self.gradient_norm()
-        return self.clip_factor(norm), math.isfinite(norm)
+        return self.judge(self.gradient_norm())
 
     def gradient_norm(self) -> float:
         """Of the buckets that have started already, the norm is known."""
