@@ -27,8 +27,8 @@ DIGEST = slice(COPIES * _TOLD, COPIES * _TOLD + DIGEST_BITS)
 HEADER = DIGEST.stop
 """Lanes before the payload."""
 
-HEADER_BYTES = packed_bytes(HEADER, 1)
-"""Of one rank's header where all ranks get it as it is, not the sum: every lane of it is 0 or 1."""
+MOST_PACKED = 255
+"""Ranks for which a packed header can speak."""
 
 _ODD = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 """The constants of splitmix64 (Steele, Lea and Flood 2014), as int64."""
@@ -138,18 +138,35 @@ def read_header(message: Tensor) -> Header:
     return Header.of(message[:HEADER].tolist())
 
 
-def header_bits(message: Tensor) -> Tensor:
-    """A message's header, not yet summed, as bytes (uint8)."""
-    packed = torch.empty(HEADER_BYTES, dtype=torch.uint8, device=message.device)
-    pack_bits(message[:HEADER].to(torch.int8), 1, packed)
+def header_bytes(ranks: int = 1) -> int:
+    """Bytes of a header that is not summed on its way; see `pack_header`."""
+    return packed_bytes(HEADER, _lane_bits(ranks))
+
+
+def pack_header(message: Tensor, ranks: int = 1) -> Tensor:
+    """A message's header as bytes (uint8), in few bits a lane: one for a rank's own, more for a mean of some."""
+    packed = torch.empty(header_bytes(ranks), dtype=torch.uint8, device=message.device)
+    counts = (message[:HEADER] * ranks).round_().to(torch.uint8)
+    pack_bits(counts.view(torch.int8), _lane_bits(ranks), packed)
     return packed
 
 
-def read_header_bits(rows: Tensor) -> Header:
-    """What all ranks' headers say in sum, from a row of `header_bits` of each; waits for a device."""
-    lanes = torch.empty(len(rows), HEADER, dtype=torch.float32, device=rows.device)
-    unpack_bits(rows, 1, lanes)
-    return Header.of(lanes.neg_().sum(0).tolist())
+def read_packed_headers(rows: Tensor, ranks: int = 1) -> Header:
+    """What headers say in sum, each packed in a row; waits for a device."""
+    bits = _lane_bits(ranks)
+    counts = torch.empty(len(rows), HEADER, dtype=torch.float32, device=rows.device)
+    unpack_bits(rows, bits, counts)
+    return Header.of(torch.where(counts < 0.0, counts + 2**bits, counts).sum(0).div_(ranks).tolist())
+
+
+def _lane_bits(ranks: int) -> int:
+    """Of a count of up to so many ranks."""
+    return next(bits for bits in (1, 2, 4, 8) if ranks < 2**bits)
+
+
+def tells_of_odd(message: Tensor) -> bool:
+    """Whether a header, not yet summed, says that a gradient is not finite."""
+    return bool(message[1] > 0.0)
 
 
 def write_digest(lanes: Tensor, content: Tensor, salt: int = 0) -> None:

@@ -55,13 +55,17 @@ def test_a_header_tells_in_sum_what_one_rank_says(
         wire.write_digest(message[wire.DIGEST], torch.tensor([7]))
     header = wire.read_header(messages.sum(0))
     assert header == (finite, incomplete, 3.0, problem, flush, True)
-    bits = torch.stack([wire.header_bits(message) for message in messages])
-    assert wire.read_header_bits(bits) == header
-    for place in range(0, wire.HEADER, 7):
-        bits[rank, place % wire.HEADER_BYTES] ^= 1 << place // wire.HEADER_BYTES
-        assert wire.read_header_bits(bits) == header
-        bits[rank, place % wire.HEADER_BYTES] ^= 1 << place // wire.HEADER_BYTES
     assert header.void == (not finite or problem or flush)
+    for ranks in (1, 3, 8, 200):
+        bits = torch.stack([wire.pack_header(message, ranks) for message in messages])
+        assert wire.read_packed_headers(bits, ranks) == header
+    pairs = torch.stack([messages[:2].float().mean(0), messages[2].float() / 2])
+    means = torch.stack([wire.pack_header(pair, 2) for pair in pairs])
+    assert wire.read_packed_headers(means, 2) == wire.read_header(pairs.sum(0))
+    for place in range(0, wire.HEADER, 5):
+        bits = torch.stack([wire.pack_header(message) for message in messages])
+        bits[rank, place % len(bits[rank])] ^= 1 << place // len(bits[rank])
+        assert wire.read_packed_headers(bits) == header
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.float32, torch.float64])

@@ -133,19 +133,19 @@ class ShardedExchange(SparseExchange):
         """As for every `SparseExchange`, or with the header in the codes."""
         if not self._header_rides():
             return super().send(plan, clip, finite)
-        known = finite if isinstance(finite, bool) else not bool(finite.isnan())
+        header, each = self.rounds.header(_is_finite(finite), self.gradient.device), self.rounds.ranks_each
         self.memory.mark()
-        if known:  # else something is sent that nobody will look at
+        if not wire.tells_of_odd(header):  # else something is sent that nobody will look at
             self.memory.absorb(self.gradient, clip)
-        ups = self._start_ups(plan, self.rounds.header_bits(known, self.gradient.device))
+        ups = self._start_ups(plan, wire.pack_header(header, each))
         with self.stats.phase("exchange"):
-            header = wire.read_header_bits(ups[0].wait()[:, -wire.HEADER_BYTES :])
-        goes_on = header.regular(self.comm.size) and not header.void
+            told = wire.read_packed_headers(ups[0].wait()[:, -wire.header_bytes(each) :], each)
+        goes_on = told.regular(self.comm.size) and not told.void
         if not goes_on:
             for up in ups:
                 up.wait()
             self.memory.go_back()
-        if not self.rounds.heed(header):
+        if not self.rounds.heed(told):
             return False
         if goes_on:
             self.hold(*self._bring_down(plan, ups))
@@ -156,12 +156,11 @@ class ShardedExchange(SparseExchange):
 
     def _header_rides(self) -> bool:
         """Whether it saves time, and costs no more bytes than by itself; alike on all ranks."""
-        comm, layout = self.comm, self.layout
-        rounds = self.rounds
-        if not (comm.sends_directly and rounds.regular and rounds.speaks_for_one and layout.dense == 0):
+        comm, layout, each = self.comm, self.layout, self.rounds.ranks_each
+        if not (comm.sends_directly and self.rounds.regular and layout.dense == 0 and each <= wire.MOST_PACKED):
             return False
         by_itself = comm.allreduce_bytes(dense_nbytes(layout, comm.size, torch.float16))
-        cheap = (comm.size - 1) * wire.HEADER_BYTES <= by_itself
+        cheap = (comm.size - 1) * wire.header_bytes(each) <= by_itself
         return cheap and 2.0 * comm.crossing >= _KEEPING * layout.total
 
     def send_chosen(self, plan: Codes) -> list[Part]:
@@ -283,3 +282,8 @@ class ShardedPart:
     def _decode(self, received: Tensor) -> tuple[Tensor, ...]:
         rows, values, known = self._codec.decode(received)
         return rows, values.where(known.unsqueeze(1), 0.0), known.all()
+
+
+def _is_finite(told: Finite) -> bool:
+    """Waits for a device that is to tell."""
+    return told if isinstance(told, bool) else not bool(told.isnan())

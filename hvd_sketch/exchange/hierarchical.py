@@ -219,12 +219,15 @@ class HostRounds(Rounds):
         of_host: lanes of a header, the mean over the ranks of this host: in a sum, who took part is counted in hosts.
     """
 
-    speaks_for_one = False
-
     def __init__(self, part: Exchange, whole: Rounds, local: int) -> None:
         super().__init__(part.comm, part.stats, part.drift)
         self._whole, self._local = whole, local
         self.of_host = torch.zeros(wire.HEADER, dtype=torch.float64, device="cpu")
+
+    @property
+    def ranks_each(self) -> int:
+        """Those of a host."""
+        return self._local
 
     def write_header(self, message: Tensor, finite: bool | Tensor) -> None:
         """Put what the host's ranks have to say of the step in front of a message."""
@@ -234,7 +237,7 @@ class HostRounds(Rounds):
         """As all ranks do alike."""
         taken = self._whole.heed(header._replace(present=round(header.present * self._local)))
         self.present, self.all_present = self._whole.present, self._whole.all_present
-        self.flushes = self._whole.flushes
+        self.flushes, self.regular = self._whole.flushes, self._whole.regular
         return taken
 
     def note_damage(self, damaged: Tensor, what: str) -> None:

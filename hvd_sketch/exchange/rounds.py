@@ -37,9 +37,6 @@ class Rounds:
         on_incomplete: called before a step is taken for which some rank lacks a gradient; may communicate.
     """
 
-    speaks_for_one = True
-    """Whether every lane of this rank's header is 0 or 1, so that its `header_bits` say it."""
-
     def __init__(self, comm: Communicator, stats: Stats, drift: Drift) -> None:
         self.comm, self._stats, self._drift = comm, stats, drift
         self.digest: Tensor | None = None
@@ -94,12 +91,17 @@ class Rounds:
         self.write_header(message, finite)
         return self.comm.start_allreduce(message, self.name_of(what))
 
-    def header_bits(self, finite: bool, device: torch.device) -> Tensor:
-        """This rank's header as bytes, to ride in a message to each rank; see `wire.read_header_bits`."""
+    @property
+    def ranks_each(self) -> int:
+        """For how many ranks a header speaks before it is summed."""
+        return 1
+
+    def header(self, finite: bool, device: torch.device) -> Tensor:
+        """This rank's header, to ride in a message to each rank; see `wire.pack_header`."""
         header = torch.zeros(wire.HEADER, dtype=torch.float32, device=device)
         if not self.comm.muted:
             self.write_header(header, finite)
-        return wire.header_bits(header)
+        return header
 
     def write_header(self, message: Tensor, finite: bool | Tensor) -> None:
         """Put what this rank has to say of the step in front of a message."""

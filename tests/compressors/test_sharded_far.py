@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -76,15 +77,17 @@ def test_a_step_is_two_crossings_and_no_more_bytes() -> None:
     assert all(ours < theirs for (_, ours), (_, theirs) in zip(far, near, strict=True))
 
 
-def eventful(compressor: Compressor, momentum: Momentum | None, crossing: float) -> list[tuple[Tensor, Tensor, int]]:
+Events = list[tuple[Tensor, Tensor, int]]
+
+
+def eventful(make: Callable[[Communicator], Exchange], size: int, *, joins: bool = True) -> Events:
     """Steps of every kind: void, flushed, one that lacks a gradient, some that a rank does not take part in."""
-    gradients = heavy_tailed(SIZE, STEPS, TOTAL)
+    gradients = heavy_tailed(size, STEPS, TOTAL)
     gradients[1, 2, 100] = torch.nan
 
     def on_rank(comm: Communicator) -> tuple[Tensor, Tensor, int]:
-        comm.crossing = crossing
-        exchange, updates = make(compressor, comm, momentum=momentum), []
-        for number in range(STEPS - 2 * (comm.rank == 2)):
+        exchange, updates = make(comm), []
+        for number in range(STEPS - 2 * (joins and comm.rank == 2)):
             if number == 4 and comm.rank == 1:
                 exchange.flush()
             for position, slot in enumerate(exchange.layout.slots):
@@ -93,22 +96,34 @@ def eventful(compressor: Compressor, momentum: Momentum | None, crossing: float)
                     exchange.submit(position, gradient.view(slot.shape))
             exchange.run()
             updates.append(exchange.update.clone())
-        stand_in([exchange], comm)
-        return torch.stack(updates), exchange.memory.residual, exchange.step
+        if joins:
+            stand_in([exchange], comm)
+        return torch.stack(updates), getattr(exchange, "part", exchange).memory.residual, exchange.step
 
-    return run_in_process(SIZE, on_rank)
+    return run_in_process(size, on_rank)
+
+
+def check_alike(far: Events, near: Events) -> None:
+    for (updates, residual, count), (expected, kept, known) in zip(far, near, strict=True):
+        assert torch.equal(updates.nan_to_num(9.0), expected.nan_to_num(9.0))
+        assert torch.equal(residual, kept)
+        assert count == known
 
 
 @EVERY_KIND
 def test_every_kind_of_step_is_as_it_is_with_a_header_by_itself(
     compressor: Compressor, momentum: Momentum | None
 ) -> None:
-    far, near = eventful(compressor, momentum, FAR), eventful(compressor, momentum, 0.0)
+    def runs(crossing: float) -> Events:
+        def begun(comm: Communicator) -> Exchange:
+            comm.crossing = crossing
+            return make(compressor, comm, momentum=momentum)
+
+        return eventful(begun, SIZE)
+
+    far = runs(FAR)
+    check_alike(far, runs(0.0))
     assert all(torch.equal(updates[:-2].nan_to_num(9.0), far[2][0].nan_to_num(9.0)) for updates, _, _ in far[:2])
-    for (updates, residual, count), (expected, kept, known) in zip(far, near, strict=True):
-        assert torch.equal(updates.nan_to_num(9.0), expected.nan_to_num(9.0))
-        assert torch.equal(residual, kept)
-        assert count == known
     assert far[0][2] == STEPS - 3  # one void, two without all ranks
 
 
@@ -143,20 +158,24 @@ def test_a_step_that_is_refused_changes_nothing(compressor: Compressor, momentum
     assert "drifted apart" in told[0][1]
 
 
-def test_hosts_of_several_ranks_keep_the_header_by_itself() -> None:
-    """Theirs is a sum already, of which a lane is no bit."""
-    gradients = heavy_tailed(4, STEPS, TOTAL)
+def test_between_hosts_of_one_memory_each_a_header_of_sums_rides() -> None:
+    def runs(crossing: float) -> tuple[Events, list[str]]:
+        posted: list[str] = []
 
-    def updates(crossing: float) -> list[Tensor]:
-        def on_rank(comm: Communicator) -> Tensor:
+        def begun(comm: Communicator) -> Exchange:
             hosts, _ = find_hosts(comm, 2)
             assert hosts is not None
-            comm.crossing = hosts.across.crossing = crossing
+            across = counted(hosts.across, crossing)
+            comm.crossing = crossing
+            if comm.rank == 0:
+                across.posted = posted
             layout = SHARDED.layout(parameters().items())
-            exchange = SHARDED.exchange(layout, comm, average=True, device=torch.device("cpu"), hosts=hosts)
-            return torch.stack([step(exchange, gradient) for gradient in gradients[comm.rank]])
+            return SHARDED.exchange(layout, comm, average=True, device=torch.device("cpu"), hosts=hosts)
 
-        return run_in_process(4, on_rank)
+        return eventful(begun, 4, joins=False), posted
 
-    near = updates(0.0)
-    assert all(torch.equal(far, near[0]) for far in updates(FAR))
+    (far, posted), (near, _) = runs(FAR), runs(0.0)
+    check_alike(far, near)
+    assert all(torch.equal(updates.nan_to_num(9.0), far[0][0].nan_to_num(9.0)) for updates, _, _ in far)
+    assert posted[-2:] == ["alltoall", "allgather"]
+    assert posted[-3] != "allreduce"
