@@ -177,15 +177,21 @@ class Cluster:
         self._folder.mkdir(mode=0o700, parents=True)
         (self._folder / "owner").write_text(str(owner))
 
-    def _wait_until_reachable(self, seconds: float = 20.0) -> None:
+    def _wait_until_reachable(self, seconds: float = 60.0) -> None:
         deadline = time.monotonic() + seconds
         for host in self.hosts:
-            command = [*self._inside("h1"), "ssh", host, "true"]
-            while subprocess.run(command, capture_output=True, timeout=seconds, check=False).returncode:
+            while not self._reaches(host, max(1.0, deadline - time.monotonic())):
                 if time.monotonic() > deadline:
                     log = sshd.log(self._folder, host)
                     raise ClusterError(f"{host} cannot be reached from h1 by ssh; its sshd says:\n{log}")
                 time.sleep(0.1)
+
+    def _reaches(self, host: str, seconds: float) -> bool:
+        command = [*self._inside("h1"), "ssh", host, "true"]
+        try:
+            return subprocess.run(command, capture_output=True, timeout=seconds, check=False).returncode == 0
+        except subprocess.TimeoutExpired:
+            return False
 
 
 class AlreadyUpError(ClusterError):
