@@ -37,7 +37,8 @@ class TensorScales:
         """Follow an exchange from its first step on."""
         self._exchange, self._slots = exchange, exchange.layout.slots
         exchange.domain.scales = [1.0] * len(self._slots)
-        self._roots = [max(1, slot.numel) ** 0.5 for slot in self._slots]
+        sizes = [max(1, slot.numel) for slot in self._slots]
+        self._roots = torch.tensor(sizes, dtype=torch.float32, device=exchange.gradient.device).sqrt_()
         exchange.observers.append(self)
 
     def observe(self, exchange: Exchange) -> None:
@@ -54,9 +55,9 @@ class TensorScales:
         """The sizes of the step's gradients, by tensor, on the host."""
         parts = [exchange.gradient[slot.offset : slot.stop] for slot in self._slots]
         norms = torch.stack(torch._foreach_norm(parts)).mul_(float(exchange.stats.clip))
-        exchange.rounds.sum_coarsely(norms.div_(torch.tensor(self._roots, device=norms.device)), "scales")
+        exchange.rounds.sum_coarsely(norms.div_(self._roots), "scales")
         sizes = norms.div_(exchange.comm.size).cpu()
-        return sizes * torch.tensor(exchange.domain.scales, dtype=sizes.dtype)
+        return sizes * torch.tensor(exchange.domain.scales, dtype=torch.float32, device="cpu")
 
     def _scales(self, sizes: Tensor) -> list[float]:
         whole = sizes.square().mean().sqrt()
