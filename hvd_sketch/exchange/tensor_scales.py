@@ -37,8 +37,8 @@ class TensorScales:
         """Follow an exchange from its first step on."""
         self._exchange, self._slots = exchange, exchange.layout.slots
         exchange.domain.scales = [1.0] * len(self._slots)
-        roots = [max(1, slot.numel) ** 0.5 for slot in self._slots]
-        self._roots = torch.tensor(roots, dtype=torch.float32, device=exchange.gradient.device)
+        sizes = [max(1, slot.numel) for slot in self._slots]
+        self._roots = torch.tensor(sizes, dtype=torch.float32, device=exchange.gradient.device).sqrt_()
         exchange.observers.append(self)
 
     def observe(self, exchange: Exchange) -> None:
@@ -57,7 +57,7 @@ class TensorScales:
         norms = torch.stack(torch._foreach_norm(parts)).mul_(float(exchange.stats.clip))
         exchange.rounds.sum_coarsely(norms.div_(self._roots), "scales")
         sizes = norms.div_(exchange.comm.size).cpu()
-        return sizes * torch.tensor(exchange.domain.scales, dtype=sizes.dtype, device=sizes.device)
+        return sizes * torch.tensor(exchange.domain.scales, dtype=torch.float32, device="cpu")
 
     def _scales(self, sizes: Tensor) -> list[float]:
         whole = sizes.square().mean().sqrt()

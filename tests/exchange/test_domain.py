@@ -17,6 +17,7 @@ from hvd_sketch.compressors import Compressor
 from hvd_sketch.error_feedback.common_share import read_errors
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
+from hvd_sketch.memory import Momentum
 from tests.support.compressors import BUCKETS, HALF, PLAIN, POWERSGD, SHARDED, TOPK, TOTAL, at_ratio_one
 from tests.support.simulation import Run, heavy_tailed, make, parameters, simulate, step
 
@@ -58,6 +59,19 @@ def test_applied_plus_kept_is_computed_and_all_ranks_get_the_same_bits(compresso
     assert all(torch.equal(run.updates, runs[0].updates) for run in runs)
     assert all(run.residual.any() for run in runs)
     assert conserved(runs, gradients)
+
+
+def test_a_memory_with_momentum_follows_the_scales() -> None:
+    """Momentum of everything is momentum of the mean, whatever the scales did meanwhile."""
+    gradients, momentum = heavy_tailed(2, 16, TOTAL), Momentum(0.9, masking=False)
+    compressor = at_ratio_one(MEMBERS["sharded, hadamard, by tensor"])
+    runs = simulate(compressor, gradients, momentum=momentum)
+    velocity, expected = torch.zeros(TOTAL, dtype=torch.float64), []
+    for gradient in gradients.double().mean(0):
+        velocity = 0.9 * velocity + gradient
+        expected.append(velocity)
+    missing = (runs[0].updates.double() - torch.stack(expected)).abs().sum(0)
+    assert is_nothing(missing / 10.0, gradients, runs[0].exchange)
 
 
 @EVERY
