@@ -47,6 +47,7 @@ EXTRAS = {
         "transformers>=4.48,<6",
         "lightning>=2.4,<3",
     ],
+    "oracles": ["byzfl>=0.0.11,<0.1"],  # robust rules and attacks of others, to compare with in the tests
     "dev": [
         "pytest>=8,<10",  # runs the tests
         "pytest-timeout>=2.3,<3",  # a hang is a failure

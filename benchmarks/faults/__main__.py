@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.faults.worker import ALONE, FAULTS, THROUGH_DDP, VICTIM, in_process
+from benchmarks.faults.worker import ALONE, FAULTS, VICTIM, in_process
+from benchmarks.faults.worker import THROUGH_DDP as THROUGH_DDP
 
 RANKS, LIMIT, HUNG = 3, 10.0, 120.0
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "faults.md"

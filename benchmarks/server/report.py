@@ -49,8 +49,7 @@ def attacks(mine: Sequence[Row], rows: Sequence[Row], folder: Path) -> str:
         "## Ten workers, some of them hostile\n",
         "`benchmarks.server.attacks`: handwritten digits, 130 images a worker, 137 that the server trusts, a "
         "perceptron of 4810 parameters. Percent of 360 other images that are read correctly at the end, mean of the "
-        f"seeds ({_seeds(mine)}, not all of them in every cell), by the number of hostile workers, - where nothing "
-        "was measured. Trained on the trusted images alone: "
+        f"seeds ({_seeds(mine)}), by the number of hostile workers. Trained on the trusted images alone: "
         f"{_percent(alone)}.\n",
     ]
     for name in names:
@@ -65,14 +64,15 @@ def attacks(mine: Sequence[Row], rows: Sequence[Row], folder: Path) -> str:
         "Pushes of honest workers that were refused / of hostile ones that were accepted, in percent, for the rules "
         "that judge. Krum, Zeno and ZenoPS leave honest ones out by design.\n"
     )
-    judging = [rule for rule in rules if any(row["refused"] for row in _where(mine, rule=rule))]
-    head = ["4 of 10 hostile", "none", *names]
-    verdicts = [
-        [rule, _verdict(_where(mine, rule=rule, hostile=0))]
-        + [_verdict(_where(mine, rule=rule, hostile=4, attack=name)) for name in names]
-        for rule in judging
-    ]
-    return "\n".join([*parts, _table(head, verdicts)])
+    judging = [rule for rule in rules if any(row["refused"] for row in _where(mine, rule=rule, hostile=0))]
+    for count in filter(None, hostile):
+        verdicts = [
+            [rule, *(_verdict(_where(mine, rule=rule, hostile=count, attack=name)) for name in names)]
+            for rule in judging
+        ]
+        parts.append(_table([f"{count} of 10 hostile", *names], verdicts))
+    verdicts = [[rule, _verdict(_where(mine, rule=rule, hostile=0))] for rule in judging]
+    return "\n".join([*parts, _table(["none hostile", "refused / -"], verdicts)])
 
 
 def straggler(mine: Sequence[Row], rows: Sequence[Row], folder: Path) -> str:

@@ -6,11 +6,13 @@ from dataclasses import replace
 from typing import overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket  # torch.distributed's own, which it does not export to type checkers
 from torch.nn.parallel import DistributedDataParallel
 
 from hvd_sketch.comm.hosts import Asked
+from hvd_sketch.comm.launcher import launched
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.error_feedback.ahead import AheadOptimizer
 from hvd_sketch.error_feedback.base import ErrorFeedback
@@ -90,7 +92,7 @@ def register(
     if not isinstance(model, DistributedDataParallel):
         raise ConfigurationError(
             f"register needs a torch.nn.parallel.DistributedDataParallel model, got {type(model).__name__}; wrap it "
-            "first, or use hvd_sketch.DistributedOptimizer, which needs none"
+            f"first, or use hvd_sketch.DistributedOptimizer, which needs none{_of_the_launcher()}"
         )
     named = {name: p for name, p in model.module.named_parameters() if name not in model.parameters_to_ignore}
     if error_feedback is None and isinstance(compression, Compressor):
@@ -125,3 +127,14 @@ def register(
     )
     model.register_comm_hook(None, keep_local)
     return ahead
+
+
+def _of_the_launcher() -> str:
+    """What to know of frameworks that wrap the model, under a launcher that torch.distributed does not know."""
+    count, says = launched()
+    if count == 1 or dist.is_initialized():
+        return ""
+    return (
+        f". {says} has started {count} processes, and torch.distributed connects none of them: in each, Trainer, "
+        "Accelerate and Lightning train on the same batches; start with torchrun"
+    )

@@ -349,6 +349,14 @@ def sparse() -> None:
     model(torch.arange(5)).square().mean().backward()
 
 
+def alone() -> str:
+    """Under horovodrun, where no framework wraps the model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOROVOD_SIZE", "2")
+        patch.setattr(dist, "is_initialized", lambda: False)
+        return refused(lambda: hvd.ddp.register(net(), sgd(net()), COMPRESSORS["topk"]()))
+
+
 def errors() -> dict[str, str]:
     model = wrapped(net())
     none: Any = Compression.none
@@ -356,6 +364,7 @@ def errors() -> dict[str, str]:
         "ranks differ": refused(mismatched),
         "a parameter that State does not know": refused(unknown),
         "sparse": refused(sparse),
+        "alone": alone(),
         "not wrapped": refused(lambda: hvd.ddp.register(net(), sgd(model), COMPRESSORS["topk"]())),
         "no compressor": refused(lambda: hvd.ddp.register(model, sgd(model), none)),
         "lbfgs": refused(lambda: hvd.ddp.State(COMPRESSORS["topk"](), torch.optim.LBFGS(model.parameters()))),
@@ -499,6 +508,7 @@ def test_a_saved_run_continues_as_if_never_saved(seen: list[dict[str, Any]]) -> 
         ("a parameter that State does not know", "give State named_parameters=model.named_parameters()"),
         ("sparse", "rank 1: parameter 'weight' has a sparse gradient; make its embedding with sparse=False"),
         ("not wrapped", "needs a torch.nn.parallel.DistributedDataParallel model, got Sequential"),
+        ("alone", "HOROVOD_SIZE of horovodrun has started 2 processes.*start with torchrun"),
         ("no compressor", "PyTorch's own fp16_compress_hook"),
         ("lbfgs", "use an optimizer that steps once per gradient"),
         ("foreign", "which does not hold '2.weight'"),

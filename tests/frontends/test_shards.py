@@ -6,6 +6,7 @@ One launch goes through all cases; each test looks at one of them.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,14 +14,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import hvd_sketch as hvd
 from hvd_sketch import Anticipate, Compression, ConfigurationError, FactoredMoments
+from hvd_sketch.comm import Communicator
+from hvd_sketch.comm.in_process import run_in_process
 from hvd_sketch.shards import local
 from tests.support.ranks import ranks
-from tests.support.training import flat, loss, net
+from tests.support.training import flat, loss, net, train
 
 SIZE, STEPS, RATE = 4, 6, 0.125  # a power of two: no product with it is rounded
 DENSE: dict[str, Any] = {"ratio": 8.0, "warmup_steps": 10**6, "dense_below": 0}
@@ -171,6 +177,21 @@ def resumed(mesh: DeviceMesh) -> bool:
     return torch.equal(run(range(STEPS), False), run(range(3, STEPS), True))
 
 
+def flushed(mesh: DeviceMesh, folder: str) -> tuple[Tensor, float]:
+    """Leaves a checkpoint after a flush; the model, and the largest value that is unsent."""
+    model = sharded(mesh)
+    optimizer = distributed(model, "AdamW", Compression.sharded(**SPARSE), mesh["replicate"])
+    for number in range(STEPS):
+        if number == STEPS - 1:
+            optimizer.flush()
+        optimizer.zero_grad()
+        loss(model, dist.get_rank(), number).backward()
+        optimizer.step()
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    return whole(model), float(optimizer.exchange.memory.residual.abs().max())
+
+
 def looks(mesh: DeviceMesh) -> bool:
     """Whether looking at the model between the passes of a training changes nothing of it."""
 
@@ -221,7 +242,7 @@ def refused(mesh: DeviceMesh) -> dict[str, str]:
     return said
 
 
-def on_4_ranks() -> dict[str, Any]:
+def on_4_ranks(folder: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
@@ -238,6 +259,7 @@ def on_4_ranks() -> dict[str, Any]:
         "voided": voided(mesh),
         "resumed": resumed(mesh),
         "looks": looks(mesh),
+        "flushed": flushed(mesh, folder),
         "refused": refused(mesh),
     }
 
@@ -247,8 +269,13 @@ CLIPS = ((None, None), (0.05, None), (None, 0.05))
 
 
 @pytest.fixture(scope="module")
-def told() -> list[dict[str, Any]]:
-    return ranks(SIZE, on_4_ranks, launcher="torchrun")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def told(folder: str) -> list[dict[str, Any]]:
+    return ranks(SIZE, on_4_ranks, folder, launcher="torchrun")
 
 
 def test_shards_train_as_the_whole_model_does(told: list[dict[str, Any]]) -> None:
@@ -277,6 +304,36 @@ def test_a_step_is_void_for_all_shards(told: list[dict[str, Any]]) -> None:
 
 def test_a_checkpoint_of_each_ranks_part(told: list[dict[str, Any]]) -> None:
     assert all(each["resumed"] for each in told)
+
+
+def test_a_checkpoint_after_a_flush_serves_any_number_of_ranks(told: list[dict[str, Any]], folder: str) -> None:
+    """Saved of four that shard two models, and loaded by three that have one each."""
+    saved, unsent = told[0]["flushed"]
+    assert unsent == 0.0
+
+    def body(comm: Communicator) -> tuple[Tensor, Tensor, float]:
+        model, inner = restored[comm.rank]
+        optimizer = hvd.DistributedOptimizer(inner, model.named_parameters(), Compression.sharded(**SPARSE), comm=comm)
+        loaded, taken = flat(model), float(inner.state[next(model.parameters())]["step"])
+        return loaded, train(optimizer, model, range(STEPS, 2 * STEPS), comm.rank), taken
+
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it is loaded by one process
+        restored = [from_checkpoint(folder) for _ in range(3)]
+    ends = run_in_process(3, body)
+    for loaded, end, taken in ends:
+        assert torch.equal(loaded, saved)
+        assert torch.equal(end, ends[0][1])
+        assert taken == STEPS
+
+
+def from_checkpoint(folder: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A whole model and its optimizer, in this process."""
+    model = net(1)
+    optimizer = OPTIMIZERS["AdamW"](model)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder, no_dist=True)
+    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    return model, optimizer
 
 
 def test_evaluation_between_steps_meets_the_model_and_changes_nothing(told: list[dict[str, Any]]) -> None:
