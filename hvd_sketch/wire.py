@@ -46,7 +46,7 @@ class Header(NamedTuple):
     Attributes:
         finite: whether every rank's gradient is.
         incomplete: whether some rank has no gradient for some parameter.
-        present: how many ranks took part; a fraction where a rank's header was the mean of several.
+        present: how many ranks took part; a half of one where a header speaks for several.
         problem: whether some rank has a problem.
         flush: whether some rank asks for a flush.
         agreed: whether the ranks wrote the same digest.

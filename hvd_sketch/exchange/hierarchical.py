@@ -80,7 +80,7 @@ class HierarchicalExchange(Exchange):
         self.part = build(
             replace(setting, layout=mine, comm=hosts.across, plan=partial(plan_of, mine), label="", clip_norm=None)
         )
-        self.part.stats, self.part._told_void = self.stats, True  # the whole counts and tells
+        self.part.stats, self.part._told_void = self.stats, True  # which rank is not finite, the whole tells
         self._header = self.part.rounds = HostRounds(self.part, self.rounds, local.size)
         self._updates = division.of_vector(self.update)
 
@@ -128,7 +128,7 @@ class HierarchicalExchange(Exchange):
             self.rounds.write_header(message, finite and math.isfinite(norm))
         message[-1] = norm * norm
         self._local.allreduce(message, self.rounds.name_of("header"))
-        self._header.of_host = message[: wire.HEADER] / self._local.size
+        self._header.speak_for_host(message)
         return math.sqrt(float(message[-1])) / self._local.size
 
     def _gather_inside(self, problem: Exception | None) -> None:
@@ -214,15 +214,22 @@ class HostRounds(Rounds):
         part: whose.
         whole: those of the whole exchange, which heed what is told.
         local: how many ranks a host has.
-
-    Attributes:
-        of_host: lanes of a header, the mean over the ranks of this host: in a sum, who took part is counted in hosts.
     """
 
     def __init__(self, part: Exchange, whole: Rounds, local: int) -> None:
         super().__init__(part.comm, part.stats, part.drift)
         self._whole, self._local = whole, local
-        self.of_host = torch.zeros(wire.HEADER, dtype=torch.float64, device="cpu")
+        self._of_host = torch.zeros(wire.HEADER, dtype=torch.float64, device="cpu")
+
+    def speak_for_host(self, told: Tensor) -> None:
+        """Take the sum of the headers of this host's ranks for the coming step.
+
+        What is sent is their mean, of which a host is one, and one of which some ranks have joined is half of one:
+        sums over hosts are then exact in any order.
+        """
+        present = wire.read_header(told).present
+        share = 1.0 if present == self._local else 0.5
+        self._of_host = told[: wire.HEADER] / max(1.0, present) * share
 
     @property
     def ranks_each(self) -> int:
@@ -231,11 +238,11 @@ class HostRounds(Rounds):
 
     def write_header(self, message: Tensor, finite: bool | Tensor) -> None:
         """Put what the host's ranks have to say of the step in front of a message."""
-        message[: wire.HEADER].copy_(self.of_host)
+        message[: wire.HEADER].copy_(self._of_host)
 
     def heed(self, header: wire.Header) -> bool:
-        """As all ranks do alike."""
-        taken = self._whole.heed(header._replace(present=round(header.present * self._local)))
+        """As all ranks do alike; of a host of which some ranks have joined, half count as present."""
+        taken = self._whole.heed(header._replace(present=math.ceil(header.present * self._local)))
         self.present, self.all_present = self._whole.present, self._whole.all_present
         self.flushes, self.regular = self._whole.flushes, self._whole.regular
         return taken

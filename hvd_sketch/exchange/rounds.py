@@ -124,7 +124,7 @@ class Rounds:
         self._damages.clear()
         if not header.agreed:
             raise self._drift.tell(self.comm, self.name_of)
-        self.present, self.all_present = round(header.present), header.present == self.comm.size
+        self.present, self.all_present = int(header.present), header.present == self.comm.size
         self.partial += not self.all_present
         self.regular = header.regular(self.comm.size)
         self.flushes = header.finite and header.flush

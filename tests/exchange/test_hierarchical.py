@@ -316,22 +316,22 @@ def test_what_no_rank_has_a_gradient_for_is_left_alone() -> None:
 
 @SOME
 def test_a_rank_without_data_carries_on_with_its_hosts_memory(compressor: Compressor) -> None:
-    """Rank 1 has two steps, rank 0, on its host, and rank 2 have three, rank 3 has four."""
-    gradients, steps = heavy_tailed(4, 4, TOTAL), (3, 2, 3, 4)
+    """Rank 1 has two steps, and rank 5, on the other host, has four, of which the last one is its own."""
+    gradients, steps = heavy_tailed(6, 4, TOTAL), (3, 2, 3, 3, 3, 4)
 
     def body(comm: Communicator) -> Ran:
-        exchange = make(compressor, comm, 2)
+        exchange = make(compressor, comm, 3)
         updates = [step(exchange, gradient) for gradient in gradients[comm.rank, : steps[comm.rank]]]
-        assert stand_in([exchange], comm) == 3
+        assert stand_in([exchange], comm) == 5
         return torch.stack(updates), exchange
 
-    runs = run_in_process(4, body)
+    runs = run_in_process(6, body)
     computed = gradients.clone()
     for rank, number in enumerate(steps):
         computed[rank, number:] = 0.0
-    computed = by_hosts(computed, 2)
-    updates = runs[3][0]
-    missing = lost(computed, updates, kept(runs, 2))
+    computed = by_hosts(computed, 3)
+    updates = runs[5][0]
+    missing = lost(computed, updates, kept(runs, 3))
     assert bool((missing <= rounding(computed) + rounding(2 * updates[None])).all())
     assert all(exchange.step == exchange.part.step == 2 for _, exchange in runs)
 
