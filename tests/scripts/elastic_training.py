@@ -6,6 +6,7 @@ The gradients do not depend on the parameters, so what every rank has sent can b
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -20,20 +21,12 @@ STEPS, LR = 4, 0.5
 HOSTS = {"add": "localhost:2\n127.0.0.1:1\n", "remove": "localhost:2\n", "kill": ""}
 SETTINGS: dict[str, Any] = {"ratio": 8.0, "warmup_steps": 0, "clip_norm": None}
 
-if WAY == "ours":
-    import hvd_sketch as hvd
-
-    wrapping: dict[str, Any] = {"compression": hvd.Compression.sharded(**SETTINGS)}
-elif WAY == "stock":
-    import horovod.torch as hvd
-
+hvd: Any = importlib.import_module("hvd_sketch" if WAY == "ours" else "horovod.torch")
+wrapping: dict[str, Any] = {}
+if WAY != "runner":
     from hvd_sketch import Compression
 
-    wrapping = {"compression": Compression.topk(**SETTINGS)}
-else:
-    import horovod.torch as hvd
-
-    wrapping = {}
+    wrapping["compression"] = Compression.sharded(**SETTINGS) if WAY == "ours" else Compression.topk(**SETTINGS)
 
 hvd.init()
 torch.set_num_threads(1)
@@ -103,7 +96,6 @@ def next_event() -> str:
     return events[0]
 
 
-@hvd.elastic.run
 def train(state: Any) -> None:
     while True:
         event = hvd.broadcast_object(next_event() if hvd.rank() == 0 else None, 0)
@@ -136,7 +128,7 @@ def changed() -> None:
 
 
 state.register_reset_callbacks([changed])
-train(state)
+hvd.elastic.run(train)(state)
 parts = sorted(FOLDER.glob("*.applied"))
 expected = -LR * sum(torch.load(part) for part in parts)
 off = float((vector(model.parameters()) - expected).abs().max() / expected.abs().max())
