@@ -53,8 +53,9 @@ scale: env ## predict exchanges on clusters that are not at hand, by a model fit
 accuracy: env ## train dense and with every method on three tasks, 8 simulated ranks: hours, resumable run by run
 	python -m benchmarks.accuracy $(ACCURACY)
 
-faults: env ## let a rank fail in every way, and damage messages: ten minutes
+faults: env ## let a rank fail in every way, ten minutes, and flip bits in 1000 messages, an hour, resumable
 	python -m benchmarks.faults
+	python -m benchmarks.faults.flips 1000
 
 clean: ## remove what was built, except for the environment
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis hvd_sketch/native/_kernel.so

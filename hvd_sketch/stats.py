@@ -32,6 +32,7 @@ class Stats:
         clip: factor the last gradient was multiplied by, 1 when it was within the norm.
         drift: how far an element of a parameter here was from rank 0's at most when it was last taken over, see
             ``resync_every``.
+        departed: ranks that have gone during elastic training, with what they had not sent.
         seconds: wall time by phase.
     """
 
@@ -41,6 +42,7 @@ class Stats:
     dense_bytes: int = 0
     local_bytes: int = 0
     drift: float = 0.0
+    departed: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     _captured: Callable[[], float] | float = field(default=float("nan"), repr=False)
     _clip: Tensor | float = field(default=1.0, repr=False)
@@ -100,6 +102,7 @@ class Stats:
             "captured_energy": self.captured_energy,
             "clip": self.clip,
             "drift": self.drift,
+            "departed": self.departed,
             **{f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()},
         }
 

@@ -55,6 +55,7 @@ class Compressor(ABC):
 
     def __post_init__(self) -> None:
         check_mixing(self.mixing)
+        stock.prepare()
         if self.clip_norm is not None and not self.clip_norm > 0.0:
             raise ConfigurationError(f"clip_norm must be above 0 or None, got {self.clip_norm}")
         if not isinstance(self.exclude, tuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -62,7 +63,7 @@ class Progress(ABC):
         self.rounds = Rounds(setting.comm, self.stats, self.drift)
         self._setting, self._agreed = setting, setting.name
         self._agreed_size, self._loaded, self._refused = 0, False, False
-        self._resync_every = 0
+        self._resync_every = self._ranks = 0
         self._plans: list[Any] = []
 
     @property
@@ -116,21 +117,34 @@ class Progress(ABC):
         self._agreed_size = 0
 
     def snapshot(self) -> Callable[[], None]:
-        """Remember memory and counters; what is returned goes back to them, once."""
-        state, agreed = self._state(), (self._agreed_size, self._loaded, self._refused)
+        """Remember memory and counters; what is returned goes back to them, as often as it is called."""
+        memory, common = self.memory.state_dict(), copy.deepcopy(self._common_state())
+        agreed = self._agreed_size, self._loaded, self._refused
 
         def restore() -> None:
-            self.memory.load_state_dict(state["memory"])
-            self._load_common_state(state)
+            self.memory.load_state_dict(memory)
+            self._load_common_state(copy.deepcopy(common))
             self._agreed_size, self._loaded, self._refused = agreed
 
         return restore
 
+    def meet_others(self, name: str) -> None:
+        """Collective, when ranks have come or gone: all take over step, schedule and scales of the first one.
+
+        What this rank has not sent stays its own. ``stats.departed`` counts ranks that are not here any more.
+        """
+        told = self.comm.allgather_object(self._ranks, f"{name}.ranks")
+        begun = self._loaded or self.stats.steps > 0
+        mine = self._common_state() if self.comm.rank == 0 and begun else None
+        common = broadcast_state(self.comm, mine, 0, f"{name}.common")
+        if common is not None:
+            self._load_common_state(common)
+        self.stats.departed += max(told) - sum(ranks > 0 for ranks in told) if self._ranks else 0
+        self._ranks, self._agreed_size = self.comm.size, 0
+        self.rounds.begin_again()
+
     def state_dict(self) -> dict[str, Any]:
         """This rank's memory and counters: tensors, numbers and strings only."""
-        return self._state()
-
-    def _state(self) -> dict[str, Any]:
         return {
             **self._identity(),
             "memory": self.memory.state_dict(),
@@ -217,6 +231,8 @@ class Progress(ABC):
             "values": self.drift.describe_values(),
         }
         contributors = agree(self.comm, mine, self.rounds.name_of, self._welcome)
+        self.stats.departed += max(0, self._ranks - self.comm.size)
+        self._ranks = self.comm.size
         self._agreed_size = self.comm.size if contributors == self.comm.size else 0
         self.drift.forget()
         self.rounds.regular = True  # alike also on ranks that are new

@@ -13,7 +13,7 @@ from hvd_sketch.comm.copies import thrice
 from hvd_sketch.errors import ConfigurationError, RankMismatchError
 from hvd_sketch.exchange.coarse import Coarse, sum_coarsely
 from hvd_sketch.exchange.drift import Drift
-from hvd_sketch.scope import next_scope
+from hvd_sketch.scope import generation, next_scope
 from hvd_sketch.stats import Stats
 
 _FEW = 64
@@ -47,12 +47,12 @@ class Rounds:
         self.on_incomplete: Callable[[], None] = _nothing
         self._flush_asked = False
         self._problem: str | None = None
-        self._scope: str | None = None
+        self._scope, self._generation = "", -1
 
     def name_of(self, what: str) -> str:
         """The name of one of this exchange's collectives, from the first run on."""
-        if self._scope is None:
-            self._scope = next_scope(self.comm.group)
+        if self._generation != generation():
+            self._scope, self._generation = next_scope(self.comm.group), generation()
         return f"{self._scope}.{what}"
 
     def ask_to_flush(self, asked: bool = True) -> None:
@@ -62,6 +62,11 @@ class Rounds:
     def fail_together(self, problem: str | None) -> None:
         """Note a problem of the coming step, the first one counts; None forgets it."""
         self._problem = problem and (self._problem or problem)
+
+    def begin_again(self) -> None:
+        """Forget a step that was broken off."""
+        self.digest, self._problem, self._flush_asked = None, None, False
+        self._damages.clear()
 
     def note_damage(self, damaged: Tensor, what: str) -> None:
         """Note whether something came otherwise than it was sent: a bool of its device, for which nobody waits.

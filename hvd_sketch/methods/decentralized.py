@@ -16,6 +16,7 @@ from hvd_sketch import wire
 from hvd_sketch.comm import Communicator
 from hvd_sketch.comm.alike import check_alike
 from hvd_sketch.exchange.agreement import agree
+from hvd_sketch.exchange.log import MethodLog
 from hvd_sketch.methods.flat import HOST, FlatModel, LayoutRule, whole
 from hvd_sketch.methods.wrapper import Method
 from hvd_sketch.stats import Stats
@@ -70,7 +71,8 @@ class Decentralized(Method):
         self._buffers = [buffer for _, buffer in sorted(buffers.items()) if buffer.is_floating_point()]
         tensors = sorted([*model.named_parameters(), *buffers.items()], key=lambda item: item[0])
         shapes = " ".join(f"{name}{list(tensor.shape)}" for name, tensor in tensors)
-        agree(comm, {"method": type(self).__name__, "parameters": shapes, **settings}, "hvd_sketch.{}".format)
+        agree(comm, {"method": self._method, "parameters": shapes, **settings}, "hvd_sketch.{}".format)
+        self._log: MethodLog | None = None
         if same_start:
             self._start_alike([tensor.detach() for _, tensor in tensors])
 
@@ -81,7 +83,15 @@ class Decentralized(Method):
         self._collectives.occupation = f"step {self.stats.steps}"
         self.stats.steps += 1
         self.stats.dense_bytes += self._collectives.allreduce_bytes(4 * self._flat.layout.total)
-        return super().step(closure, **keywords)
+        loss = super().step(closure, **keywords)
+        if self._log is not None:
+            self._log.end_step(self, self._collectives, self.stats)
+        return loss
+
+    @property
+    def _method(self) -> str:
+        """The name of the method's class: this one's own is that of the wrapped optimizer's."""
+        return type(self).__mro__[2].__name__
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's; it belongs to this rank. Save the model inside `average_model`."""

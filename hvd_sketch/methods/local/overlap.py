@@ -11,6 +11,7 @@ from torch import Tensor
 from hvd_sketch import wire
 from hvd_sketch.comm.base import Pending
 from hvd_sketch.errors import ConfigurationError, RankMismatchError
+from hvd_sketch.exchange.log import MethodLog
 from hvd_sketch.methods.local.base import LocalSteps, Rhythm
 from hvd_sketch.saved import Form
 
@@ -84,6 +85,7 @@ class OverlapLocalSGD(LocalSteps):
         rhythm = Rhythm(period=period, clip_norm=clip_norm, same_start=same_start)
         super().__init__(optimizer, model, comm, rhythm, {"anchor": str(settings)})
         self._pull, self._factor = settings.pull, settings.anchor_momentum
+        self._log = MethodLog(f"OverlapLocalSGD, in every {period} steps")
         start = self._present().vector
         self._message = torch.cat([start.new_zeros(wire.HEADER), start])
         self._velocity = torch.zeros_like(self._anchor)

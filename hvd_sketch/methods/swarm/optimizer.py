@@ -17,6 +17,7 @@ from hvd_sketch.comm import as_communicator
 from hvd_sketch.comm.buffers import Buffers
 from hvd_sketch.comm.ending import ending
 from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.exchange.log import MethodLog
 from hvd_sketch.methods.decentralized import Decentralized
 from hvd_sketch.methods.graphs import graph_of
 from hvd_sketch.methods.swarm.assembly import Assembly
@@ -112,6 +113,7 @@ class SwarmSGD(Decentralized):
         agreed = {"graph": str(self.graph.neighbours), **self.settings.agreed()}
         super().__init__(optimizer, model, as_communicator(comm), agreed, same_start=same_start)
         self.stats, self.rank = SwarmStats(), comm.rank
+        self._log = MethodLog(f"SwarmSGD({', '.join(f'{name}={value!r}' for name, value in options.items())})")
         self._published, self._base = self._flat.new(), self._flat.new()
         nbytes = self._published.vector.nbytes + HEADER
         if nbytes > LARGEST_MESSAGE:
