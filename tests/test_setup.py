@@ -1,6 +1,7 @@
 """Building and installing: what a wheel holds, and what is said where something is missing."""
 
 import email
+import ensurepip
 import os
 import re
 import shutil
@@ -180,6 +181,23 @@ def test_a_wheel_works_from_another_directory(installed: Path, tmp_path: Path) -
     program = "import hvd_sketch; from hvd_sketch.sketch import native; print(hvd_sketch.__file__, native.available())"
     told = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(installed))
     assert told.stdout == f"{installed / 'hvd_sketch' / '__init__.py'} True\n"
+
+
+@pytest.mark.parametrize("wheel_is_there", [True, False])
+def test_old_setuptools_build_with_wheel_and_say_so_without(
+    sources: Path, tmp_path: Path, wheel_is_there: bool
+) -> None:
+    """Of 2022, as a fresh environment of Python 3.11 has them for ``--no-build-isolation``."""
+    bundled = list(Path(ensurepip.__file__).parent.glob("_bundled/setuptools-*.whl"))
+    if not bundled:
+        pytest.skip("this Python comes without setuptools")
+    zipfile.ZipFile(bundled[0]).extractall(tmp_path)
+    hidden = "" if wheel_is_there else "sys.modules['wheel'] = sys.modules['wheel.bdist_wheel'] = None; "
+    program = f"import sys, runpy; {hidden}sys.argv = ['setup.py', '--name']; runpy.run_path('setup.py')"
+    told = run(sys.executable, "-c", program, cwd=sources, PYTHONPATH=str(tmp_path))
+    said = "hvd_sketch" if wheel_is_there else "hvd_sketch: this setuptools cannot build wheels: leave out"
+    assert told.stdout.splitlines()[-1].startswith(said)
+    assert "Traceback" not in told.stdout
 
 
 def test_a_missing_compiler_is_told_in_one_line(sources: Path, tmp_path: Path) -> None:

@@ -105,6 +105,28 @@ def straggler(mine: Sequence[Row], rows: Sequence[Row], folder: Path) -> str:
     )
 
 
+def real(mine: Sequence[Row], rows: Sequence[Row], folder: Path) -> str:
+    """When each method is where the allreduce ends, on real ranks."""
+    factors, body = sorted({row["factor"] for row in mine}), []
+    for method in dict.fromkeys(row["method"] for row in mine):
+        line = [method]
+        for factor in factors:
+            curve = _mean_curve(_where(mine, method=method, factor=factor))
+            target = _mean_curve(_where(mine, method="allreduce", factor=factor))[-1]
+            cells = _where(mine, method=method, factor=factor)
+            megabytes = statistics.fmean(row["megabytes"] for row in cells)
+            steps = statistics.fmean(sum(row["steps"]) for row in cells)
+            line += [f"{curve[-1]:.2f}", _reached(curve, target), f"{megabytes:.0f}", f"{steps:.0f}"]
+        body.append(line)
+    head = ["", *(f"{name}, {factor:g} x" for factor in factors for name in ("loss", "time", "MB", "steps"))]
+    return (
+        "## One worker is slow, on real ranks\n\n"
+        "`benchmarks.server.real`: a server and four workers over MPI, a character model of 40 thousand parameters, a "
+        "minute each; a step takes half a second, mostly asleep. *time*, *MB*: as above; *steps*: of all workers. "
+        f"Mean of the seeds ({_seeds(mine)}).\n\n" + _table(head, body)
+    )
+
+
 def _mean_curve(rows: Sequence[Row]) -> list[float]:
     return [statistics.fmean(losses) for losses in zip(*(row["losses"] for row in rows), strict=True)]
 
@@ -205,6 +227,7 @@ def link(mine: Sequence[Row], rows: Sequence[Row], folder: Path) -> str:
 
 SECTIONS: dict[str, Callable[[Sequence[Row], Sequence[Row], Path], str]] = {
     "straggler": straggler,
+    "real ranks": real,
     "attack": attacks,
     "classes": classes,
     "saga": saga,
