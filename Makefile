@@ -7,7 +7,7 @@ PYTEST ?= python -m pytest -n 2 --dist loadfile
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: help env demo test quick check fuzz soak faults bench cluster-bench accuracy clean
+.PHONY: help env demo test quick check fuzz soak faults bench cluster-bench time-to-loss scale accuracy clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,7 +15,7 @@ help: ## list the targets
 env: ## create the environment in .venv, or bring it up to date
 	@environment/create
 
-demo test quick check fuzz soak faults bench cluster-bench accuracy: export PATH := $(CURDIR)/.venv/bin:$(PATH)
+demo test quick check fuzz soak faults bench cluster-bench time-to-loss scale accuracy: export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 demo: env ## train a small transformer on 2 processes, dense and sketched, and compare
 	$(DEMO)
@@ -44,11 +44,18 @@ bench: env ## time the kernels against one copy of the vector: some minutes
 cluster-bench: env ## time the methods on a cluster of network namespaces on this machine (root)
 	python -m benchmarks.cluster
 
+time-to-loss: env ## train every method until it has dense Horovod's loss, on that cluster (root): hours, resumable
+	python -m benchmarks.time_to_loss $(TIME_TO_LOSS)
+
+scale: env ## predict exchanges on clusters that are not at hand, by a model fitted to that cluster's rows
+	python -m benchmarks.scale fit
+
 accuracy: env ## train dense and with every method on three tasks, 8 simulated ranks: hours, resumable run by run
 	python -m benchmarks.accuracy $(ACCURACY)
 
-faults: env ## let a rank fail in every way, and damage messages: ten minutes
+faults: env ## let a rank fail in every way, ten minutes, and flip bits in 1000 messages, an hour, resumable
 	python -m benchmarks.faults
+	python -m benchmarks.faults.flips 1000
 
 clean: ## remove what was built, except for the environment
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis hvd_sketch/native/_kernel.so

@@ -17,6 +17,7 @@ from hvd_sketch.error_feedback.anticipate import Anticipate
 from hvd_sketch.error_feedback.factored_moments import FactoredMoments
 from hvd_sketch.error_feedback.step_ahead import StepAhead
 from hvd_sketch.errors import ConfigurationError, RankLostError, RankMismatchError
+from hvd_sketch.frontends import elastic as _elastic  # noqa: F401 - it prepares Horovod
 from hvd_sketch.frontends.checkpoint import SavedMemory
 from hvd_sketch.frontends.join import join
 from hvd_sketch.frontends.optimizer import Average, DistributedOptimizer, Sum
@@ -27,6 +28,7 @@ from hvd_sketch.methods.local.cser import CSER
 from hvd_sketch.methods.local.local_sgd import LocalSGD
 from hvd_sketch.methods.local.overlap import OverlapLocalSGD
 from hvd_sketch.methods.server import ADSAGA, AsyncSGD, FedAT
+from hvd_sketch.methods.soft_sign import SoftSign
 from hvd_sketch.methods.swarm import SwarmSGD
 from hvd_sketch.schedules.accordion import Accordion
 from hvd_sketch.schedules.accordion_batch import AccordionBatch
@@ -80,6 +82,7 @@ __all__ = [
     "RankMismatchError",
     "SavedMemory",
     "SingleProcess",
+    "SoftSign",
     "Stats",
     "StepAhead",
     "Sum",

@@ -10,7 +10,11 @@ class NothingGainedError(ConfigurationError):
 
 
 class RankMismatchError(RuntimeError):
-    """Ranks disagree about settings, parameters or the selection; raised alike on all ranks."""
+    """Ranks disagree about settings, parameters or the selection, or a message was damaged on its way.
+
+    Raised alike on all ranks where they exchange in collectives. Where neighbours alone exchange, by who received
+    what was not sent; the others are told that this rank has ended.
+    """
 
 
 class RankLostError(RuntimeError):

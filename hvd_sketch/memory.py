@@ -56,6 +56,7 @@ class Memory:
         self.gain = 1.0 + self._factor if momentum and momentum.nesterov else 1.0
         self.residual = torch.zeros(total, dtype=torch.float32, device=device)
         self.velocity = torch.zeros_like(self.residual) if momentum else None
+        self._marked: list[Tensor] = []
 
     def part(self, where: slice) -> Memory:
         """The memory of a part of the vector: the same storage."""
@@ -111,6 +112,19 @@ class Memory:
         _put(self.residual, where, left)
         if mask and self._momentum is not None and self._momentum.masking and self.velocity is not None:
             _put(self.velocity, where, 0.0)
+
+    def mark(self) -> None:
+        """Remember what there is for `go_back`, in as much memory again."""
+        vectors = [self.residual] if self.velocity is None else [self.residual, self.velocity]
+        if not self._marked:
+            self._marked = [torch.empty_like(vector) for vector in vectors]
+        torch._foreach_copy_(self._marked, vectors)
+
+    def go_back(self) -> None:
+        """To what there was at the last `mark`."""
+        self.residual.copy_(self._marked[0])
+        if self.velocity is not None:
+            self.velocity.copy_(self._marked[1])
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the tensors of this rank."""

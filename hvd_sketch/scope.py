@@ -5,6 +5,19 @@ from __future__ import annotations
 from collections import Counter
 
 _given: Counter[str] = Counter()
+_generation = 0
+
+
+def generation() -> int:
+    """How often the ranks have been others; names that were given before are given anew."""
+    return _generation
+
+
+def begin_generation() -> None:
+    """There are other ranks now, some of which have given no name yet."""
+    global _generation
+    _generation += 1
+    _given.clear()
 
 
 def next_scope(group: str) -> str:

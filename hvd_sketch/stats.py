@@ -24,10 +24,15 @@ class Stats:
         skipped: of these, the steps that a non-finite gradient on some rank made void.
         bytes_sent: bytes this rank sent, by the ring formulas of `hvd_sketch.comm.Communicator`.
         dense_bytes: bytes plain float32 allreduce would have sent.
+        local_bytes: bytes this rank sent to others of its host, where its exchange is hierarchical; then the two
+            above are of what leaves the host.
         captured_energy: share of the squared norm of the memory that the last step sent, 0 to 1:
             of the memory summed over the ranks by the sketch's own estimate, or of this rank's
             where it selects by itself; NaN when not known.
         clip: factor the last gradient was multiplied by, 1 when it was within the norm.
+        drift: how far an element of a parameter here was from rank 0's at most when it was last taken over, see
+            ``resync_every``.
+        departed: ranks that have gone during elastic training, with what they had not sent.
         seconds: wall time by phase.
     """
 
@@ -35,6 +40,9 @@ class Stats:
     skipped: int = 0
     bytes_sent: int = 0
     dense_bytes: int = 0
+    local_bytes: int = 0
+    drift: float = 0.0
+    departed: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     _captured: Callable[[], float] | float = field(default=float("nan"), repr=False)
     _clip: Tensor | float = field(default=1.0, repr=False)
@@ -89,9 +97,12 @@ class Stats:
             "skipped": self.skipped,
             "bytes_sent": self.bytes_sent,
             "dense_bytes": self.dense_bytes,
+            "local_bytes": self.local_bytes,
             "ratio": self.ratio,
             "captured_energy": self.captured_energy,
             "clip": self.clip,
+            "drift": self.drift,
+            "departed": self.departed,
             **{f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()},
         }
 
@@ -101,6 +112,13 @@ class Stats:
         before = comm.bytes_sent
         yield
         self.bytes_sent += comm.bytes_sent - before
+
+    @contextmanager
+    def counting_inside(self, local: Communicator) -> Iterator[None]:
+        """Add them to ``local_bytes``."""
+        before = local.bytes_sent
+        yield
+        self.local_bytes += local.bytes_sent - before
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hvd_sketch.bits import pack as pack_bits
+from hvd_sketch.bits import packed_bytes
+from hvd_sketch.bits import unpack as unpack_bits
 from hvd_sketch.comm.copies import COPIES, majority
 
 _TOLD = 5
@@ -23,6 +26,9 @@ DIGEST = slice(COPIES * _TOLD, COPIES * _TOLD + DIGEST_BITS)
 
 HEADER = DIGEST.stop
 """Lanes before the payload."""
+
+MOST_PACKED = 255
+"""Ranks for which a packed header can speak."""
 
 _ODD = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 """The constants of splitmix64 (Steele, Lea and Flood 2014), as int64."""
@@ -40,7 +46,7 @@ class Header(NamedTuple):
     Attributes:
         finite: whether every rank's gradient is.
         incomplete: whether some rank has no gradient for some parameter.
-        present: how many ranks took part.
+        present: how many ranks took part; a half of one where a header speaks for several.
         problem: whether some rank has a problem.
         flush: whether some rank asks for a flush.
         agreed: whether the ranks wrote the same digest.
@@ -48,7 +54,7 @@ class Header(NamedTuple):
 
     finite: bool
     incomplete: bool
-    present: int
+    present: float
     problem: bool
     flush: bool
     agreed: bool
@@ -58,12 +64,16 @@ class Header(NamedTuple):
         """From the values of the summed lanes."""
         incomplete, odd, present, problem, flush = majority(lanes[: DIGEST.start])
         agreed = digests_agree(lanes[DIGEST], present)
-        return cls(odd == 0.0, incomplete > 0.0, int(present), problem > 0.0, flush > 0.0, agreed)
+        return cls(odd == 0.0, incomplete > 0.0, present, problem > 0.0, flush > 0.0, agreed)
 
     @property
     def void(self) -> bool:
         """Whether nothing of what the step selected will be applied."""
         return not (self.finite and self.agreed) or self.problem or self.flush
+
+    def regular(self, ranks: int) -> bool:
+        """Whether all ranks take part, and none lacks a gradient."""
+        return self.present == ranks and not self.incomplete
 
 
 def shared_scale(largest: float, ranks: int, dtype: torch.dtype) -> float:
@@ -128,6 +138,37 @@ def read_header(message: Tensor) -> Header:
     return Header.of(message[:HEADER].tolist())
 
 
+def header_bytes(ranks: int = 1) -> int:
+    """Bytes of a header that is not summed on its way; see `pack_header`."""
+    return packed_bytes(HEADER, _lane_bits(ranks))
+
+
+def pack_header(message: Tensor, ranks: int = 1) -> Tensor:
+    """A message's header as bytes (uint8), in few bits a lane: one for a rank's own, more for a mean of some."""
+    packed = torch.empty(header_bytes(ranks), dtype=torch.uint8, device=message.device)
+    counts = (message[:HEADER] * ranks).round_().to(torch.uint8)
+    pack_bits(counts.view(torch.int8), _lane_bits(ranks), packed)
+    return packed
+
+
+def read_packed_headers(rows: Tensor, ranks: int = 1) -> Header:
+    """What headers say in sum, each packed in a row; waits for a device."""
+    bits = _lane_bits(ranks)
+    counts = torch.empty(len(rows), HEADER, dtype=torch.float32, device=rows.device)
+    unpack_bits(rows, bits, counts)
+    return Header.of(torch.where(counts < 0.0, counts + 2**bits, counts).sum(0).div_(ranks).tolist())
+
+
+def _lane_bits(ranks: int) -> int:
+    """Of a count of up to so many ranks."""
+    return next(bits for bits in (1, 2, 4, 8) if ranks < 2**bits)
+
+
+def tells_of_odd(message: Tensor) -> bool:
+    """Whether a header, not yet summed, says that a gradient is not finite."""
+    return bool(message[1] > 0.0)
+
+
 def write_digest(lanes: Tensor, content: Tensor, salt: int = 0) -> None:
     """One lane a bit of a checksum of integers or of float32 values: sums tell whether all ranks agree.
 
@@ -151,10 +192,11 @@ def digests_agree(lanes: Sequence[float], contributors: float) -> bool:
 
 
 def words(content: Tensor) -> Tensor:
-    """The bits of any tensor as a vector of int32."""
+    """The bits of any tensor as a vector of int32, the last of them filled up with zeros."""
     flat = content.detach().reshape(-1)
     if flat.element_size() < 4:
-        return (flat.view(torch.int16) if flat.element_size() == 2 else flat).to(torch.int32)
+        flat = flat.view(torch.uint8)
+        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 4))
     return flat.view(torch.int32)
 
 
@@ -173,6 +215,11 @@ SEAL = 4
 """Bytes of the checksum of a row of bytes."""
 
 
+def checksum(content: Tensor) -> int:
+    """A checksum of 32 bits of bytes (uint8), at the speed of memory."""
+    return int.from_bytes(_checksums(content.unsqueeze(0)).cpu().numpy().tobytes(), "little")
+
+
 def seal(rows: Tensor) -> Tensor:
     """Rows of bytes (uint8), each with its checksum behind it."""
     return torch.cat([rows, _checksums(rows)], dim=1)
@@ -180,11 +227,12 @@ def seal(rows: Tensor) -> Tensor:
 
 def open_sealed(rows: Tensor) -> tuple[Tensor, Tensor]:
     """The rows that were sealed, and whether each of them came as it was sent."""
-    content, checksums = rows[:, :-SEAL].contiguous(), rows[:, -SEAL:]
+    content, checksums = rows[:, :-SEAL].clone(memory_format=torch.contiguous_format), rows[:, -SEAL:]
     return content, (checksums == _checksums(content)).all(dim=1)
 
 
 def _checksums(rows: Tensor) -> Tensor:
-    padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 4)).contiguous().view(torch.int32)
-    sums = padded.sum(dim=1, keepdim=True, dtype=torch.int32) ^ 0x5A17C0DE
-    return sums.view(torch.uint8)
+    missing = -rows.shape[1] % 4
+    padded = torch.nn.functional.pad(rows, (0, missing)) if missing else rows.contiguous()
+    sums = padded.view(torch.int32).sum(dim=1, dtype=torch.int32) ^ 0x5A17C0DE
+    return sums.view(torch.uint8).view(len(rows), SEAL)

@@ -9,6 +9,7 @@
 # INTERFACE     the network interface to use, of the same name everywhere; needed where machines have several of which
 #               some do not reach the others (docker0, a second network)
 # COMPRESSION, RATIO   as in one_machine.sh
+# FAR           set it where the machines are milliseconds apart: Open MPI's collectives then wait for fewer messages
 #
 # Needed on every machine: ssh without a password from this one; this folder, the environment and the script under the
 # same paths (a shared file system, or the same set-up).

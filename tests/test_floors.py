@@ -22,7 +22,10 @@ FLOORS = (
     ("schedules",),
     ("stock", "compatibility"),
     ("exchange",),
-    ("memory", "memory_cuda", "layout", "wire", "grid", "saved", "stats", "scope", "instances", "shards"),
+    (
+        *("memory", "memory_cuda", "mixing", "layout", "shards"),
+        *("wire", "grid", "saved", "stats", "scope", "instances"),
+    ),
     ("sketch", "sparse", "comm"),
     ("native", "gpu", "precision", "bits"),
     ("errors", "version"),

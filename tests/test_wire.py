@@ -54,5 +54,27 @@ def test_a_header_tells_in_sum_what_one_rank_says(
         wire.write_header(message, finite or not mine, **told)
         wire.write_digest(message[wire.DIGEST], torch.tensor([7]))
     header = wire.read_header(messages.sum(0))
-    assert header == (finite, incomplete, 3, problem, flush, True)
+    assert header == (finite, incomplete, 3.0, problem, flush, True)
     assert header.void == (not finite or problem or flush)
+    for ranks in (1, 3, 8, 200):
+        bits = torch.stack([wire.pack_header(message, ranks) for message in messages])
+        assert wire.read_packed_headers(bits, ranks) == header
+    pairs = torch.stack([messages[:2].float().mean(0), messages[2].float() / 2])
+    means = torch.stack([wire.pack_header(pair, 2) for pair in pairs])
+    assert wire.read_packed_headers(means, 2) == wire.read_header(pairs.sum(0))
+    for place in range(0, wire.HEADER, 5):
+        bits = torch.stack([wire.pack_header(message) for message in messages])
+        bits[rank, place % len(bits[rank])] ^= 1 << place // len(bits[rank])
+        assert wire.read_packed_headers(bits) == header
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.float32, torch.float64])
+@given(size=st.integers(1, 200), place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_what_a_tensor_is_folded_to_tells_any_changed_bit(
+    dtype: torch.dtype, size: int, place: float, bit: int
+) -> None:
+    content = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
+    changed = content.clone()
+    changed.view(torch.uint8)[int(place * changed.nbytes)] ^= 1 << bit
+    assert torch.equal(wire.fold(content), wire.fold(content.clone()))
+    assert not torch.equal(wire.fold(content), wire.fold(changed))

@@ -11,6 +11,7 @@ from torch import nn
 import hvd_sketch
 from hvd_sketch import Anticipate, Compression, FactoredMoments
 from hvd_sketch.comm import Communicator
+from hvd_sketch.error_feedback.default import Default
 
 Wrap = Callable[[torch.optim.Optimizer, nn.Module, Communicator], Any]
 """Makes the distributed optimizer of one rank."""
@@ -18,7 +19,7 @@ Wrap = Callable[[torch.optim.Optimizer, nn.Module, Communicator], Any]
 LOCAL_PERIOD = 8
 
 
-def exchanged(compression: Any, error_feedback: Anticipate | None = None) -> Wrap:
+def exchanged(compression: Any, error_feedback: Anticipate | Default | None = None) -> Wrap:
     """Gradients are exchanged in every step."""
 
     def wrap(optimizer: torch.optim.Optimizer, model: nn.Module, comm: Communicator) -> Any:
@@ -36,6 +37,11 @@ def local(compression: Any, period: int) -> Wrap:
         return hvd_sketch.LocalSGD(optimizer, model, comm, compression=compression, period=period)
 
     return wrap
+
+
+def dropped_in(compression: Any) -> Wrap:
+    """The one argument that a script gets, and whatever comes with it."""
+    return exchanged(compression, Default.OF_COMPRESSION)
 
 
 DENSE = exchanged(Compression.none)
@@ -63,6 +69,42 @@ METHODS: dict[str, Callable[[float], Wrap]] = {
 }
 """By name, of the ratio; none has dense steps at first, so that the ratio is that of the whole run."""
 
+
+def soft_sign(compression: Any) -> Wrap:
+    """The step of the recipe."""
+
+    def wrap(optimizer: torch.optim.Optimizer, model: nn.Module, comm: Communicator) -> Any:
+        return exchanged(compression)(hvd_sketch.SoftSign(optimizer), model, comm)
+
+    return wrap
+
+
+NORMALISED: dict[str, Callable[[float], Wrap]] = {
+    "soft sign, uncompressed": lambda ratio: soft_sign(Compression.none),
+    "soft sign, mixed by dct": lambda ratio: soft_sign(Compression.mixed(ratio=ratio, mixing="dct")),
+    "soft sign, mixed by hadamard": lambda ratio: soft_sign(Compression.mixed(ratio=ratio, mixing="hadamard")),
+    "sharded, anticipate, mixed by dct": lambda ratio: exchanged(
+        Compression.sharded(ratio=ratio, warmup_steps=0, mixing="dct"), Anticipate()
+    ),
+    "sharded, anticipate, mixed by hadamard": lambda ratio: exchanged(
+        Compression.sharded(ratio=ratio, warmup_steps=0, mixing="hadamard"), Anticipate()
+    ),
+    "sketch, soft sign, mixed by hadamard": lambda ratio: soft_sign(
+        Compression.sketch(
+            ratio=ratio,
+            warmup_steps=0,
+            table_share=0.2,
+            dense_below=0,
+            clip_norm=None,
+            anticipate=False,
+            mixing="hadamard",
+            tensor_power=0.7,
+            decay=0.99,
+        )
+    ),
+}
+"""By name, of the ratio: coefficients in place of entries, and a step to go with them."""
+
 LOW_RANK: dict[str, Callable[[float], Wrap]] = {
     "powersgd": lambda rank: exchanged(Compression.powersgd(rank=int(rank), start_step=0)),
     "powersgd, anticipate": lambda rank: exchanged(Compression.powersgd(rank=int(rank), start_step=0), Anticipate()),
@@ -71,11 +113,26 @@ LOW_RANK: dict[str, Callable[[float], Wrap]] = {
 LOW_RANKS = (8.0, 4.0, 2.0, 1.0)
 
 
+DROPPED_IN: dict[str, Callable[[float], Wrap]] = {
+    "auto, dropped in": lambda ratio: dropped_in(Compression.auto(ratio=ratio, warmup_steps=0)),
+    "sketch, dropped in": lambda ratio: dropped_in(Compression.sketch(ratio=ratio, warmup_steps=0)),
+    "topk, dropped in": lambda ratio: dropped_in(Compression.topk(ratio=ratio, warmup_steps=0)),
+}
+"""By name, of the ratio: what one argument brings, but for the dense steps at first."""
+
+BY_RATIO = DROPPED_IN | METHODS | NORMALISED
+
+
 def make(method: str, setting: float) -> Wrap:
     """The method of that name at a ratio, or at a rank for PowerSGD."""
     if method == "dense":
         return DENSE
-    return (METHODS | LOW_RANK)[method](setting)
+    return (BY_RATIO | LOW_RANK)[method](setting)
+
+
+def way_of(method: str) -> str:
+    """Whether a script gets it by one argument, or by more."""
+    return "dropped in" if method in DROPPED_IN else "by hand"
 
 
 def suits(method: str, task: str) -> bool:

@@ -10,7 +10,7 @@ import argparse
 import torch
 from mpi4py import MPI
 
-from benchmarks.accuracy.methods import LOW_RANK, METHODS, make
+from benchmarks.accuracy.methods import BY_RATIO, LOW_RANK, make
 from benchmarks.accuracy.simulate import begin, train_rank
 from benchmarks.accuracy.tasks import TASKS
 from hvd_sketch.comm import as_communicator
@@ -22,7 +22,7 @@ def main() -> None:
         prog="python -m benchmarks.accuracy.ranks", description=str(__doc__).split("\n")[0]
     )
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument("method", choices=("dense", *METHODS, *LOW_RANK))
+    parser.add_argument("method", choices=("dense", *BY_RATIO, *LOW_RANK))
     parser.add_argument("setting", type=float, help="ratio, or PowerSGD's rank")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)

@@ -12,13 +12,18 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.accuracy.methods import LOW_RANK, METHODS
+from benchmarks.accuracy.methods import BY_RATIO, LOW_RANK
 
 Row = dict[str, Any]
-_LINES = {40.0: "-", 100.0: "--", 8.0: "-", 4.0: "--", 2.0: "-.", 1.0: ":"}
-"""Of a ratio, or of PowerSGD's rank."""
-_NOT_DRAWN = (10.0, 400.0)
-"""Ratios that would make too many lines."""
+_DRAWN = (
+    ("dense", 1.0, 1.0),
+    ("auto, dropped in", 40.0, 1.0),
+    ("sketch, dropped in", 40.0, 1.0),
+    ("topk", 40.0, 1.0),
+    ("powersgd, anticipate", 1.0, 1.0),
+    ("local SGD", 40.0, 1.0),
+)
+"""What the pictures show; more lines would be too many."""
 
 INTRODUCTION = """# Accuracy at equal bytes
 
@@ -29,16 +34,25 @@ in `benchmarks/results/accuracy.json`). On as many real ranks the same numbers c
 `python -m benchmarks.accuracy --quick` (one seed, ratio 40, half of the steps) takes ten minutes on two cores, the
 whole table hours, in pieces of any length: a row that is there is not run again.
 
-*Setting* is the ratio asked for, or PowerSGD's rank; *ratio* is dense bytes over bytes sent over the whole run. No
-method has a dense warm-up here, which would send more in a few steps than in all the others. *Gap* is the loss above
-the dense run of the same seed and length, in percent; negative is better than dense. Mean over seeds, and the spread
-between the best and the worst.
+*Setting* is the ratio asked for, or PowerSGD's rank; *ratio* is dense bytes over bytes sent over the whole run, and
+*bytes* what a rank sent for each parameter in all of it. No method has a dense warm-up here, which would send more in
+a few steps than in all the others. *Gap* is the loss above the dense run of the same seed and length, in percent;
+negative is better than dense. Mean over seeds, and the spread between the best and the worst. Where *lr* is given,
+the learning rate was so many times dense's.
+
+*Dropped in* is what one argument brings, `Compression.auto(ratio=…)` for one, but for the dense steps at first
+(`warmup_steps=0`); *by hand* takes more than that. The rows "sketch" and "sketch, anticipate" by hand were measured
+with the sketch's former geometry, which found less (see the design page); "sketch, dropped in" has the present one.
 
 "anticipate" is `error_feedback=Anticipate()`, and then norms and biases are compressed like everything else
 (`dense_below=0`); "sketch, anticipate" sends three quarters of its values in turn (`in_turn=0.75`), which helps it
 with anticipation and harms it without. "factored" is `Anticipate(second_moments=FactoredMoments())`, for Adam alone;
 what it measures are rows and columns, much of matrices as small as these, so its ratio is below what was asked for.
 "local SGD" meets every 8 steps, with `sharded` at an eighth of the ratio asked for, so that 10 comes out as about 42.
+
+"mixed by dct" or "by hadamard" chooses coefficients in place of entries, and "soft sign" is `hvd_sketch.SoftSign`
+over `Compression.mixed`: see [the recipe](../recipe.md). "soft sign, uncompressed" is its step alone; what compression
+costs there is the distance to that row.
 
 These models are small. [At a real size](gpu.md#accuracy-at-a-real-size), on a GPU, the order is another.
 """
@@ -55,17 +69,17 @@ def write_page(rows: list[Row], folder: Path) -> None:
             picture = f"accuracy-{task}-{steps}.png"
             _plot(mine, folder / picture)
             title = f"## {task}, {steps} steps"
-            parts.append(f"{title}\n\n{_table(mine)}\n\n{_order(mine)}\n\n![loss over steps and bytes]({picture})\n")
+            parts.append(f"{title}\n\n{_tables(mine)}\n\n{_order(mine)}\n\n![loss over steps and bytes]({picture})\n")
     (folder / "accuracy.md").write_text("\n".join(parts))
 
 
 def _order(rows: list[Row]) -> str:
     """The methods at each ratio, the lowest mean gap first."""
     lines = []
-    for setting in sorted({row["setting"] for row in rows if row["method"] in METHODS}):
+    for setting in sorted({row["setting"] for row in rows if row["method"] in BY_RATIO and row["setting"] > 1.0}):
         gaps: dict[str, list[float]] = {}
         for row in rows:
-            if row["setting"] == setting and row["method"] in METHODS and "refused" not in row:
+            if row["setting"] == setting and row["method"] in BY_RATIO and "refused" not in row:
                 gap = math.inf if row["diverged"] else 100 * (row["final_loss"] / row["dense_loss"] - 1)
                 gaps.setdefault(row["method"], []).append(gap)
         means = sorted((statistics.mean(group), method) for method, group in gaps.items())
@@ -74,44 +88,60 @@ def _order(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _tables(rows: list[Row]) -> str:
+    """As dropped in and by hand, each with the dense run."""
+    parts = []
+    for way in ("dropped in", "by hand"):
+        mine = [row for row in rows if row["way"] == way]
+        if mine:
+            dense = [row for row in rows if row["method"] == "dense" and way == "dropped in"]
+            parts.append(f"{way.capitalize()}:\n\n{_table(dense + mine)}")
+    return "\n\n".join(parts)
+
+
 def _table(rows: list[Row]) -> str:
-    lines = ["| method | setting | ratio | loss | gap % | spread | seeds |", "|---|---|---|---|---|---|---|"]
-    for method, setting in sorted({(row["method"], row["setting"]) for row in rows}, key=_rank):
-        group = [row for row in rows if (row["method"], row["setting"]) == (method, setting)]
+    lines = [
+        "| method | setting | ratio | bytes | loss | gap % | spread | seeds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for kind in sorted({_kind(row) for row in rows}, key=_rank):
+        group = [row for row in rows if _kind(row) == kind]
+        name, setting = kind[0] if kind[2] == 1.0 else f"{kind[0]}, lr {kind[2]:g}", kind[1]
         if "refused" in group[0]:
-            lines.append(f"| {method} | {setting:g} | refused: the dense part alone is more | | | | |")
+            lines.append(f"| {name} | {setting:g} | refused: the dense part alone is more | | | | | |")
             continue
+        sent = f"{group[0]['ratio']:.1f} | {group[0]['bytes_per_parameter']:.0f}"
         if any(row["diverged"] for row in group):
-            lines.append(f"| {method} | {setting:g} | {group[0]['ratio']:.1f} | diverged | | | {len(group)} |")
+            lines.append(f"| {name} | {setting:g} | {sent} | diverged | | | {len(group)} |")
             continue
         losses = [row["final_loss"] for row in group]
         gaps = [100 * (row["final_loss"] / row["dense_loss"] - 1) for row in group]
         spread = f"{max(losses) - min(losses):.3f}" if len(group) > 1 else "-"
         lines.append(
-            f"| {method} | {setting:g} | {group[0]['ratio']:.1f} | {statistics.mean(losses):.3f} | "
+            f"| {name} | {setting:g} | {sent} | {statistics.mean(losses):.3f} | "
             f"{statistics.mean(gaps):+.1f} | {spread} | {len(group)} |"
         )
     return "\n".join(lines)
 
 
-def _rank(kind: tuple[str, float]) -> tuple[int, float]:
+def _kind(row: Row) -> tuple[str, float, float]:
+    return row["method"], row["setting"], row["lr_scale"]
+
+
+def _rank(kind: tuple[str, float, float]) -> tuple[int, float, float]:
     """Methods in the order in which they are declared, each from its lowest ratio on."""
-    method, setting = kind
-    return ["dense", *METHODS, *LOW_RANK].index(method), -setting if method in LOW_RANK else setting
+    method, setting, scale = kind
+    return ["dense", *BY_RATIO, *LOW_RANK].index(method), -setting if method in LOW_RANK else setting, scale
 
 
 def _plot(rows: list[Row], file: Path) -> None:
     figure, (by_steps, by_bytes) = plt.subplots(1, 2, figsize=(13, 4.6), sharey=True, layout="constrained")
     first = min(row["seed"] for row in rows)
-    for row in sorted(rows, key=lambda row: _rank((row["method"], row["setting"]))):
-        if row["seed"] != first or "refused" in row or row["setting"] in _NOT_DRAWN:
-            continue
+    drawn = {kind: row for row in rows if row["seed"] == first and (kind := _kind(row)) in _DRAWN}
+    for number, row in enumerate(drawn[kind] for kind in _DRAWN if kind in drawn):
         steps, sent, losses = zip(*row["losses"], strict=True)
         label = row["method"] if row["method"] == "dense" else f"{row['method']} {row['setting']:g}"
-        style: dict[str, Any] = {"color": "black", "linewidth": 2.0}
-        if row["method"] != "dense":
-            number = _rank((row["method"], row["setting"]))[0]
-            style = {"color": f"C{number - 1}", "linestyle": _LINES.get(row["setting"], "-")}
+        style: dict[str, Any] = {"color": f"C{number}"} if number else {"color": "black", "linewidth": 2.0}
         by_steps.plot(steps, losses, label=label, **style)
         by_bytes.plot([count / 1e6 for count in sent], losses, **style)
     finite = [loss for row in rows if not row.get("refused") for *_, loss in row["losses"] if loss < 10]

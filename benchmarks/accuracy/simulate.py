@@ -35,11 +35,26 @@ class Outcome:
         return self.losses[-1][2]
 
 
-def train(task: Task, wrap: Wrap, *, ranks: int, seed: int, steps: int) -> Outcome:
-    """Train from one start on ``ranks`` batches a step; what rank 0 saw, of the average model where models differ."""
+def train(task: Task, wrap: Wrap, *, ranks: int, seed: int, steps: int, lr_scale: float = 1.0) -> Outcome:
+    """Train from one start on ``ranks`` batches a step; what rank 0 saw, of the average model where models differ.
+
+    The learning rate is the task's, tuned for dense training, times ``lr_scale``.
+    """
     start, batches = begin(task, ranks, seed, steps)
     models = [copy.deepcopy(start) for _ in range(ranks)]
-    return InProcessGroup(ranks).run(lambda comm: train_rank(task, wrap, models[comm.rank], comm, batches))[0]
+    scaled = at_scale(wrap, lr_scale)
+    return InProcessGroup(ranks).run(lambda comm: train_rank(task, scaled, models[comm.rank], comm, batches))[0]
+
+
+def at_scale(wrap: Wrap, lr_scale: float) -> Wrap:
+    """The same method over an optimizer of another learning rate."""
+
+    def wrap_scaled(optimizer: torch.optim.Optimizer, model: nn.Module, comm: Communicator) -> Any:
+        for group in optimizer.param_groups:
+            group["lr"] *= lr_scale
+        return wrap(optimizer, model, comm)
+
+    return wrap_scaled
 
 
 def begin(task: Task, ranks: int, seed: int, steps: int) -> tuple[nn.Module, list[Batch]]:
@@ -60,7 +75,7 @@ def train_rank(task: Task, wrap: Wrap, model: nn.Module, comm: Communicator, bat
         schedule.step()
         if (step + 1) % max(1, steps // MOMENTS) == 0 or step == steps - 1:
             sent = comm.bytes_sent - before
-            loss = _validate(model, task, optimizer)
+            loss = _validate(model, task, optimizer, comm)
             outcome.losses.append((step + 1, sent, loss))
             outcome.diverged = any(comm.allgather_object(not loss < DIVERGED, "diverged"))
             if outcome.diverged:
@@ -79,8 +94,7 @@ def learning_rate(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.l
 
 def _step(task: Task, optimizer: Any, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
     optimizer.zero_grad()
-    with getattr(optimizer, "step_ahead", nullcontext)():
-        F.cross_entropy(model(inputs), targets).backward()
+    F.cross_entropy(model(inputs), targets).backward()
     if task.clip is None:
         optimizer.step()
     elif hasattr(optimizer, "synchronize"):
@@ -93,8 +107,11 @@ def _step(task: Task, optimizer: Any, model: nn.Module, inputs: Tensor, targets:
         optimizer.step()
 
 
-def _validate(model: nn.Module, task: Task, optimizer: Any) -> float:
+def _validate(model: nn.Module, task: Task, optimizer: Any, comm: Communicator) -> float:
+    """The loss on rank 0, whose outcome counts; zero elsewhere."""
     with getattr(optimizer, "average_model", nullcontext)():
+        if comm.rank > 0:
+            return 0.0
         model.eval()
         inputs, targets = task.held_out()
         with torch.no_grad():

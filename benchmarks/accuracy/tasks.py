@@ -182,3 +182,8 @@ TASKS = {
         ),
     )
 }
+
+
+def parameters(task: Task) -> int:
+    """How many numbers a task trains."""
+    return sum(parameter.numel() for parameter in task.model().parameters())

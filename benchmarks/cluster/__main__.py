@@ -30,13 +30,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _up(options: argparse.Namespace) -> int:
-    cluster = Cluster(options.hosts, options.mbit, options.name)
+    cluster = _cluster(options)
     try:
         cluster.up()
     except BaseException:
         cluster.down()
         raise
-    print(f"{options.hosts} hosts at {options.mbit:g} Mbit/s are up: {' '.join(cluster.hosts)}")
+    links = f"{options.mbit:g} Mbit/s, {options.delay:g} ms apart"
+    print(f"{options.hosts} hosts at {links}, are up: {' '.join(cluster.hosts)}")
     return 0
 
 
@@ -48,9 +49,18 @@ def _down(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     running = Cluster.running(options.name)
     if running is not None:
-        return running.run([*LAUNCHERS[options.launcher](running.hosts), *options.command], timeout=options.timeout)
-    with Cluster(options.hosts, options.mbit, options.name) as cluster:
-        return cluster.run([*LAUNCHERS[options.launcher](cluster.hosts), *options.command], timeout=options.timeout)
+        return _start(running, options)
+    with _cluster(options) as cluster:
+        return _start(cluster, options)
+
+
+def _cluster(options: argparse.Namespace) -> Cluster:
+    return Cluster(options.hosts, options.mbit, options.name, delay=options.delay)
+
+
+def _start(cluster: Cluster, options: argparse.Namespace) -> int:
+    launch = LAUNCHERS[options.launcher](cluster.hosts, options.ranks_per_host)
+    return cluster.run([*launch, *options.command], timeout=options.timeout)
 
 
 def _action(actions: Any, name: str, function: Callable[[argparse.Namespace], int], text: str) -> Any:
@@ -60,9 +70,7 @@ def _action(actions: Any, name: str, function: Callable[[argparse.Namespace], in
 
 
 def _bench(options: argparse.Namespace) -> int:
-    cells = (
-        bench.quick() if options.quick else bench.grid(options.hosts, options.mbit, options.models, options.methods)
-    )
+    cells = options.part() if options.part else bench.grid(*(getattr(options, column) for column in bench.COLUMNS))
     bench.measure(cells, options.results, seconds=options.seconds, again=options.again, name=options.name)
     return _report(options)
 
@@ -82,17 +90,23 @@ def _parser() -> argparse.ArgumentParser:
     for action in (up, run):
         action.add_argument("--hosts", type=int, default=4, help="number of hosts (default: 4)")
         action.add_argument("--mbit", type=float, default=100.0, help="Mbit/s of each link (default: 100)")
+        action.add_argument("--delay", type=float, default=0.0, help="ms from any host to any other (default: 0)")
     table = _action(actions, "bench", _bench, "measure the table, or what is missing of it (default)")
     for action in (up, run, down, table):
         action.add_argument("--name", default="main", help="which cluster, where several are up (default: main)")
     run.add_argument("--launcher", choices=tuple(LAUNCHERS), default="mpirun", help="(default: mpirun)")
+    run.add_argument("--ranks-per-host", type=int, default=1, help="ranks that the launcher starts (default: 1)")
     run.add_argument("--timeout", type=float, help="seconds until everything is ended (default: never)")
     run.add_argument("command", nargs="+", help="behind --: the command and its arguments")
-    table.add_argument("--quick", action="store_true", help="a part of the table that takes about ten minutes")
+    part = table.add_mutually_exclusive_group()
+    for name, (cells, text) in bench.PARTS.items():
+        part.add_argument(f"--{name}", dest="part", action="store_const", const=cells, help=text)
     table.add_argument("--hosts", type=int, nargs="+", default=bench.HOSTS)
     table.add_argument("--mbit", type=float, nargs="+", default=bench.RATES)
-    table.add_argument("--models", choices=tuple(MODELS), nargs="+", default=tuple(MODELS))
-    table.add_argument("--methods", choices=tuple(METHODS), nargs="+", default=tuple(METHODS))
+    table.add_argument("--models", choices=tuple(MODELS), nargs="+", default=bench.MODELS_OF_TABLE)
+    table.add_argument("--methods", choices=tuple(METHODS), nargs="+", default=bench.METHODS_OF_TABLE)
+    table.add_argument("--delay", type=float, nargs="+", default=(0.0,), help="ms (default: 0)")
+    table.add_argument("--ranks-per-host", type=int, nargs="+", default=(1,), help="(default: 1)")
     table.add_argument("--seconds", type=float, default=10.0, help="timed steps of a row, about (default: 10)")
     table.add_argument("--again", action="store_true", help="measure rows that are there once more")
     page = _action(actions, "report", _report, "write the page and the pictures from the rows that are there")

@@ -16,13 +16,14 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any
 
-from benchmarks.cluster import network, sshd
+from benchmarks.cluster import delayed, network, sshd
 from benchmarks.cluster.launchers import search_path
 from benchmarks.cluster.network import ClusterError
 from benchmarks.cluster.requirements import missing, program
 
 STATE = Path("/run/hvd_sketch_cluster")
 _MOST_HOSTS = 200
+_LONGEST_DELAY = 10_000.0  # milliseconds: with more, nothing could be reached before the cluster gives up
 _NOBODY = 0  # owns a cluster that stays up
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -38,20 +39,23 @@ class Cluster:
         hosts: number of hosts.
         mbit: what each host's link carries, Mbit/s in each direction.
         name: several clusters may be up at a time under different names.
+        delay: milliseconds that a message takes to any other host, besides its time on the links.
 
     Raises:
         ClusterError: when the numbers make no sense, or when brought up: the machine lacks something, or a cluster of
             that name is up already.
     """
 
-    def __init__(self, hosts: int, mbit: float, name: str = "main") -> None:
+    def __init__(self, hosts: int, mbit: float, name: str = "main", *, delay: float = 0.0) -> None:
         if not 1 <= hosts <= _MOST_HOSTS:
             raise ClusterError(f"hosts must be between 1 and {_MOST_HOSTS}, got {hosts}")
         if not mbit > 0:
             raise ClusterError(f"mbit must be above 0, got {mbit}")
+        if not 0 <= delay < _LONGEST_DELAY:
+            raise ClusterError(f"delay must be at least 0 and below {_LONGEST_DELAY} ms, got {delay}")
         if not name.isalnum():
             raise ClusterError(f"the name of a cluster must consist of letters and digits, got {name!r}")
-        self.mbit, self.name = mbit, name
+        self.mbit, self.delay, self.name = mbit, delay, name
         self.hosts = [f"h{number}" for number in range(1, hosts + 1)]
         self._folder = STATE / name
         self._listeners: dict[str, int] = {}
@@ -64,23 +68,28 @@ class Cluster:
         if _owner(folder) != _NOBODY or not (folder / "state.json").exists():
             return None
         state = json.loads((folder / "state.json").read_text())
-        cluster = cls(state["hosts"], state["mbit"], name)
+        cluster = cls(state["hosts"], state["mbit"], name, delay=state["delay"])
         cluster._listeners = state["listeners"]
         return cluster
 
     def up(self, *, stay: bool = True) -> None:
         """Bring the cluster up; with ``stay`` it outlives this process."""
-        if problems := missing():
+        if problems := missing(compiler=self.delay > 0):
             raise ClusterError("no cluster on this machine:\n  " + "\n  ".join(problems))
         self._claim(owner=_NOBODY if stay else os.getpid())
         switch = self._namespace("switch")
         network.make_switch(switch)
-        for number, host in enumerate(self.hosts, start=1):
-            network.make_host(self._namespace(host), switch, f"port{number}", f"{sshd.address(number)}/24", self.mbit)
+        ports = [f"port{number}" for number in range(1, len(self.hosts) + 1)]
+        for number, (host, port) in enumerate(zip(self.hosts, ports, strict=True), start=1):
+            network.make_host(self._namespace(host), switch, port, f"{sshd.address(number)}/24", self.mbit)
+        if self.delay:
+            delayed.start(self._folder, switch, ports, self.mbit, self.delay, stay=stay)
+        else:
+            network.bridge(switch, ports, self.mbit)
         sshd.write_shared(self._folder, self.hosts)
         for host in self.hosts:
             self._listeners[host] = sshd.start(self._folder, host, self._namespace(host))
-        state = {"hosts": len(self.hosts), "mbit": self.mbit, "listeners": self._listeners}
+        state = {"hosts": len(self.hosts), "mbit": self.mbit, "delay": self.delay, "listeners": self._listeners}
         (self._folder / "state.json").write_text(json.dumps(state))
         self._wait_until_reachable()
 
@@ -168,15 +177,21 @@ class Cluster:
         self._folder.mkdir(mode=0o700, parents=True)
         (self._folder / "owner").write_text(str(owner))
 
-    def _wait_until_reachable(self, seconds: float = 20.0) -> None:
+    def _wait_until_reachable(self, seconds: float = 60.0) -> None:
         deadline = time.monotonic() + seconds
         for host in self.hosts:
-            command = [*self._inside("h1"), "ssh", host, "true"]
-            while subprocess.run(command, capture_output=True, timeout=seconds, check=False).returncode:
+            while not self._reaches(host, max(1.0, deadline - time.monotonic())):
                 if time.monotonic() > deadline:
                     log = sshd.log(self._folder, host)
                     raise ClusterError(f"{host} cannot be reached from h1 by ssh; its sshd says:\n{log}")
                 time.sleep(0.1)
+
+    def _reaches(self, host: str, seconds: float) -> bool:
+        command = [*self._inside("h1"), "ssh", host, "true"]
+        try:
+            return subprocess.run(command, capture_output=True, timeout=seconds, check=False).returncode == 0
+        except subprocess.TimeoutExpired:
+            return False
 
 
 class AlreadyUpError(ClusterError):

@@ -71,6 +71,7 @@ class ConvNet(nn.Module):
 Model = Transformer | ConvNet
 
 MODELS: Mapping[str, Callable[[], Model]] = {
+    "transformer-0.4M": lambda: Transformer(96, 2),
     "transformer-1M": lambda: Transformer(128, 4),
     "cnn-1M": lambda: ConvNet(64),
     "transformer-10M": lambda: Transformer(320, 8),

@@ -46,29 +46,39 @@ def namespaces(prefix: str) -> list[str]:
 
 
 def make_switch(namespace: str) -> None:
-    """A namespace with a bridge and no way out of it."""
+    """A namespace for the switch, with no way out of it."""
     tool("ip", "netns", "add", namespace)
-    tool("ip", "-n", namespace, "link", "add", _BRIDGE, "type", "bridge")
-    tool("ip", "-n", namespace, "link", "set", _BRIDGE, "up")
 
 
 def make_host(namespace: str, switch: str, port: str, address: str, mbit: float) -> None:
-    """A namespace with ``eth0`` at ``address``, plugged into a port of the switch.
-
-    The link carries ``mbit`` Mbit/s in each direction, all headers included. TCP hands down no more at once than the
-    link sends at once: more would be cut into packets by the processors, which on real hosts a network card does.
-    """
+    """A namespace with ``eth0`` at ``address``; its link ends in a port of the switch and carries ``mbit`` to it."""
     tool("ip", "netns", "add", namespace)
     tool("ip", "-n", switch, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", namespace)
-    tool("ip", "-n", switch, "link", "set", port, "master", _BRIDGE)
     tool("ip", "-n", namespace, "address", "add", address, "dev", "eth0")
     for place, device in ((namespace, "lo"), (namespace, "eth0"), (switch, port)):
         tool("ip", "-n", place, "link", "set", device, "up")
-    for place, device in ((namespace, "eth0"), (switch, port)):
-        burst = max(_LEAST_BURST, int(mbit * 1e6 / 8 * _BURST))
-        tool("ip", "-n", place, "link", "set", device, "gso_max_size", str(min(burst, _MOST_AT_ONCE)))
-        rate = ("rate", f"{mbit}mbit", "burst", f"{burst}b", "latency", _QUEUE)
-        tool("tc", "-n", place, "qdisc", "add", "dev", device, "root", "tbf", *rate)
+    _limit(namespace, "eth0", mbit)
+
+
+def bridge(switch: str, ports: Sequence[str], mbit: float) -> None:
+    """Join the ports; each carries ``mbit`` down to its host."""
+    tool("ip", "-n", switch, "link", "add", _BRIDGE, "type", "bridge")
+    tool("ip", "-n", switch, "link", "set", _BRIDGE, "up")
+    for port in ports:
+        tool("ip", "-n", switch, "link", "set", port, "master", _BRIDGE)
+        _limit(switch, port, mbit)
+
+
+def _limit(place: str, device: str, mbit: float) -> None:
+    """Let a device send ``mbit`` Mbit/s, all headers included.
+
+    TCP hands down no more at once than the link sends at once: more would be cut into packets by the processors, which
+    on real hosts a network card does.
+    """
+    burst = max(_LEAST_BURST, int(mbit * 1e6 / 8 * _BURST))
+    tool("ip", "-n", place, "link", "set", device, "gso_max_size", str(min(burst, _MOST_AT_ONCE)))
+    rate = ("rate", f"{mbit}mbit", "burst", f"{burst}b", "latency", _QUEUE)
+    tool("tc", "-n", place, "qdisc", "add", "dev", device, "root", "tbf", *rate)
 
 
 def remove(names: Iterable[str]) -> None:

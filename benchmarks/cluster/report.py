@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import groupby, product
 from pathlib import Path
 from string import ascii_uppercase
 
+from benchmarks.cluster import sections
 from benchmarks.cluster.bench import Cell, Row
 from benchmarks.cluster.pictures import draw
 
@@ -45,29 +47,36 @@ All hosts share {cores} cores. With more hosts than cores they compute, sketch a
 method with arithmetic of its own looks slower here than on real hosts, ours more than others; **processor** is what a
 rank really used of a core in a step, and the better guide for hosts with a core to spare; 2 hosts have one each. Links
 have no delay of their own (0.1 ms there and back), so methods with many small messages look better here than between
-cities. Horovod's cycle is 5 ms for all that run on it, see [there](../cluster.md#where-a-sketched-steps-time-goes).
+cities; [some have](#links-with-delay). Horovod's cycle is 5 ms for all that run on it, see
+[there](../cluster.md#where-a-sketched-steps-time-goes).
 """
 
 
 def write(rows: dict[Cell, Row], page: Path = PAGE) -> None:
     """Write the page and its pictures beside it."""
     page.parent.mkdir(parents=True, exist_ok=True)
-    measured = {cell: row for cell, row in rows.items() if "error" not in row}
+    told = {cell: row for cell, row in rows.items() if "error" not in row}
+    measured = {cell: row for cell, row in told.items() if cell.of_table}
     machines = _machines(rows.values())
     cores = " or ".join(sorted({machine.split()[0] for _, machine, _ in machines}))
     listed = "".join(f"- **{name}**: {date}, {on}; {software}.\n" for (date, on, software), name in machines.items())
     parts = [_HEAD.format(machines=listed, cores=cores)]
     parts.append(_goal(measured))
     parts.append("## Where something else is faster\n\n" + _lost(measured))
+    parts += [sections.ddp(told), sections.far(told), sections.packed(told)]
     parts.append("## When not to compress\n\n" + _break_even(measured))
     parts.append("## Bytes by formula, and by the link\n\n" + _counted(measured))
-    for mbit, group in groupby(rows, lambda cell: cell.mbit):
+    for mbit, group in groupby(filter(_of_table, rows), lambda cell: cell.mbit):
         cells = list(group)
         name = f"cluster-{mbit:g}.svg"
         draw({cell: measured[cell] for cell in cells if cell in measured}, page.parent / name)
         parts.append(f"## {mbit:g} Mbit/s\n\n![Seconds per step at {mbit:g} Mbit/s]({name})\n\n{_table(cells, rows)}")
     parts.append(_failed(rows))
     page.write_text("\n".join(part for part in parts if part))
+
+
+def _of_table(cell: Cell) -> bool:
+    return cell.of_table
 
 
 def _machine(row: Row) -> tuple[str, str, str]:
@@ -198,7 +207,8 @@ def _break_even(measured: dict[Cell, Row]) -> str:
 
 def _failed(rows: dict[Cell, Row]) -> str:
     lines = [
-        f"- {cell.hosts} hosts, {cell.mbit:g} Mbit/s, {cell.model}, {cell.method}: {row['error']}\n"
+        f"- {cell.hosts} hosts of {cell.ranks_per_host}, {cell.mbit:g} Mbit/s, {cell.delay:g} ms, {cell.model}, "
+        f"{cell.method}: {row['error']}\n"
         for cell, row in rows.items()
         if "error" in row
     ]
@@ -206,7 +216,7 @@ def _failed(rows: dict[Cell, Row]) -> str:
 
 
 def _sibling(cell: Cell, method: str) -> Cell:
-    return Cell(cell.hosts, cell.mbit, cell.model, method)
+    return replace(cell, method=method)
 
 
 def _seconds(value: float | None) -> str:

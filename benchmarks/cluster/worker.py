@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.cluster.methods import METHODS, Training, train
+from benchmarks.cluster.methods import METHODS
 from benchmarks.cluster.models import MODELS, Batch, Model
+from benchmarks.cluster.trainings import Training, sgd, train
 
 _FEWEST, _MOST = 3, 60
 _LOCAL_STEPS, _LOCAL_ROUNDS = 8, 3
@@ -35,10 +36,10 @@ def main() -> None:
     model = MODELS[options.model]()
     method = METHODS[options.method]
     training = method.start()
-    _come_first()
+    come_first()
     batch = model.batch(torch.Generator().manual_seed(training.rank))
     compute = _together(training, _local_step(model, batch)) - _together(training, lambda: None)
-    training.attach(model)
+    training.attach(model, sgd(model))
     for _ in range(method.warmup):
         begin = time.perf_counter()
         training.step(*batch)
@@ -101,7 +102,7 @@ def _together(training: Training, step: Callable[[], None]) -> float:
     return statistics.median(seconds)
 
 
-def _come_first() -> None:
+def come_first() -> None:
     """Let no other program of the machine delay this process: on a real host it would have processors of its own.
 
     The threads that communicate come before those that compute, or one host's arithmetic would keep another host's

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
+import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,13 +19,26 @@ from torch import Tensor, nn
 import hvd_sketch as hvd
 from hvd_sketch import Compression, TensorTopK
 from hvd_sketch.comm import Communicator
+from hvd_sketch.comm.buffers import Buffers
 from hvd_sketch.comm.in_process import InProcessGroup
 from hvd_sketch.comm.pending import Pending
+from hvd_sketch.methods.server import message as server
+from hvd_sketch.methods.swarm import message as swarm
+from hvd_sketch.methods.swarm.lattice import Lattice
+from hvd_sketch.methods.swarm.node import Node
 
 RANKS, STEPS, LAST = 3, 7, 5
 """Bits are flipped before step `LAST`, so that there is a step left to tell of it."""
 
-LIMIT = 10.0
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "flips.json"
+"""The outcome of every run, in turn; without it, all begins anew."""
+
+PAGE = ROOT / "docs" / "faults.md"
+BEGIN, END = "<!-- written by `python -m benchmarks.faults.flips` -->", "<!-- until here -->"
+KINDS = ("told", "no effect", "told to some ranks only", "silent", "hang", "crash")
+
+LIMIT = 120.0
 """Seconds; a run that takes so long hangs."""
 
 PLAIN: dict[str, Any] = {"ratio": 6.0, "warmup_steps": 0, "dense_below": 100}
@@ -50,6 +67,21 @@ WAYS: Mapping[str, Callable[[], dict[str, Any]]] = {
 """Arguments of `hvd_sketch.DistributedOptimizer`, by name."""
 
 
+METHODS: Mapping[str, Callable[[torch.optim.Optimizer, nn.Module, Communicator], Any]] = {
+    "local SGD": lambda inner, model, comm: hvd.LocalSGD(
+        inner, model, comm, compression=Compression.sharded(**PLAIN), period=2, outer_momentum=0.3
+    ),
+    "overlap": lambda inner, model, comm: hvd.OverlapLocalSGD(inner, model, comm, period=2),
+    "CSER": lambda inner, model, comm: hvd.CSER(
+        *(inner, model, comm), gradients=Compression.stride(**PLAIN), errors=Compression.sharded(**PLAIN), period=2
+    ),
+    "DmSGD": hvd.DmSGD,
+    "DecentLaM": hvd.DecentLaM,
+    "LEAD": lambda inner, model, comm: hvd.LEAD(torch.optim.SGD(model.parameters(), 0.1), model, comm),
+}
+"""Methods with a model of their own on every rank, by name."""
+
+
 class Flip(NamedTuple):
     """Which bit of what one rank receives.
 
@@ -62,6 +94,13 @@ class Flip(NamedTuple):
     rank: int
     message: int
     where: float
+
+    def damage(self, message: Tensor) -> None:
+        """Flip it."""
+        flat = message.view(-1).view(torch.uint8)
+        bit = int(self.where * 8 * flat.numel())
+        if flat.numel():
+            flat[bit // 8] ^= 1 << bit % 8
 
 
 class End(NamedTuple):
@@ -77,17 +116,24 @@ class Receiver:
 
     def __init__(self, comm: Communicator, flip: Flip | None) -> None:
         self.count, self._flip = 0, flip if flip is not None and flip.rank == comm.rank else None
-        for name in ("post_allreduce", "post_allgather", "post_alltoall"):
+        for name in ("post_allreduce", "post_allgather", "post_alltoall", "run_broadcast"):
             setattr(comm, name, partial(self._received, getattr(comm, name)))
 
-    def _received(self, post: Callable[..., Pending], tensor: Tensor, name: str) -> Pending:
-        result = post(tensor, name).wait()
+    def _received(self, post: Callable[..., Pending | None], tensor: Tensor, *arguments: Any) -> Pending:
+        pending = post(tensor, *arguments)
+        result = tensor if pending is None else pending.wait()
         if self._flip is not None and self._flip.message == self.count:
-            flat = result.view(-1).view(torch.uint8)
-            bit = int(self._flip.where * 8 * flat.numel())
-            flat[bit // 8] ^= 1 << bit % 8
+            self._flip.damage(result)
         self.count += 1
         return Pending(result)
+
+
+def optimizer_of(way: str, model: nn.Module, comm: Communicator) -> Any:
+    """What a way trains with."""
+    inner = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    if way in METHODS:
+        return METHODS[way](inner, model, comm)
+    return hvd.DistributedOptimizer(inner, model.named_parameters(), comm=comm, **WAYS[way]())
 
 
 def train(way: str, flip: Flip | None, comm: Communicator) -> End:
@@ -97,8 +143,7 @@ def train(way: str, flip: Flip | None, comm: Communicator) -> End:
     for number, parameter in enumerate(model.parameters()):
         drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
         parameter.data.copy_(drawn / 8)
-    inner = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    optimizer: Any = hvd.DistributedOptimizer(inner, model.named_parameters(), comm=comm, **WAYS[way]())
+    optimizer = optimizer_of(way, model, comm)
     for step in range(STEPS):
         messages = received.count if step == LAST else messages
         optimizer.zero_grad()
@@ -109,8 +154,13 @@ def train(way: str, flip: Flip | None, comm: Communicator) -> End:
         with optimizer.step_ahead() if hasattr(optimizer, "step_ahead") else nullcontext():
             part(inputs).square().mean().backward()
         optimizer.step()
-    parameters = torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
-    return End(parameters, optimizer.exchange.memory.residual.clone(), messages)
+    parameters = [parameter.detach().reshape(-1) for parameter in model.parameters()]
+    if way in WAYS:
+        return End(torch.cat(parameters), optimizer.exchange.memory.residual.clone(), messages)
+    own = torch.cat(parameters)
+    optimizer.finish()
+    with optimizer.average_model():
+        return End(own, torch.cat(parameters), messages)
 
 
 def run(way: str, flip: Flip | None) -> list[End | BaseException]:
@@ -143,13 +193,17 @@ def undisturbed(way: str) -> list[End]:
 
 def draw(way: str, seed: int) -> Flip:
     """A random bit of a random message that comes early enough to be told of."""
-    generator, clean = random.Random(f"{way} {seed}"), undisturbed(way)
-    rank = generator.randrange(RANKS)
+    generator = random.Random(f"{way} {seed}")
+    if way in LETTERS:
+        return Flip(0, generator.randrange(len(LETTERS[way]())), generator.random())
+    clean, rank = undisturbed(way), generator.randrange(RANKS)
     return Flip(rank, generator.randrange(clean[rank].messages), generator.random())
 
 
 def outcome(way: str, flip: Flip) -> str:
     """``told`` or ``no effect``; anything else is a fault of ours."""
+    if way in LETTERS:
+        return outcome_of_letter(way, flip)
     ends, clean = run(way, flip), undisturbed(way)
     errors = [end for end in ends if isinstance(end, BaseException)]
     known = (hvd.RankMismatchError, hvd.ConfigurationError, hvd.RankLostError)
@@ -169,24 +223,75 @@ def outcome(way: str, flip: Flip) -> str:
     return "no effect"
 
 
-def table(runs: int) -> str:
-    """Outcomes of so many runs, by way."""
+def swarms_letters() -> list[Tensor]:
+    """A message of every kind that the nodes of a swarm send, with a model in it where it has one."""
+    node = Node(torch.randn(501, generator=torch.Generator().manual_seed(0)), Lattice(8, 2.0**-8), Buffers())
+    models = [node.offer(1)[1], node.insist(node.offer(1)[0])]
+    return [
+        *models,
+        *(swarm.Header(kind, 7).write(torch.zeros(swarm.HEADER, dtype=torch.uint8)) for kind in swarm.Kind),
+    ]
+
+
+def servers_letters() -> list[Tensor]:
+    """A message of every kind that workers and their server send."""
+    content = torch.randn(501, generator=torch.Generator().manual_seed(0)).view(torch.uint8)
+    return [server.Header(kind, 7).write(*payload) for kind in server.Kind for payload in ((), (content,))]
+
+
+LETTERS: Mapping[str, Callable[[], list[Tensor]]] = {
+    "a swarm's messages": swarms_letters,
+    "a server's messages": servers_letters,
+}
+"""Messages between two ranks, which one of them reads by itself, by name."""
+
+
+def outcome_of_letter(way: str, flip: Flip) -> str:
+    """``told`` where the reader notices."""
+    letter = LETTERS[way]()[flip.message].clone()
+    flip.damage(letter)
+    try:
+        whole = server.Header.read(letter)[2] if way == "a server's messages" else bool(swarm.Header.read(letter))
+    except (swarm.Damaged, server.Unreadable):
+        whole = False
+    return "silent: a message" if whole else "told"
+
+
+def measure(runs: int, results: Path) -> dict[str, list[str]]:
+    """Outcomes by way of so many runs; those that the file has are not repeated."""
     torch.set_num_threads(1)
-    counts: dict[str, Counter[str]] = {way: Counter() for way in WAYS}
-    for number in range(runs):
-        way = list(WAYS)[number % len(WAYS)]
-        result = outcome(way, draw(way, number))
-        counts[way][result.split(":")[0]] += 1
-        if result not in ("told", "no effect"):
-            print(f"{way} {number}: {result}: {draw(way, number)}", flush=True)
-    kinds = ["told", "no effect", *sorted({kind for its in counts.values() for kind in its} - {"told", "no effect"})]
-    lines = [f"| | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
-    lines += [f"| {way} | {' | '.join(str(its[kind]) for kind in kinds)} |" for way, its in counts.items()]
+    warnings.filterwarnings("ignore", "hvd_sketch: step 3 is void")
+    known: list[str] = json.loads(results.read_text()) if results.exists() else []
+    ways = [*WAYS, *METHODS, *LETTERS]
+    for number in range(len(known), runs):
+        way = ways[number % len(ways)]
+        known.append(outcome(way, draw(way, number)))
+        if known[-1] not in ("told", "no effect"):
+            print(f"{way} {number}: {known[-1]}: {draw(way, number)}", flush=True)
+        results.write_text(json.dumps(known, indent=0) + "\n")
+    return {way: known[at : runs : len(ways)] for at, way in enumerate(ways)}
+
+
+def table(outcomes: Mapping[str, list[str]]) -> str:
+    """Counts by way."""
+    counts = {way: Counter(result.split(":")[0] for result in its) for way, its in outcomes.items()}
     total = sum(counts.values(), Counter[str]())
-    return "\n".join([*lines, f"| all {runs} | {' | '.join(str(total[kind]) for kind in kinds)} |"])
+    kinds = [*KINDS, *sorted(total.keys() - set(KINDS))]
+    lines = [f"| | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
+    rows = {**counts, f"all {sum(total.values())}": total}
+    return "\n".join(
+        [*lines, *(f"| {way} | {' | '.join(str(its[kind]) for kind in kinds)} |" for way, its in rows.items())]
+    )
+
+
+def main(runs: int) -> None:
+    """Measure, and write the page's table."""
+    text = table(measure(runs, RESULTS))
+    page = PAGE.read_text()
+    head, rest = page.split(BEGIN)
+    PAGE.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}")
+    print(text)
 
 
 if __name__ == "__main__":
-    import sys
-
-    print(table(int(sys.argv[1])))
+    main(int(sys.argv[1]))

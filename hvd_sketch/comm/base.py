@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from hvd_sketch.comm.copies import majority, thrice
+from hvd_sketch.comm.delay import NOTABLE
+from hvd_sketch.comm.direct import LARGEST, Direct, pays
 from hvd_sketch.comm.launcher import on_host
 from hvd_sketch.comm.pending import Pending
 from hvd_sketch.comm.staged import HostStaging
-from hvd_sketch.errors import RankMismatchError
+from hvd_sketch.errors import ConfigurationError, RankMismatchError
 
 __all__ = ["Communicator", "Pending"]
 
@@ -38,7 +40,8 @@ class Communicator(ABC):
 
     Every rank calls the same methods in the same order. ``name`` tells concurrent operations
     apart where the backend matches by name. What ``start_…`` began is awaited by `Pending.wait`, and
-    its tensors are to be left alone until then. Bytes are those of the bandwidth-optimal ring,
+    its tensors are to be left alone until then. Where a `crossing` takes long, sums travel as direct messages, see
+    `hvd_sketch.comm.direct`. Bytes are those of the bandwidth-optimal ring,
     counted the same way for compressed and dense messages: ``2 (W-1)/W n`` for an allreduce of
     n bytes, ``(W-1) n`` for an allgather of n bytes a rank,
     ``(W-1)/W n`` for an alltoall of n bytes, n for a broadcast by the root.
@@ -49,6 +52,10 @@ class Communicator(ABC):
     """What the coming collectives are for, such as "step 7", to be told when one of them fails."""
     muted: bool = False
     """Whether this rank adds zeros to every sum, for it has joined."""
+    negotiates: ClassVar[bool] = False
+    """Whether the backend asks all ranks before each collective, so that two of them take longer than one."""
+    gathers_by_ring: ClassVar[bool] = False
+    """Whether the backend passes an allgather around a ring."""
 
     def __deepcopy__(self, memo: Any) -> Self:
         return self
@@ -78,6 +85,22 @@ class Communicator(ABC):
         return on_host()
 
     @property
+    def host(self) -> str | None:
+        """A name that ranks have in common which share a host; None where nobody tells."""
+        return None
+
+    def subgroup(self, ranks: Sequence[int]) -> Communicator:
+        """Collective: a communicator of some ranks, this one among them; the others give those of theirs.
+
+        Raises:
+            ConfigurationError: where the backend cannot.
+        """
+        raise ConfigurationError(
+            f"the ranks of {type(self).__name__} cannot be put into groups, which hierarchical asks for; start with "
+            "mpirun and give comm=MPI.COMM_WORLD of mpi4py, or start with torchrun, or give hierarchical=False"
+        )
+
+    @property
     def group(self) -> str:
         """A name for the ranks that take part, to tell process sets apart."""
         return "all"
@@ -87,16 +110,31 @@ class Communicator(ABC):
         """Whether this process takes part at all; outside a process set it does not."""
         return True
 
+    @cached_property
+    def crossing(self) -> float:
+        """Seconds that small messages from all to all take, the same on all ranks; 0 where it does not matter.
+
+        Collective at its first use, where a backend measures it. It may be set before, alike on all ranks.
+        """
+        return 0.0
+
     def allreduce(self, tensor: Tensor, name: str) -> None:
         """Replace ``tensor`` (contiguous) by its sum over the ranks, bit-identical on all of them."""
         self.start_allreduce(tensor, name).wait()
 
-    def start_allreduce(self, tensor: Tensor, name: str) -> Pending:
-        """Begin to `allreduce`."""
+    def start_allreduce(self, tensor: Tensor, name: str, *, in_turn: bool = True) -> Pending:
+        """Begin to `allreduce`.
+
+        Args:
+            tensor: what to sum.
+            name: of the operation.
+            in_turn: whether all ranks will wait for it, and in the same order among their other operations.
+        """
         self.bytes_sent += self.allreduce_bytes(tensor.nbytes)
         if self.muted:
             tensor.zero_()
-        return self._post(self.post_allreduce, tensor, name, tensor)
+        direct = self._direct if in_turn and 0 < tensor.nbytes <= LARGEST else None
+        return self._post(self.post_allreduce if direct is None else direct.post_sum, tensor, name, tensor)
 
     def allgather(self, tensor: Tensor, name: str) -> Tensor:
         """Stack every rank's ``tensor`` (1-D, same length on all ranks) to shape ``(size, n)``."""
@@ -105,7 +143,8 @@ class Communicator(ABC):
     def start_allgather(self, tensor: Tensor, name: str) -> Pending:
         """Begin to `allgather`."""
         self.bytes_sent += (self.size - 1) * tensor.nbytes
-        return self._post(self.post_allgather, tensor, name)
+        direct = self._direct
+        return self._post(self.post_allgather if direct is None else direct.post_gather, tensor, name)
 
     def alltoall(self, tensor: Tensor, name: str) -> Tensor:
         """Send row j of ``tensor``, shape ``(size, n)``, to rank j; row i of the result is rank i's."""
@@ -115,6 +154,10 @@ class Communicator(ABC):
         """Begin to `alltoall`."""
         self.bytes_sent += (self.size - 1) * tensor.nbytes // self.size
         return self._post(self.post_alltoall, tensor, name)
+
+    def reduce_scatter(self, rows: Tensor, name: str) -> Tensor:
+        """The sum over the ranks of this rank's row of ``rows``, shape ``(size, n)``; sends as an alltoall of them."""
+        return self.alltoall(rows, name).sum(dim=0)
 
     def broadcast(self, tensor: Tensor, root: int, name: str) -> None:
         """Replace ``tensor`` (contiguous) by the root's."""
@@ -126,6 +169,22 @@ class Communicator(ABC):
         on_host = tensor.cpu()
         self.run_broadcast(on_host, root, name)
         tensor.copy_(on_host)
+
+    @property
+    def sends_directly(self) -> bool:
+        """Whether sums travel as direct messages, because messages take long; alike on all ranks."""
+        return self._direct is not None
+
+    def look_at_links(self) -> None:
+        """Collective, when the ranks have agreed on what they train: measure what is not known of the links."""
+        _ = self.crossing
+
+    def remarks(self) -> list[str]:
+        """What there is to say of the links: how long messages take where that matters, and what is done about it."""
+        if self.negotiates or self.crossing < NOTABLE:
+            return []
+        told = "sums travel directly" if self.sends_directly else "ranks are too many for direct sums"
+        return [f"messages take {1e3 * self.crossing:.0f} ms; {told}"]
 
     def reaches(self, device: torch.device) -> bool:
         """Whether ``post_…`` takes tensors that live there; others come by way of the host."""
@@ -175,6 +234,14 @@ class Communicator(ABC):
             return self._staging.post(lambda on_host: post(on_host, name), tensor, into)
         self._staging.post_until(None)
         return post(tensor, name)
+
+    @cached_property
+    def _direct(self) -> Direct | None:
+        """Direct messages, where they are faster."""
+        if self.negotiates or not pays(self.size, self.crossing):
+            return None
+        gather = None if self.gathers_by_ring else self.post_allgather
+        return Direct(self.size, self.post_alltoall, gather, lambda: self._staging.post_until(None))
 
     @cached_property
     def _staging(self) -> HostStaging:

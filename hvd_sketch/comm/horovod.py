@@ -15,10 +15,12 @@ from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor
 
 from hvd_sketch.comm.base import Communicator, Pending
+from hvd_sketch.comm.delay import NOTABLE
 from hvd_sketch.comm.patience import limit_of, ranks, wait_until
 from hvd_sketch.errors import RankLostError
 
 _PAUSE = 1e-4
+_SAMPLES = 3
 
 
 class _Handle(Pending):
@@ -78,6 +80,8 @@ class HorovodCommunicator(Communicator):
         RankLostError: when others do not come. Horovod ends by itself what waits for a rank that has ended.
     """
 
+    negotiates = True
+
     def __init__(self, process_set: Any = None, timeout: float | None = None) -> None:
         self.process_set = hvd.global_process_set if process_set is None else process_set
         self.limit = limit_of(timeout)
@@ -90,6 +94,28 @@ class HorovodCommunicator(Communicator):
             "stopped, cut off, or busy with something else; Horovod's own log may say which. Where steps may take "
             "longer, raise HVD_SKETCH_TIMEOUT (seconds)"
         )
+
+    def look_at_links(self) -> None:
+        """Time a small sum: ``2 (W-1)`` crossings to ask and as many for the sum; nothing on one host."""
+        if hvd.local_size() == hvd.size():
+            return
+        samples = []
+        for _ in range(_SAMPLES):
+            began = time.perf_counter()
+            self.post_allreduce(torch.zeros(1, dtype=torch.float32, device="cpu"), "hvd_sketch.crossing").wait()
+            samples.append(time.perf_counter() - began)
+        self.crossing = min(samples[1:]) / max(1, 4 * (self.size - 1))  # the first one waits for ranks that are late
+
+    def remarks(self) -> list[str]:
+        """Whether asking is what a step waits for, and what to start instead."""
+        if self.crossing < NOTABLE:
+            return []
+        asking, crossing = 2 * (self.size - 1) * self.crossing, 1e3 * self.crossing
+        return [
+            f"messages take {crossing:.0f} ms: before each collective Horovod's ranks ask each other, 2 (W-1) times "
+            f"that, {asking:.2g} s, and its sums go around a ring, as long again; start with mpirun and give "
+            "comm=MPI.COMM_WORLD of mpi4py, or start with torchrun: neither asks, and sums are direct"
+        ]
 
     @property
     def rank(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ class _Meeting:
     def __init__(self, size: int, limit: float) -> None:
         self._size, self._limit = size, limit
         self._changed = threading.Condition()
+        self._parts: list[tuple[Sequence[int], _Meeting]] = []
         self.begin()
 
     def begin(self) -> None:
@@ -29,6 +30,8 @@ class _Meeting:
         self._waiting: dict[int, Any] = {}
         self._ended: dict[int, str] = {}
         self._met, self._values = 0, list[Any]()
+        for _, part in self._parts:
+            part.begin()
 
     def gather(self, rank: int, value: Any, what: str) -> list[Any]:
         """What every rank gives, by rank.
@@ -55,13 +58,22 @@ class _Meeting:
         with self._changed:
             self._ended[rank] = why
             self._changed.notify_all()
+        for members, part in list(self._parts):
+            if rank in members:
+                part.leave(members.index(rank), why)
+
+    def part_of(self, members: Sequence[int]) -> _Meeting:
+        """Where some of the threads meet; they leave it when they leave this one."""
+        part = _Meeting(len(members), self._limit)
+        self._parts.append((members, part))
+        return part
 
 
 class InProcess(Communicator):
     """One of several ranks that share a process; made by `InProcessGroup`."""
 
-    def __init__(self, rank: int, size: int, meeting: _Meeting) -> None:
-        self._rank, self._size, self._meeting = rank, size, meeting
+    def __init__(self, rank: int, size: int, meeting: _Meeting, host: int | None = None) -> None:
+        self._rank, self._size, self._meeting, self._host = rank, size, meeting, host
 
     @property
     def rank(self) -> int:
@@ -70,6 +82,17 @@ class InProcess(Communicator):
     @property
     def size(self) -> int:
         return self._size
+
+    @property
+    def host(self) -> str | None:
+        """The number of the one that it was said to be on."""
+        return None if self._host is None else str(self._host)
+
+    def subgroup(self, ranks: Sequence[int]) -> Communicator:
+        """Its first rank makes the place to meet."""
+        part = self._meeting.part_of(ranks) if self._rank == ranks[0] else None
+        parts = self._meeting.gather(self._rank, part, "subgroup")
+        return InProcess(ranks.index(self._rank), len(ranks), parts[ranks[0]])
 
     def starts_in_backward(self, device: torch.device) -> bool:
         """Not on a GPU: a process's backward passes share one thread there, and each would wait for the others."""
@@ -103,11 +126,14 @@ class InProcessGroup:
         size: how many.
         timeout: seconds that a rank waits for the others in one collective; by default
             the environment's ``HVD_SKETCH_TIMEOUT``, or half an hour.
+        hosts: the number of the host that each rank stands for being on.
     """
 
-    def __init__(self, size: int, timeout: float | None = None) -> None:
+    def __init__(self, size: int, timeout: float | None = None, hosts: Sequence[int] | None = None) -> None:
         self._meeting = meeting = _Meeting(size, limit_of(timeout))
-        self.communicators = [InProcess(rank, size, meeting) for rank in range(size)]
+        self.communicators = [
+            InProcess(rank, size, meeting, None if hosts is None else hosts[rank]) for rank in range(size)
+        ]
 
     def run(self, body: Callable[[Communicator], Result]) -> list[Result]:
         """Call ``body(communicator)`` on a thread for each rank and return the results by rank.

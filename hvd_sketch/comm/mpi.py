@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from mpi4py.typing import Buffer
 from torch import Tensor
 
 from hvd_sketch.comm.base import Communicator, Pending
+from hvd_sketch.comm.delay import agreed_crossing
 from hvd_sketch.comm.patience import limit_of, wait_until
 from hvd_sketch.comm.roll_call import RollCall
 from hvd_sketch.errors import RankLostError
@@ -66,13 +69,14 @@ class MpiCommunicator(Communicator):
     """
 
     def __init__(self, comm: MPI.Intracomm | None = None, timeout: float | None = None) -> None:
-        limit = limit_of(timeout)
-        self._comm = _duplicate(MPI.COMM_WORLD if comm is None else comm, limit)
-        self._roll_call = RollCall(self._comm, limit)
+        self._limit = limit_of(timeout)
+        self._comm = _duplicate(MPI.COMM_WORLD if comm is None else comm, self._limit)
+        self._roll_call = RollCall(self._comm, self._limit)
         # kept, because Horovod may end MPI under us: it does so on all ranks as soon as one of them is through
         self._rank, self._size = self._comm.Get_rank(), self._comm.Get_size()
         on_host = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
         self._local = on_host.Get_rank(), on_host.Get_size()
+        self._first_on_host = on_host.bcast(self._rank)
         on_host.Free()
 
     @property
@@ -87,6 +91,24 @@ class MpiCommunicator(Communicator):
     def local(self) -> tuple[int, int]:
         """As MPI knows who shares memory."""
         return self._local
+
+    @cached_property
+    def crossing(self) -> float:
+        """As it is measured."""
+        return agreed_crossing(lambda message, name: self.post_alltoall(message, name).wait(), self.size)
+
+    @property
+    def host(self) -> str:
+        """The first of the ranks there."""
+        return str(self._first_on_host)
+
+    def subgroup(self, ranks: Sequence[int]) -> Communicator:
+        """By MPI's split."""
+        part = MPI.Intracomm(self._comm.Split(min(ranks), self._rank))
+        try:
+            return MpiCommunicator(part, self._limit)
+        finally:
+            part.Free()
 
     def reaches(self, device: torch.device) -> bool:
         """Host memory alone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,9 @@ class SingleProcess(Communicator):
 
     def __reduce__(self) -> Any:
         return SingleProcess, ()
+
+    def subgroup(self, ranks: Sequence[int]) -> Communicator:
+        return SingleProcess()
 
     def post_allreduce(self, tensor: Tensor, name: str) -> Pending:
         return Pending(tensor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import zlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +13,9 @@ import numpy
 import torch
 from torch import Tensor
 
+from hvd_sketch.comm.alike import check_alike
 from hvd_sketch.comm.base import Communicator
+from hvd_sketch.comm.copies import majority, thrice
 from hvd_sketch.errors import ConfigurationError
 
 _PIECE = 2**30
@@ -29,6 +32,7 @@ def broadcast_state(comm: Communicator, state: Any, root: int, name: str) -> Any
 
     Raises:
         ConfigurationError: alike on all ranks, when the root's state has anything else.
+        RankMismatchError: alike on all ranks, when it did not come alike to all.
     """
     tensors: list[Tensor] = []
     text = b""
@@ -128,28 +132,30 @@ def _broadcast_tensors(comm: Communicator, tensors: Iterable[Tensor], root: int,
     """The root's tensors, on every rank, each in memory of its own there."""
     shapes = json.dumps([(str(tensor.dtype).removeprefix("torch."), tensor.shape) for tensor in tensors])
     told = json.loads(_broadcast_bytes(comm, shapes.encode(), root, f"{name}.shapes"))
-    received = []
+    received, checksum = list(tensors), 0
     if comm.rank == root:
         for tensor in tensors:
-            _broadcast_pieces(comm, tensor.cpu().contiguous(), root, name)
-        return list(tensors)
-    for dtype, shape in told:
+            checksum = _broadcast_pieces(comm, tensor.cpu().contiguous(), root, name, checksum)
+    for dtype, shape in told if comm.rank != root else ():
         received.append(torch.empty(shape, dtype=getattr(torch, dtype), device="cpu"))
-        _broadcast_pieces(comm, received[-1], root, name)
+        checksum = _broadcast_pieces(comm, received[-1], root, name, checksum)
+    check_alike(comm, checksum, f"the tensors of {name}", name)
     return received
 
 
-def _broadcast_pieces(comm: Communicator, whole: Tensor, root: int, name: str) -> None:
-    """Of a contiguous tensor of the host, in place."""
+def _broadcast_pieces(comm: Communicator, whole: Tensor, root: int, name: str, checksum: int) -> int:
+    """Of a contiguous tensor of the host, in place; the checksum of this and of what it is behind."""
     for piece in whole.reshape(-1).view(torch.uint8).split(_PIECE) if whole.numel() else ():
         comm.broadcast(piece, root, f"{name}.tensor")
+        checksum = zlib.crc32(piece.numpy().data, checksum)
+    return checksum
 
 
 def _broadcast_bytes(comm: Communicator, text: bytes, root: int, name: str) -> bytes:
-    length = torch.tensor([len(text)], dtype=torch.int64, device="cpu")
-    comm.broadcast(length, root, f"{name}.length")
-    payload = torch.empty(int(length), dtype=torch.uint8, device="cpu")
+    lengths = thrice(torch.tensor([len(text)], dtype=torch.int64, device="cpu"))
+    comm.broadcast(lengths, root, f"{name}.length")
+    payload = torch.empty(*majority(lengths.tolist()), dtype=torch.uint8, device="cpu")
     if comm.rank == root and text:
         payload.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-    _broadcast_pieces(comm, payload, root, f"{name}.text")
+    check_alike(comm, _broadcast_pieces(comm, payload, root, f"{name}.text", 0), f"the text of {name}", name)
     return payload.numpy().tobytes()

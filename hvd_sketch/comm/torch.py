@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hvd_sketch.comm.base import Communicator, Pending
+from hvd_sketch.comm.delay import agreed_crossing
 from hvd_sketch.comm.patience import VARIABLE, limit_of
 from hvd_sketch.errors import ConfigurationError, RankLostError
 
@@ -71,6 +73,8 @@ class TorchCommunicator(Communicator):
         group: the ranks that take part. By default all of them, in a new group (a collective call).
     """
 
+    gathers_by_ring = True
+
     def __init__(self, group: Any = None) -> None:
         self._group = dist.new_group(timeout=_timeout()) if group is None else group
         self._rank, self._size = dist.get_rank(self._group), dist.get_world_size(self._group)
@@ -86,9 +90,34 @@ class TorchCommunicator(Communicator):
         return self._size
 
     @property
+    def world_size(self) -> int:
+        """Of the default group."""
+        return dist.get_world_size()
+
+    @property
+    def host(self) -> str | None:
+        """As torchrun numbers them."""
+        return os.environ.get("GROUP_RANK") if "LOCAL_WORLD_SIZE" in os.environ else None
+
+    def subgroup(self, ranks: Sequence[int]) -> Communicator:
+        """A group that its members alone make, of the same backend."""
+        group = dist.new_group(
+            [dist.get_global_rank(self._group, rank) for rank in ranks],
+            timeout=_timeout(),
+            backend=str(dist.get_backend_config(self._group)),
+            use_local_synchronization=True,
+        )
+        return TorchCommunicator(group)
+
+    @property
     def included(self) -> bool:
         """Whether this process belongs to the group."""
         return self._rank >= 0
+
+    @cached_property
+    def crossing(self) -> float:
+        """As it is measured."""
+        return agreed_crossing(lambda message, name: self.post_alltoall(message, name).wait(), self.size)
 
     def reaches(self, device: torch.device) -> bool:
         """Host memory; a GPU's where the group has a backend for it."""

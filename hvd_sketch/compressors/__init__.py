@@ -3,6 +3,7 @@
 from hvd_sketch.compressors.auto import Auto
 from hvd_sketch.compressors.base import Compressor, Sparsifier
 from hvd_sketch.compressors.compression import Compression
+from hvd_sketch.compressors.mixed import Mixed
 from hvd_sketch.compressors.powersgd import PowerSGD
 from hvd_sketch.compressors.sharded import Sharded
 from hvd_sketch.compressors.sign import Sign
@@ -17,6 +18,7 @@ __all__ = [
     "Compression",
     "Compressor",
     "HalfPrecision",
+    "Mixed",
     "NoCompression",
     "PowerSGD",
     "Sharded",

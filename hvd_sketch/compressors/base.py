@@ -13,10 +13,14 @@ from torch import Tensor
 
 from hvd_sketch import stock
 from hvd_sketch.comm.base import Communicator
+from hvd_sketch.comm.hosts import Hosts
 from hvd_sketch.errors import ConfigurationError, NothingGainedError
-from hvd_sketch.exchange import Exchange, Setting
+from hvd_sketch.exchange import Exchange, HierarchicalExchange, Setting
+from hvd_sketch.exchange.decay import Decay
+from hvd_sketch.exchange.tensor_scales import TensorScales
 from hvd_sketch.layout import Layout, small_or_named
 from hvd_sketch.memory import Momentum
+from hvd_sketch.mixing import check_mixing
 from hvd_sketch.schedules.base import AdaptiveSchedule, Schedule, warmup
 
 
@@ -38,6 +42,8 @@ class Compressor(ABC):
         anticipate: whether gradients are taken where the unsent ones will have taken the model, as
             `hvd_sketch.Anticipate` does, unless ``error_feedback`` is given. None for yes where that is possible: for
             SGD, Adam and AdamW, op=Average, without momentum correction. True to insist.
+        mixing: "dct" or "hadamard" to choose and keep coefficients of an orthonormal transform of every tensor
+            instead of its entries, see `hvd_sketch.mixing.Mixing`; None for the entries.
     """
 
     clip_norm: float | None = 1.0
@@ -45,8 +51,11 @@ class Compressor(ABC):
     dense_below: int | None = None
     exclude: tuple[str, ...] = ()
     anticipate: bool | None = None
+    mixing: str | None = None
 
     def __post_init__(self) -> None:
+        check_mixing(self.mixing)
+        stock.prepare()
         if self.clip_norm is not None and not self.clip_norm > 0.0:
             raise ConfigurationError(f"clip_norm must be above 0 or None, got {self.clip_norm}")
         if not isinstance(self.exclude, tuple):
@@ -67,6 +76,11 @@ class Compressor(ABC):
     def wants_anticipation(self) -> bool:
         """Whether gradients are to be anticipated where that is possible."""
         return self.anticipate is not False
+
+    @property
+    def divides(self) -> bool:
+        """Whether the ranks of a host can divide its exchange; not where it has to see tensors whole."""
+        return self.mixing is None
 
     @property
     def _smallest(self) -> int:
@@ -97,21 +111,33 @@ class Compressor(ABC):
         average: bool,
         device: torch.device,
         momentum: Momentum | None = None,
+        hosts: Hosts | None = None,
     ) -> Exchange:
-        """The exchange of one optimizer; ``momentum`` takes the place of the compressor's own."""
-        return self.build(
-            Setting(
-                layout=layout,
-                comm=comm,
-                device=device,
-                plan=partial(self.plan, layout),
-                name=repr(self),
-                label=str(self),
-                average=average,
-                clip_norm=self.clip_norm,
-                momentum=momentum or self.momentum,
-            )
+        """The exchange of one optimizer.
+
+        Args:
+            layout: of its parameters.
+            comm: the ranks.
+            average: mean over the ranks, or sum.
+            device: where gradients and memory live.
+            momentum: in place of the compressor's own.
+            hosts: the ranks' hosts, if each host is to have one memory; see `HierarchicalExchange`.
+        """
+        setting = Setting(
+            layout=layout,
+            comm=comm,
+            device=device,
+            plan=partial(self.plan, layout),
+            name=repr(self),
+            label=str(self),
+            average=average,
+            clip_norm=self.clip_norm,
+            momentum=momentum or self.momentum,
+            mixing=self.mixing,
         )
+        if hosts is None:
+            return self.build(setting)
+        return HierarchicalExchange(setting, hosts, self.layout, self.plan, self.build)
 
     @abstractmethod
     def plan(self, layout: Layout, step: int, ranks: int) -> Any:
@@ -142,24 +168,37 @@ class Sparsifier(Compressor):
     """What compressors share that send some coordinates now and the others later.
 
     Attributes:
-        ratio: bytes a dense float32 exchange sends over the bytes this one sends, above 1.
+        ratio: bytes a dense float32 exchange sends over the bytes this one sends, at least 1, where
+            everything is sent.
         warmup_steps: the ratio grows from 1 to ``ratio`` in four stages over so many steps.
         schedule: the ratio of each step, in place of ``ratio`` and ``warmup_steps``; must give
             the same numbers on all ranks.
+        tensor_power: p of `hvd_sketch.exchange.tensor_scales.TensorScales`, 0 to 1: what is sent is chosen by its
+            size over the p-th power of its tensor's. 0 for its own size.
+        decay: what is not sent is multiplied by it after every step, and so forgotten in the end; 1 to keep all.
     """
 
     ratio: float = 40.0
     warmup_steps: int = 100
     schedule: Schedule | None = field(default=None, repr=False)
+    tensor_power: float = 0.0
+    decay: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.ratio > 1.0:
-            raise ConfigurationError(
-                f"ratio must be above 1, got {self.ratio}; for no compression use Compression.none"
-            )
+        if not self.ratio >= 1.0:
+            raise ConfigurationError(f"ratio must be at least 1, which sends everything; got {self.ratio}")
         if self.warmup_steps < 0:
             raise ConfigurationError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
+        if not 0.0 <= self.tensor_power <= 1.0:
+            raise ConfigurationError(f"tensor_power must be from 0 to 1, got {self.tensor_power}")
+        if not 0.0 < self.decay <= 1.0:
+            raise ConfigurationError(f"decay must be above 0 and at most 1, got {self.decay}")
+
+    @property
+    def divides(self) -> bool:
+        """Whether the ranks of a host can divide its exchange; not where it has to see tensors whole."""
+        return super().divides and self.tensor_power == 0.0 and self.decay == 1.0
 
     def exchange(
         self,
@@ -169,6 +208,7 @@ class Sparsifier(Compressor):
         average: bool,
         device: torch.device,
         momentum: Momentum | None = None,
+        hosts: Hosts | None = None,
     ) -> Exchange:
         """As for every `Compressor`.
 
@@ -177,15 +217,19 @@ class Sparsifier(Compressor):
         Raises:
             ConfigurationError: when the ratio cannot be reached; now, not at the end of the warm-up.
         """
+        exchange = super().exchange(layout, comm, average=average, device=device, momentum=momentum, hosts=hosts)
         if self.schedule is None:
-            self.plan(layout, self.warmup_steps, comm.size)
-        exchange = super().exchange(layout, comm, average=average, device=device, momentum=momentum)
+            exchange.plan_at(self.warmup_steps)
+        if self.decay < 1.0:
+            Decay(self.decay).attach(exchange)
+        if self.tensor_power > 0.0:
+            TensorScales(self.tensor_power).attach(exchange)
         if isinstance(self.schedule, AdaptiveSchedule):
             self.schedule.attach(exchange)
         if self.schedule is not None:
             kind = getattr(self.schedule, "__name__", type(self.schedule).__name__)
             exchange.log.notes.append(f"the ratio of a step is that of schedule={kind}")
-        elif self.plan(layout, 0, comm.size) is None:
+        elif exchange.plan_at(0) is None:
             exchange.log.notes.append(f"the ratio is {self.ratio:g} from step {self.warmup_steps} on")
         return exchange
 

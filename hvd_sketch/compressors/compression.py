@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hvd_sketch.compressors.auto import Auto
+from hvd_sketch.compressors.mixed import Mixed
 from hvd_sketch.compressors.powersgd import PowerSGD
 from hvd_sketch.compressors.sharded import Sharded
 from hvd_sketch.compressors.sign import Sign
@@ -15,9 +16,9 @@ from hvd_sketch.compressors.uncompressed import HalfPrecision, NoCompression
 class Compression:
     """Optional gradient compression algorithms, by name.
 
-    ``none`` and ``fp16`` are Horovod's; ``auto(ratio=…)``, ``sharded(ratio=…)``, ``sketch(ratio=…)``,
-    ``topk(ratio=…)``, ``stride(ratio=…)``, ``sign()`` and ``powersgd(rank=…)`` make a compressor for one
-    optimizer.
+    ``none`` and ``fp16`` are Horovod's; ``auto(ratio=…)``, ``sharded(ratio=…)``, ``mixed(ratio=…)``,
+    ``sketch(ratio=…)``, ``topk(ratio=…)``, ``stride(ratio=…)``, ``sign()`` and ``powersgd(rank=…)`` make a
+    compressor for one optimizer.
     """
 
     none = NoCompression
@@ -26,6 +27,7 @@ class Compression:
     sketch = Sketch
     topk = TopK
     sharded = Sharded
+    mixed = Mixed
     stride = Stride
     sign = Sign
     powersgd = PowerSGD

@@ -157,7 +157,8 @@ class PowerSGDExchange(Exchange):
             if self.rounds.all_present:
                 self._right.copy_(self._rights)
         lanes = self._first[self._first.numel() - self.layout.dense :].mul_(1.0 / self.divisor)
-        self.hold(Part(compressed, update.mul_(1.0 / self.divisor)), Part(dense, lanes))
+        factors = self._rights  # the left ones were compared in round 2
+        self.hold(Part(compressed, update.mul_(1.0 / self.divisor), source=factors), Part(dense, lanes))
         return True
 
     def sum_lefts(self, finite: Finite) -> bool:

@@ -13,6 +13,7 @@ from hvd_sketch import wire
 from hvd_sketch.comm.base import Communicator, Pending
 from hvd_sketch.compressors.base import Bucketed
 from hvd_sketch.exchange import Exchange, Part, Setting
+from hvd_sketch.exchange.base import Factor, Finite
 from hvd_sketch.exchange.budget import unreachable
 from hvd_sketch.exchange.sparse import SparseExchange, dense_nbytes
 from hvd_sketch.gpu import Recorded
@@ -21,6 +22,9 @@ from hvd_sketch.memory import Memory
 from hvd_sketch.sparse.codec import SparseCodec
 from hvd_sketch.sparse.heaviest import heaviest_of_shards
 from hvd_sketch.sparse.rows import Rows, add
+
+_KEEPING = 2e-9
+"""Seconds of a processor to keep a coordinate of the memory, so that the step can be undone."""
 
 _LEAST_PAIRS = 8 * SparseCodec.LEVEL_BYTES
 """Of a part of a shard: a tenth of the code's bytes are levels then."""
@@ -125,23 +129,66 @@ class ShardedExchange(SparseExchange):
         self._parts: list[ShardedPart] = []
         self._parted: tuple[Codes, int, int] = ([], 0, 0)
 
+    def send(self, plan: Codes, clip: Factor, finite: Finite) -> bool:
+        """As for every `SparseExchange`, or with the header in the codes."""
+        if not self._header_rides():
+            return super().send(plan, clip, finite)
+        header, each = self.rounds.header(_is_finite(finite), self.gradient.device), self.rounds.ranks_each
+        self.memory.mark()
+        if not wire.tells_of_odd(header):  # else something is sent that nobody will look at
+            self.memory.absorb(self.gradient, clip)
+        ups = self._start_ups(plan, wire.pack_header(header, each))
+        with self.stats.phase("exchange"):
+            told = wire.read_packed_headers(ups[0].wait()[:, -wire.header_bytes(each) :], each)
+        goes_on = told.regular(self.comm.size) and not told.void
+        if not goes_on:
+            for up in ups:
+                up.wait()
+            self.memory.go_back()
+        if not self.rounds.heed(told):
+            return False
+        if goes_on:
+            self.hold(*self._bring_down(plan, ups))
+        else:
+            self.memory.absorb(self.gradient, clip)
+            self.hold(*(self.send_chosen(plan) if self.rounds.all_present else self._send_whole()))
+        return True
+
+    def _header_rides(self) -> bool:
+        """Whether it saves time, and costs no more bytes than by itself; alike on all ranks."""
+        comm, layout, each = self.comm, self.layout, self.rounds.ranks_each
+        if not (comm.sends_directly and self.rounds.regular and layout.dense == 0 and each <= wire.MOST_PACKED):
+            return False
+        by_itself = comm.allreduce_bytes(dense_nbytes(layout, comm.size, torch.float16))
+        cheap = (comm.size - 1) * wire.header_bytes(each) <= by_itself
+        return cheap and 2.0 * comm.crossing >= _KEEPING * layout.total
+
     def send_chosen(self, plan: Codes) -> list[Part]:
         """Up of every part, then down of every part."""
+        return self._bring_down(plan, self._start_ups(plan))
+
+    def _start_ups(self, plan: Codes, header: Tensor | None = None) -> list[Pending]:
         if self._parted != (plan, self.comm.size, self.comm.rank):
             self._parted = plan, self.comm.size, self.comm.rank
             self._parts = [ShardedPart(self.memory.part(where), codec, self.comm) for where, codec in plan]
-        ups = [self._start_up(number, part) for number, part in enumerate(self._parts)]
+        headers = [header, *[None] * (len(plan) - 1)]
+        ups = [self._start_up(number, *each) for number, each in enumerate(zip(self._parts, headers, strict=True))]
         self.stats.note_norms(*zip(*(part.norms for part in self._parts), strict=True))
+        return ups
+
+    def _bring_down(self, plan: Codes, ups: list[Pending]) -> list[Part]:
         downs = [self._start_down(number, *each) for number, each in enumerate(zip(self._parts, ups, strict=True))]
         wheres = [where for where, _ in plan]
         read = zip(wheres, self._parts, downs, strict=True)
         return [self._read(number, *each) for number, each in enumerate(read)]
 
-    def _start_up(self, number: int, part: ShardedPart) -> Pending:
+    def _start_up(self, number: int, part: ShardedPart, header: Tensor | None) -> Pending:
         with self.stats.phase("select"):
-            code = part.choose()
+            message = wire.seal(part.choose())
+        if header is not None:
+            message = torch.cat([message, header.expand(len(message), -1)], dim=1)
         with self.stats.phase("exchange"):
-            pending = self.comm.start_alltoall(wire.seal(code), self.rounds.name_of(f"up{number}"))
+            pending = self.comm.start_alltoall(message, self.rounds.name_of(f"up{number}"))
         with self.stats.phase("memory"):
             part.give_away()
         return pending
@@ -149,7 +196,7 @@ class ShardedExchange(SparseExchange):
     def _start_down(self, number: int, part: ShardedPart, up: Pending) -> Pending:
         name = self.rounds.name_of(f"up{number}")
         with self.stats.phase("exchange"):
-            received = self.rounds.unseal(up.wait(), name)
+            received = self.rounds.unseal(up.wait()[:, : part.nbytes], name)
         with self.stats.phase("select"):
             code = part.combine(received)
             self.rounds.note_damage(~part.known, f"what came in {name} is no code")
@@ -185,6 +232,11 @@ class ShardedPart:
         self._chosen = Recorded(self._choose, device)
         self._combined = Recorded(self._combine, device)
         self._decoded = Recorded(self._decode, device)
+
+    @property
+    def nbytes(self) -> int:
+        """Of a sealed code."""
+        return self._codec.nbytes + wire.SEAL
 
     def choose(self) -> Tensor:
         """Choose of every shard; the code for every owner."""
@@ -230,3 +282,8 @@ class ShardedPart:
     def _decode(self, received: Tensor) -> tuple[Tensor, ...]:
         rows, values, known = self._codec.decode(received)
         return rows, values.where(known.unsqueeze(1), 0.0), known.all()
+
+
+def _is_finite(told: Finite) -> bool:
+    """Waits for a device that is to tell."""
+    return told if isinstance(told, bool) else not bool(told.isnan())

@@ -84,7 +84,7 @@ class OneWaySignExchange(SparseExchange):
             update = self.update[self._where].zero_()
             for row in gathered:
                 update += _decode(row, self._edges)
-            return [Part(self._where, update.mul_(1.0 / self.divisor))]
+            return [Part(self._where, update.mul_(1.0 / self.divisor), source=gathered)]
 
     def keep_rest(self, sent: Tensor) -> None:
         """Keep the rest of the compressed part; momentum stays, for everything is sent in every step."""
@@ -122,7 +122,7 @@ class TwoWaySignExchange(OneWaySignExchange):
         with self.stats.phase("memory"):
             scales, packed = _split(gathered, self._edges)
             update = _scaled(_unpacked(packed.t().flatten(), self.layout.compressed), self._edges, scales.t())
-            return [Part(self._where, update.mul_(1.0 / self.divisor))]
+            return [Part(self._where, update.mul_(1.0 / self.divisor), source=gathered)]
 
     def _start_up(self, plan: int) -> Pending:
         """Send every owner its coordinates' signs, and all scales; keep the rest, and what is owned whole."""

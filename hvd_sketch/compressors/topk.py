@@ -103,7 +103,7 @@ class TopKExchange(SparseExchange):
         with self.stats.phase("memory"):
             update, known = self._summed(gathered)
             self.rounds.note_damage(~known, "pairs came that are not in order")
-            return [Part(self._where, update)]
+            return [Part(self._where, update, source=gathered)]
 
     def _pair(self, plan: Any) -> tuple[Tensor, ...]:
         """What is chosen, as coordinates and as pairs, and its norm."""

@@ -160,15 +160,16 @@ class Anticipation(Ahead):
 
     def move(self) -> None:
         """On a GPU by one kernel, which needs no vector for the point ahead."""
-        optimizer, parameters = self._optimizer, self.flat.parameters
+        optimizer, parameters, exchange = self._optimizer, self.flat.parameters, self._exchange()
         moments = [optimizer.state.get(each, {}).get("exp_avg_sq") for each in parameters]
-        whole = not any(map(is_sharded, parameters))
-        if not whole or not gpu.serves(self.synchronous.vector) or not self._mover.serves(parameters, moments):
+        of_models = exchange.domain.is_models and not any(map(is_sharded, parameters))
+        served = gpu.serves(self.synchronous.vector) and self._mover.serves(parameters, moments)
+        if not (of_models and served):
             super().move()
             return
         rates = {each: group for group in optimizer.param_groups for each in group["params"]}
         numbers = [numbers_of(optimizer, rates[each], each) for each in parameters]
-        exchange, shares = self._exchange(), self._shares.shares
+        shares = self._shares.shares
         if shares is None:  # nothing is unsent before the first step
             shares = torch.zeros(len(numbers), dtype=torch.float32, device=exchange.gradient.device)
         errors, factors = exchange.memory.residual, self._coefficient * shares

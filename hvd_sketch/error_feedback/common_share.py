@@ -45,6 +45,7 @@ class CommonShare:
         slots, device = exchange.layout.slots, exchange.gradient.device
         self._message = torch.zeros(len(slots), CELLS + 1, dtype=torch.float32, device=device)
         self._sketches = NarrowSketches([(slot.offset, slot.stop) for slot in slots], device)
+        exchange.follow_memory()
         exchange.observers.append(self)
 
     def observe(self, exchange: Exchange) -> None:
@@ -77,6 +78,7 @@ class CommonShare:
 
 
 def read_errors(exchange: Exchange, into: Tensor) -> None:
-    """Copy this rank's e_i, in the layout's order: its memory, and of what it owns its share."""
+    """Copy this rank's e_i, of the model, in the layout's order: its memory, and of what it owns its share."""
     into.copy_(exchange.memory.residual)
     into[exchange.owned] /= exchange.comm.size
+    exchange.domain.leave(into)

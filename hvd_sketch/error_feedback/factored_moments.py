@@ -121,9 +121,9 @@ class MomentsObserver:
             torch._foreach_clamp_min_(sizes, 0.0)
 
     def _measure(self, exchange: Exchange) -> None:
-        clip = exchange.stats.clip
-        self._tables.copy_(self._sketches(exchange.gradient, exchange.step, clip))
-        self._sum_squares(exchange.gradient, clip)
+        gradient, clip = exchange.in_model(exchange.gradient), exchange.stats.clip
+        self._tables.copy_(self._sketches(gradient, exchange.step, clip))
+        self._sum_squares(gradient, clip)
         exchange.rounds.sum_coarsely(self._message, "moments")
         if not bool(self._message.isfinite().all()):
             return

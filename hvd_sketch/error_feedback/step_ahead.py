@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.error_feedback.ahead import Ahead, AheadOptimizer
 from hvd_sketch.error_feedback.base import ErrorFeedback, Wrapping
+from hvd_sketch.error_feedback.common_share import read_errors
 from hvd_sketch.error_feedback.undo import Undo
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
@@ -109,6 +111,7 @@ class StepAheadOptimizer(AheadOptimizer, Method):
             synchronous = self._ahead.synchronous.views
             named = {slot.name: view for slot, view in zip(flat.layout.slots, synchronous, strict=True)}
             exchange.watch(named, lambda: inner.param_groups)
+            exchange.resync_every = self._wrapping.wiring.resync_every
             exchange.log.notes.append(note)
             if self._memory is not None:
                 exchange.load_state_dict(self._memory)
@@ -213,6 +216,14 @@ class _ByTheErrors(Ahead):
     def point(self, ahead: Flat) -> None:
         """``x - a e``."""
         exchange = self._optimizer.exchange
+        if not exchange.domain.is_models:
+            read_errors(exchange, self._errors.vector)
+            ahead.vector.sub_(self._errors.vector, alpha=self._coefficient)
+            return
         residual, owned, others = exchange.memory.residual, exchange.owned, 1.0 - 1.0 / exchange.comm.size
         ahead.vector.sub_(residual, alpha=self._coefficient)
         ahead.vector[owned].add_(residual[owned], alpha=self._coefficient * others)
+
+    @cached_property
+    def _errors(self) -> Flat:
+        return self.flat.new()

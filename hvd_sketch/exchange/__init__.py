@@ -3,7 +3,8 @@
 from hvd_sketch.exchange.base import Exchange
 from hvd_sketch.exchange.budget import unreachable
 from hvd_sketch.exchange.dense import DenseExchange
+from hvd_sketch.exchange.hierarchical import HierarchicalExchange
 from hvd_sketch.exchange.setting import Setting
 from hvd_sketch.exchange.update import Part
 
-__all__ = ["DenseExchange", "Exchange", "Part", "Setting", "unreachable"]
+__all__ = ["DenseExchange", "Exchange", "HierarchicalExchange", "Part", "Setting", "unreachable"]

@@ -47,7 +47,7 @@ def agree(
         told = [told or next(filter(None, gathered)) for told in gathered]  # a rank that has joined differs from none
         if not settle(told):
             raise RankMismatchError(differences(told, "the ranks disagree, and nothing was exchanged", _START))
-    return header.present
+    return round(header.present)
 
 
 def newcomers(told: Sequence[Answers], question: str, new: str) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from hvd_sketch import wire
 from hvd_sketch.exchange.absent import Absent, gather_absent
+from hvd_sketch.exchange.domain import Domain
 from hvd_sketch.exchange.log import Log
 from hvd_sketch.exchange.progress import Progress, Saved
+from hvd_sketch.exchange.resync import take_over_parameters
 from hvd_sketch.exchange.setting import Setting
 from hvd_sketch.exchange.staging import Staging
 from hvd_sketch.exchange.update import Part, Update
@@ -48,6 +50,8 @@ class Exchange(Progress):
         void: whether the last step was.
         observers: who learns from every step that counts.
         log: what rank 0 tells of it.
+        shares_memory: whether what other ranks have not sent is in this rank's memory as well.
+        domain: the coordinates of gradient, memory and messages.
         gradient: the step's gradients, float32, of the layout's size.
         frozen: positions of the parameters that do not require a gradient for now.
         only_decay: positions of those that were handed in for their weight decay, and have no gradient.
@@ -55,6 +59,7 @@ class Exchange(Progress):
         whole_norm: the norm of a gradient from that of this rank's shards of it; None where a rank has all of it.
     """
 
+    shares_memory = False
     _dense_dtype = torch.float32
 
     def __init__(self, setting: Setting) -> None:
@@ -62,16 +67,18 @@ class Exchange(Progress):
         self.void = False
         self.log = Log(setting.label)
         self.observers: list[Observer] = []
-        self.staging = Staging(setting.layout, setting.device)
+        self.domain = Domain(setting.layout, setting.mixing)
+        self.staging = Staging(setting.layout, setting.device, self.domain)
         self.gradient = self.staging.vector
         self.frozen: Collection[int] = ()
         self.only_decay: Collection[int] = ()
         self.whole_norm: Callable[[float], float] | None = None
-        self._update = Update(setting.layout, setting.device)
+        self._update = Update(setting.layout, setting.device, self.domain)
         self._everything: Tensor | None = None
         self._absent, self._missing = Absent(setting.layout), set[int]()
         self.rounds.on_incomplete = self._leave_alone
-        self._told_void = self._forced_void = False
+        self._told_void = False
+        self._measured: tuple[Factor, Finite] | None = None
 
     def submit(
         self,
@@ -103,11 +110,15 @@ class Exchange(Progress):
 
     def run_void(self) -> None:
         """Go through the step as if this rank's gradient were not finite: it is void on all ranks."""
-        self._forced_void = True
+        self.run_measured(1.0, False)
+
+    def run_measured(self, clip: Factor, finite: Finite) -> None:
+        """`run`, with what `measure` would say of the gradient."""
+        self._measured = clip, finite
         try:
             self.run()
         finally:
-            self._forced_void = False
+            self._measured = None
 
     def submit_all(self, vector: Tensor) -> None:
         """Hand in the whole vector, in the layout's order, in place of one `submit` a slot."""
@@ -133,25 +144,27 @@ class Exchange(Progress):
             with self.stats.counting(self.comm):
                 self._told_void = False
                 self._agree()
+                self.comm.look_at_links()
             self.log.begin_step(self.stats)
         if self.comm.size > 1:
             self.rounds.digest = self.drift.lanes(self.step, self.own_state(), self.gradient.device)
         with self.stats.counting(self.comm):
-            clip, finite = (1.0, False) if self._forced_void else self.measure()
-            self.stats.clip = clip
+            clip, finite = self._measured or self.measure()
+            self.stats.clip, compressed = clip, self.plan is not None
             self.void = not self._send(clip, finite)
             if self.void:
                 self._make_void()
-        compressed = self.plan is not None and not self.void and not self.rounds.flushes
+        compressed = compressed and not self.void and not self.rounds.flushes
         self._plans.clear()
-        self.stats.steps += 1
-        self.stats.dense_bytes += self.comm.allreduce_bytes(4 * self.layout.total)
+        self._count()
         if self._absent.positions and not self.void:
             self._absent.put_back(self.memory, self.update)
         counts = self.rounds.all_present and not self.void
         self.step += counts
         if counts and self.comm.size > 1:
             self.drift.note_update(*self._update.contents())
+            if self.resync_every and self.step % self.resync_every == 0:
+                self.stats.drift = take_over_parameters(self.rounds, self.drift.parameters)
         for observer in self.observers if counts else ():
             observer.observe(self)
         self.log.end_step(self, compressed=compressed)
@@ -176,6 +189,14 @@ class Exchange(Progress):
         Returns:
             what `Rounds.sum` said.
         """
+
+    def leave_alone(self, positions: Iterable[int]) -> None:
+        """Set these slots and what is kept of them aside for the rest of the step."""
+        self._absent.set_aside(positions, self.memory)
+
+    def follow_memory(self) -> None:
+        """To be called by who reads ``memory`` after steps; it holds the whole model's then."""
+        return
 
     def hold(self, *parts: Part) -> None:
         """Take these as the step's update, in place of writing it to `update`; together they are all of it."""
@@ -208,6 +229,10 @@ class Exchange(Progress):
             return 1.0
         return min(1.0, limit / norm)
 
+    def in_model(self, vector: Tensor) -> Tensor:
+        """Gradient or memory in the coordinates of the model: the vector itself, where those are the exchange's."""
+        return vector if self.domain.is_models else self.domain.leave(vector.clone())
+
     def average_memory(self) -> None:
         """Replace every rank's residual by the mean over the ranks: what is kept in total stays the same."""
         self.rounds.sum_values(self.memory.residual, "memory")
@@ -219,7 +244,7 @@ class Exchange(Progress):
 
     @property
     def update(self) -> Tensor:
-        """The update of the last `run`, in the layout's order; valid until the next one."""
+        """The update of the last `run`, of the model, in the layout's order; valid until the next one."""
         return self._update.whole()
 
     def write_update(self, tensors: Mapping[int, Tensor], factor: float = 1.0) -> None:
@@ -272,19 +297,24 @@ class Exchange(Progress):
         self.memory.absorb(self.gradient, clip)
         self.memory.keep(slice(0, self.layout.compressed), 0.0, mask=True)
         self.memory.keep(slice(self.layout.compressed, None), 0.0, mask=False)
-        self.update.copy_(message[wire.HEADER :]).mul_(1.0 / self.divisor)
+        values = message[wire.HEADER :].to(torch.float32).mul_(1.0 / self.divisor)
+        self.hold(Part(slice(0, self.layout.total), values))
         self.stats.captured_energy = 1.0
         return True
 
     def _leave_alone(self) -> None:
         """Find out what no rank has a gradient for, and set it aside."""
-        positions = gather_absent(self.rounds, self.layout, self._missing, self.frozen)
-        self._absent.set_aside(positions, self.memory)
+        self.leave_alone(gather_absent(self.rounds, self.layout, self._missing, self.frozen))
+
+    def _count(self) -> None:
+        """A step is done."""
+        self.stats.steps += 1
+        self.stats.skipped += self.void
+        self.stats.dense_bytes += self.comm.allreduce_bytes(4 * self.layout.total)
 
     def _make_void(self) -> None:
         """Nothing has changed; say so, once a run."""
         self.update.fill_(math.nan)
-        self.stats.skipped += 1
         if not self._told_void:
             tell_void(self.rounds, self.layout, self.gradient, self.step)
             self._told_void = True

@@ -33,9 +33,10 @@ _REMEDY = (
 class Drift:
     """What must be equal on all ranks before a step, and what to tell them if it is not.
 
-    In the digest of step t are the update of the step before, the numbers of the optimizer's groups that the step
-    will be made with, the ``t mod 100``-th hundredth of the parameters, and what an algorithm keeps in common. It
-    costs one pass over these, waits for no device, and is 32 lanes of a message that is sent anyway.
+    In the digest of step t are the update of the step before, or what it was computed from, the numbers of the
+    optimizer's groups that the step will be made with, the ``t mod 100``-th hundredth of the parameters, and what an
+    algorithm keeps in common. It costs one pass over these, waits for no device, and is 32 lanes of a message that is
+    sent anyway.
 
     Args:
         layout: of the parameters.
@@ -43,6 +44,7 @@ class Drift:
     Attributes:
         parameters: those to look at, in the layout's order; none to look at none.
         groups: the optimizer's.
+        samples: whether to look at parameters at all.
         describe_values: a checksum of each parameter, by name.
     """
 
@@ -50,6 +52,7 @@ class Drift:
         self._layout = layout
         self._offsets = [slot.offset for slot in layout.slots]
         self.parameters: Sequence[Tensor] = ()
+        self.samples = True
         self.groups: Callable[[], Groups] = tuple
         self.describe_values: Callable[[], str] = str
         self._noted: list[Tensor] = []
@@ -91,14 +94,14 @@ class Drift:
         state = " ".join([f"{zlib.crc32(text.encode()):08x}", *(f"{_checksum(part):08x}" for part in tensors)])
         return {
             "numbers": " ".join(f"{key}={_plain(value)}" for key, value in numbers.items()),
-            "parameters": self.describe_values(),
+            "parameters": self.describe_values() if self.samples else "",
             f"update of step {self.step - 1}": noted,
             "state": state,
         }
 
     def _sample(self, step: int) -> Iterator[Tensor]:
         """A hundredth of the parameters, another one in each of a hundred steps."""
-        if not self.parameters:
+        if not (self.parameters and self.samples):
             return
         start, stop = (self._layout.total * (step % PERIOD + edge) // PERIOD for edge in (0, 1))
         first = max(0, bisect_right(self._offsets, start) - 1)

@@ -49,13 +49,19 @@ class Gradients:
         self._factor = 1.0
         """By which those were multiplied."""
 
-    def computed(self, parameter: Tensor, passes: int, factor_of: Callable[[], float]) -> None:
-        """A gradient is there; the last of so many passes over the parameter hands it in, times the step's factor."""
+    def computed(self, parameter: Tensor, passes: int, scale_of: Callable[[], float | None]) -> None:
+        """A gradient is there; the last of so many passes over the parameter hands it in, less the step's scale.
+
+        While the scale is None all wait for the step.
+        """
         position = self._positions[parameter]
         self._passes[position] += 1
         if self._passes[position] == passes and parameter.grad is not None:
             if not self._handed:
-                self._factor = factor_of()
+                scale = scale_of()
+                if scale is None:
+                    return
+                self._factor = 1.0 / scale
             self._handed[position] = (parameter.grad, parameter.grad._version)
             self._hand_in({position: parameter.grad}, self._factor)
 
@@ -67,10 +73,11 @@ class Gradients:
             if factor == self._factor and self._is_as_handed_in(position):
                 del now[position]
             elif self._exchange.has_begun(position):
+                changed = "changed" if factor == self._factor else f"scaled by {self._factor / factor:g}, or unscaled,"
                 self._exchange.fail_together(
-                    f"the gradient of {self._name(position)!r} was changed after backward() had handed it to a bucket "
-                    "that is under way; change gradients after optimizer.synchronize(), use the compressor's "
-                    "clip_norm, or leave buckets at 1"
+                    f"the gradient of {self._name(position)!r} was {changed} after backward() had handed it to a "
+                    "bucket that is under way; change gradients after optimizer.synchronize(), pass grad_scaler=, use "
+                    "the compressor's clip_norm, or leave buckets at 1"
                 )
             else:
                 self._exchange.take_back(position)

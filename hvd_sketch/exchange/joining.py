@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from hvd_sketch.comm.base import Communicator
+from hvd_sketch.comm.copies import majority, thrice
 from hvd_sketch.exchange.base import Exchange
 
 
@@ -31,14 +32,18 @@ def stand_in(exchanges: Sequence[Exchange], comm: Communicator) -> int:
 
 
 def attend(exchange: Exchange) -> bool:
-    """Take part in one step, adding zeros; whether some rank had a gradient."""
+    """Take part in one step, adding zeros; whether some rank had a gradient.
+
+    It leaves no trace here, but in a memory that belongs to other ranks too, if any of all had a gradient.
+    """
     undo = exchange.snapshot()
     exchange.comm.muted = True
     try:
         exchange.run()
     finally:
         exchange.comm.muted = False
-        undo()
+        if not (exchange.shares_memory and exchange.rounds.present):
+            undo()
     return exchange.rounds.present > 0
 
 
@@ -46,5 +51,7 @@ def _last(comm: Communicator, steps: int) -> int:
     """The rank that stood in for the fewest steps; the highest of them."""
     waited = torch.zeros(comm.size, dtype=torch.int64, device="cpu")
     waited[comm.rank] = steps
-    comm.allreduce(waited, "hvd_sketch.joined")
-    return max(range(comm.size), key=lambda rank: (-int(waited[rank]), rank))
+    message = thrice(waited)
+    comm.allreduce(message, "hvd_sketch.joined")
+    told = majority(message.tolist())
+    return max(range(comm.size), key=lambda rank: (-told[rank], rank))

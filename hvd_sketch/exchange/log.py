@@ -6,6 +6,7 @@ import logging
 import sys
 import weakref
 
+from hvd_sketch.comm.base import Communicator
 from hvd_sketch.exchange.progress import Progress
 from hvd_sketch.stats import Stats
 
@@ -69,7 +70,30 @@ class Log:
                 f"{_cost(sent, dense)} a step and rank",
                 f"{layout.compressed:,} parameters compressed, {layout.dense:,} sent whole",
                 *self.notes,
+                *exchange.comm.remarks(),
             ]
+        )
+
+
+class MethodLog:
+    """Tells the same of a method whose messages are no exchange's: when it has sent something, and at the end.
+
+    Args:
+        label: the method, and how it is set.
+    """
+
+    def __init__(self, label: str) -> None:
+        self._label, self._has_told = label, False
+
+    def end_step(self, method: object, comm: Communicator, stats: Stats) -> None:
+        """A step of a method is done, of which these are the counters."""
+        if self._has_told or comm.rank != 0 or comm.size == 1 or not stats.bytes_sent:
+            return
+        self._has_told = True
+        weakref.finalize(method, _tell_end, self._label, stats)
+        LOGGER.info(
+            "hvd_sketch: %s on %d ranks has sent its first message, in step %d: %s until then",
+            *(self._label, comm.size, stats.steps, _cost(stats.bytes_sent, stats.dense_bytes)),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -62,6 +63,7 @@ class Progress(ABC):
         self.rounds = Rounds(setting.comm, self.stats, self.drift)
         self._setting, self._agreed = setting, setting.name
         self._agreed_size, self._loaded, self._refused = 0, False, False
+        self._resync_every = self._ranks = 0
         self._plans: list[Any] = []
 
     @property
@@ -70,6 +72,14 @@ class Progress(ABC):
         if not self._plans:
             self._plans.append(self._setting.plan(self.step, self.comm.size))
         return self._plans[0]
+
+    def plan_at(self, step: int) -> Any:
+        """The sizes of a step's messages, solved now.
+
+        Raises:
+            ConfigurationError: alike on all ranks, where there are none.
+        """
+        return self._setting.plan(step, self.comm.size)
 
     @property
     def agreed(self) -> bool:
@@ -86,16 +96,52 @@ class Progress(ABC):
         self.drift.groups = groups
         self.drift.describe_values = partial(describe_values, parameters)
 
+    @property
+    def resync_every(self) -> int:
+        """All ranks take over rank 0's parameters in every so manieth step, and do not compare them; 0 for never.
+
+        To be set before the first step, alike on all ranks.
+        """
+        return self._resync_every
+
+    @resync_every.setter
+    def resync_every(self, steps: int) -> None:
+        if steps < 0:
+            raise ConfigurationError(f"resync_every must be at least 0, got {steps}")
+        if steps and not self.drift.parameters:
+            raise ConfigurationError(
+                "resync_every: a DistributedDataParallel hook must not change parameters while backward runs; use "
+                "hvd_sketch.DistributedOptimizer, or broadcast them between two steps"
+            )
+        self._resync_every, self.drift.samples = steps, steps == 0
+        self._agreed_size = 0
+
     def snapshot(self) -> Callable[[], None]:
-        """Remember memory and counters; what is returned goes back to them, once."""
-        state, agreed = self.state_dict(), (self._agreed_size, self._loaded, self._refused)
+        """Remember memory and counters; what is returned goes back to them, as often as it is called."""
+        memory, common = self.memory.state_dict(), copy.deepcopy(self._common_state())
+        agreed = self._agreed_size, self._loaded, self._refused
 
         def restore() -> None:
-            self.memory.load_state_dict(state["memory"])
-            self._load_common_state(state)
+            self.memory.load_state_dict(memory)
+            self._load_common_state(copy.deepcopy(common))
             self._agreed_size, self._loaded, self._refused = agreed
 
         return restore
+
+    def meet_others(self, name: str) -> None:
+        """Collective, when ranks have come or gone: all take over step, schedule and scales of the first one.
+
+        What this rank has not sent stays its own. ``stats.departed`` counts ranks that are not here any more.
+        """
+        told = self.comm.allgather_object(self._ranks, f"{name}.ranks")
+        begun = self._loaded or self.stats.steps > 0
+        mine = self._common_state() if self.comm.rank == 0 and begun else None
+        common = broadcast_state(self.comm, mine, 0, f"{name}.common")
+        if common is not None:
+            self._load_common_state(common)
+        self.stats.departed += max(told) - sum(ranks > 0 for ranks in told) if self._ranks else 0
+        self._ranks, self._agreed_size = self.comm.size, 0
+        self.rounds.begin_again()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's memory and counters: tensors, numbers and strings only."""
@@ -144,6 +190,7 @@ class Progress(ABC):
             "parameters": self.layout.describe(),
             "compressed": self.layout.compressed,
             "cuts": list(self.layout.cuts),
+            **({} if self._setting.mixing is None else {"mixing": self._setting.mixing}),
         }
 
     def _common_state(self) -> dict[str, Any]:
@@ -176,15 +223,19 @@ class Progress(ABC):
         setting = self._setting
         mine = {
             "software": f"version={VERSION} sketch_geometry={geometry.VERSION} kernel={native.identity()}",
-            "settings": f"{self._agreed} average={setting.average} momentum_correction={setting.momentum}",
+            "settings": f"{self._agreed} average={setting.average} momentum_correction={setting.momentum} "
+            f"resync_every={self._resync_every}",
             "step": self._progress(),
             "parameters": self.layout.describe(),
             "compressed": str(self.layout.compressed),
             "values": self.drift.describe_values(),
         }
         contributors = agree(self.comm, mine, self.rounds.name_of, self._welcome)
+        self.stats.departed += max(0, self._ranks - self.comm.size)
+        self._ranks = self.comm.size
         self._agreed_size = self.comm.size if contributors == self.comm.size else 0
         self.drift.forget()
+        self.rounds.regular = True  # alike also on ranks that are new
         self._plans.clear()
 
     def _progress(self) -> str:

@@ -13,7 +13,7 @@ from hvd_sketch.comm.copies import thrice
 from hvd_sketch.errors import ConfigurationError, RankMismatchError
 from hvd_sketch.exchange.coarse import Coarse, sum_coarsely
 from hvd_sketch.exchange.drift import Drift
-from hvd_sketch.scope import next_scope
+from hvd_sketch.scope import generation, next_scope
 from hvd_sketch.stats import Stats
 
 _FEW = 64
@@ -31,6 +31,7 @@ class Rounds:
         all_present: whether all did.
         partial: steps of this rank that some other did not take part in, since somebody last set it to 0.
         flushes: whether the present step sends everything, because some rank asked for it.
+        regular: whether all ranks took part in the last step, and none lacked a gradient.
         incomplete: whether this rank has no gradient for some parameter.
         digest: of what all ranks should hold alike, for the header of the step that `sum` takes.
         on_incomplete: called before a step is taken for which some rank lacks a gradient; may communicate.
@@ -41,17 +42,17 @@ class Rounds:
         self.digest: Tensor | None = None
         self._damages: list[tuple[Tensor, str]] = []
         self.present, self.partial = 0, 0
-        self.all_present, self.flushes = True, False
+        self.all_present, self.flushes, self.regular = True, False, True
         self.incomplete = False
         self.on_incomplete: Callable[[], None] = _nothing
         self._flush_asked = False
         self._problem: str | None = None
-        self._scope: str | None = None
+        self._scope, self._generation = "", -1
 
     def name_of(self, what: str) -> str:
         """The name of one of this exchange's collectives, from the first run on."""
-        if self._scope is None:
-            self._scope = next_scope(self.comm.group)
+        if self._generation != generation():
+            self._scope, self._generation = next_scope(self.comm.group), generation()
         return f"{self._scope}.{what}"
 
     def ask_to_flush(self, asked: bool = True) -> None:
@@ -61,6 +62,11 @@ class Rounds:
     def fail_together(self, problem: str | None) -> None:
         """Note a problem of the coming step, the first one counts; None forgets it."""
         self._problem = problem and (self._problem or problem)
+
+    def begin_again(self) -> None:
+        """Forget a step that was broken off."""
+        self.digest, self._problem, self._flush_asked = None, None, False
+        self._damages.clear()
 
     def note_damage(self, damaged: Tensor, what: str) -> None:
         """Note whether something came otherwise than it was sent: a bool of its device, for which nobody waits.
@@ -87,12 +93,28 @@ class Rounds:
 
     def start_sum(self, message: Tensor, finite: bool | Tensor, what: str) -> Pending:
         """Begin to sum a message of the step over the ranks, under its header."""
+        self.write_header(message, finite)
+        return self.comm.start_allreduce(message, self.name_of(what))
+
+    @property
+    def ranks_each(self) -> int:
+        """For how many ranks a header speaks before it is summed."""
+        return 1
+
+    def header(self, finite: bool, device: torch.device) -> Tensor:
+        """This rank's header, to ride in a message to each rank; see `wire.pack_header`."""
+        header = torch.zeros(wire.HEADER, dtype=torch.float32, device=device)
+        if not self.comm.muted:
+            self.write_header(header, finite)
+        return header
+
+    def write_header(self, message: Tensor, finite: bool | Tensor) -> None:
+        """Put what this rank has to say of the step in front of a message."""
         damages = [damaged for damaged, _ in self._damages]
         problem = self._problem is not None or (bool(damages) and torch.stack(damages).any())
         wire.write_header(message, finite, incomplete=self.incomplete, problem=problem, flush=self._flush_asked)
         digest = message[wire.DIGEST]
         digest.zero_() if self.digest is None else digest.copy_(self.digest)
-        return self.comm.start_allreduce(message, self.name_of(what))
 
     def heed(self, header: wire.Header) -> bool:
         """Whether the step that a header speaks for is to be taken.
@@ -107,8 +129,9 @@ class Rounds:
         self._damages.clear()
         if not header.agreed:
             raise self._drift.tell(self.comm, self.name_of)
-        self.present, self.all_present = header.present, header.present == self.comm.size
+        self.present, self.all_present = int(header.present), header.present == self.comm.size
         self.partial += not self.all_present
+        self.regular = header.regular(self.comm.size)
         self.flushes = header.finite and header.flush
         taken = header.finite and not header.flush
         if taken and header.incomplete:
@@ -140,6 +163,12 @@ class Rounds:
             values.copy_(summed.total.view_as(values))
         if self.comm.size > 1:
             self._drift.note(values)
+
+    def take_over(self, values: Tensor, what: str) -> None:
+        """After a step that all took part in: replace ``values`` by rank 0's."""
+        with self._stats.counting(self.comm), self._stats.phase("exchange"):
+            self.comm.broadcast(values, 0, self.name_of(what))
+        self._drift.note(values)
 
     def _problems(self) -> Exception:
         """Collective: what is wrong on which rank."""

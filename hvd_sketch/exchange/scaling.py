@@ -33,9 +33,23 @@ class LossScale:
         self._told = None if scaler is None else weakref.ref(scaler)
         self._found: weakref.ref[GradScaler] | None = None
         self._looked = False
+        self._scaler_steps: bool | None = None
+        """Whether a scaler called the last step; None before the first."""
 
     def __reduce__(self) -> Any:
         return LossScale, (None,)
+
+    def in_backward(self, optimizer: torch.optim.Optimizer) -> float | None:
+        """While gradients are computed; None if a scaler is in use, and no step has told yet whether for these."""
+        if self._told is None and self._scaler_steps is False:
+            return 1.0
+        scale = self.by_hand(optimizer)
+        unknown = self._told is None and self._scaler_steps is None and self._found is not None
+        return None if unknown else scale
+
+    def note_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take note, in `step`, of whether a scaler calls it."""
+        self._scaler_steps = "found_inf" in vars(optimizer)
 
     def in_step(self, optimizer: torch.optim.Optimizer) -> float:
         """Inside `step`: what the scaler that calls it, if one does, left on the optimizer."""

@@ -30,6 +30,7 @@ class Setting:
         average: mean over ranks, or sum.
         clip_norm: a gradient of larger local norm is multiplied down to it before it enters the memory.
         momentum: momentum correction, or none.
+        mixing: a transform of the tensors in which the exchange chooses, see `hvd_sketch.mixing`; None for none.
     """
 
     layout: Layout
@@ -41,3 +42,4 @@ class Setting:
     average: bool = True
     clip_norm: float | None = None
     momentum: Momentum | None = None
+    mixing: str | None = None

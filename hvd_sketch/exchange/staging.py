@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch import gpu, native
+from hvd_sketch.exchange.domain import Domain
 from hvd_sketch.layout import Layout
 
 
@@ -22,12 +23,13 @@ class Staging:
     On a GPU they may come on several streams, on which backward calls its hooks: each follows the one before.
 
     Attributes:
-        vector: the gradients, float32, of the layout's size; stays as it is until the next step's arrive.
+        vector: the gradients in the coordinates of a `Domain`, float32, of the layout's size; stays as it is until
+            the next step's arrive.
     """
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
+    def __init__(self, layout: Layout, device: torch.device, domain: Domain | None = None) -> None:
         self.vector = torch.zeros(layout.total, dtype=torch.float32, device=device)
-        self._slots, self._order = layout.slots, gpu.InOrder(device)
+        self._slots, self._order, self._domain = layout.slots, gpu.InOrder(device), domain or Domain(layout, None)
         self._parts = [self.vector[slot.offset : slot.stop] for slot in layout.slots]
         self._arrived = [False] * len(self._slots)
         self._squares: list[float | None] = [0.0] * len(self._slots)
@@ -40,6 +42,12 @@ class Staging:
     ) -> None:
         """Set slot ``position`` to ``factor * gradient + weight_decay * parameter``."""
         self._order.here()
+        self._copy(position, gradient, factor, parameter, weight_decay)
+        self._enter([position])
+
+    def _copy(
+        self, position: int, gradient: Tensor, factor: float, parameter: Tensor | None, weight_decay: float
+    ) -> None:
         part = self._parts[position]
         self._squares[position] = None
         self._gathered.discard(position)
@@ -73,6 +81,7 @@ class Staging:
             if position in together:
                 self._squares[position], self._arrived[position] = None, True
                 self._gathered.add(position)
+                self._enter([position])
             else:
                 self.put(position, gradient, factor, None, 0.0)
 
@@ -83,6 +92,17 @@ class Staging:
         self._squares = [None] * len(self._slots)
         self._gathered.clear()
         self._arrived = [True] * len(self._slots)
+        self._enter(range(len(self._slots)))
+
+    def _enter(self, positions: Iterable[int]) -> None:
+        """Bring slots that have arrived, measured as they came, into the domain."""
+        if self._domain.is_models:
+            return
+        for position in positions:
+            if self._squares[position] is None and position not in self._gathered:
+                norm = torch.linalg.vector_norm(self._parts[position], dtype=torch.float64)
+                self._squares[position] = float(norm) ** 2
+            self._domain.enter(self._parts[position], position)
 
     def complete(self, positions: slice) -> bool:
         """Whether all of these slots have arrived."""

@@ -10,21 +10,28 @@ import torch
 from torch import Tensor
 
 from hvd_sketch import gpu, native
+from hvd_sketch.exchange.domain import Domain
 from hvd_sketch.layout import Layout
 from hvd_sketch.sparse.places import Places
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Coordinates ``where`` of the update: zeros but for the values at some places, or without places all values."""
+    """Coordinates ``where`` of the update: zeros but for the values at some places, or without places all values.
+
+    Where all ranks have computed it from something smaller that they received, that is its ``source``.
+    """
 
     where: slice
     values: Tensor
     places: Places | None = None
+    source: Tensor | None = None
 
-    def coordinates(self) -> list[Tensor]:
-        """What says where the values are, unless that is everywhere."""
-        return [] if self.places is None else [self.places.numbers]
+    def contents(self) -> list[Tensor]:
+        """What it is made of: equal on ranks that have the same part."""
+        if self.source is not None:
+            return [self.source]
+        return [self.values] if self.places is None else [self.values, self.places.numbers]
 
     def write(self, vector: Tensor) -> None:
         """Write it to a vector of its size."""
@@ -51,17 +58,25 @@ def _takes_pieces(tensor: Tensor) -> bool:
 
 
 class Update:
-    """The update of all coordinates, in parts; a vector of all of them only when somebody asks for it."""
+    """The update of all coordinates, in parts; a vector of all of them only when somebody asks for it.
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
-        self._layout, self._device = layout, device
+    Parts are given in the coordinates of an exchange's `Domain`; what is asked for is the model's.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device, domain: Domain | None = None) -> None:
+        self._layout, self._device, self._domain = layout, device, domain or Domain(layout, None)
         self._offsets = [slot.offset for slot in layout.slots]
         self._parts: tuple[Part, ...] = ()
         self._whole: Tensor | None = None
 
     def hold(self, *parts: Part) -> None:
-        """Take these as the update; together they are all of it. Of none, it is what `whole` has."""
+        """Take these as the update; together they are all of it. Of none, it is what `whole` has.
+
+        Where the domain is another than the model's they leave it now: its scales may change before somebody asks.
+        """
         self._parts = parts
+        if not self._domain.is_models:
+            self.whole()
 
     def whole(self) -> Tensor:
         """The update in the layout's order, float32; also to be written to."""
@@ -69,6 +84,8 @@ class Update:
             self._whole = torch.zeros(self._layout.total, dtype=torch.float32, device=self._device)
         for part in self._parts:
             part.write(self._whole[part.where])
+        if self._parts:
+            self._domain.leave(self._whole)
         self._parts = ()
         return self._whole
 
@@ -76,7 +93,7 @@ class Update:
         """All that it is made of."""
         if not self._parts:
             return [self.whole()]
-        return [content for part in self._parts for content in (part.values, *part.coordinates())]
+        return [content for part in self._parts for content in part.contents()]
 
     def of(self, position: int) -> Tensor:
         """The update of one slot in its shape: a view of `whole`."""

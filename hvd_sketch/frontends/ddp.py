@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket  # torch.distributed's own, which it does not export to type checkers
 from torch.nn.parallel import DistributedDataParallel
 
+from hvd_sketch.comm.hosts import Asked
 from hvd_sketch.comm.launcher import launched
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.error_feedback.ahead import AheadOptimizer
@@ -41,6 +42,7 @@ def register(
     *,
     error_feedback: Default | None = ...,
     grad_scaler: torch.amp.GradScaler | None = None,
+    hierarchical: Asked = None,
 ) -> State: ...
 
 
@@ -52,6 +54,7 @@ def register(
     *,
     error_feedback: ErrorFeedback,
     grad_scaler: torch.amp.GradScaler | None = None,
+    hierarchical: Asked = None,
 ) -> AheadOptimizer: ...
 
 
@@ -62,6 +65,7 @@ def register(
     *,
     error_feedback: ErrorFeedback | Default | None = Default.OF_COMPRESSION,
     grad_scaler: torch.amp.GradScaler | None = None,
+    hierarchical: Asked = None,
 ) -> State | AheadOptimizer:
     """Let a DistributedDataParallel model exchange its gradients by a compressor.
 
@@ -75,6 +79,7 @@ def register(
         error_feedback: `Anticipate` or `StepAhead` with settings of their own; by default the compressor's, and none
             with None.
         grad_scaler: the scaler in use, if there are several in the process.
+        hierarchical: as for `hvd_sketch.DistributedOptimizer`.
 
     Returns:
         the state of the hook, or the optimizer to train with; both have ``exchange`` (with its ``stats``), ``flush``,
@@ -94,7 +99,14 @@ def register(
         compression = replace(compression, anticipate=False)
     if error_feedback is None or isinstance(error_feedback, Default):
         group = model.process_group
-        state = State(compression, optimizer, named.items(), process_group=group, grad_scaler=grad_scaler)
+        state = State(
+            compression,
+            optimizer,
+            named.items(),
+            process_group=group,
+            grad_scaler=grad_scaler,
+            hierarchical=hierarchical,
+        )
         model.register_comm_hook(state, hook)
         return state
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
@@ -111,6 +123,7 @@ def register(
         comm=model.process_group,
         grad_scaler=grad_scaler,
         error_feedback=error_feedback,
+        hierarchical=hierarchical,
     )
     model.register_comm_hook(None, keep_local)
     return ahead

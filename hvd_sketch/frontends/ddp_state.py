@@ -5,6 +5,7 @@
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch._C._distributed_c10d import GradBucket  # torch.distributed's own, wh
 from torch.autograd import Variable
 
 from hvd_sketch.comm import as_communicator
+from hvd_sketch.comm.hosts import Asked, find_hosts
 from hvd_sketch.compatibility import check_momentum, check_steps_once
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.error_feedback.anticipate import Anticipate
@@ -24,6 +26,7 @@ from hvd_sketch.exchange import Exchange
 from hvd_sketch.exchange.gradients import shared_state, take_over, watch
 from hvd_sketch.exchange.joining import attend
 from hvd_sketch.exchange.scaling import LossScale
+from hvd_sketch.frontends.grouped import grouped
 from hvd_sketch.methods.wrapper import HOROVODS_MODULE
 
 
@@ -50,6 +53,7 @@ class State:
             of the optimizer, by number.
         process_group: the model's, if it is not the default one.
         grad_scaler: the scaler in use, if there are several in the process.
+        hierarchical: as for `hvd_sketch.DistributedOptimizer`.
 
     Attributes:
         exchange: for its ``stats``.
@@ -68,6 +72,7 @@ class State:
         *,
         process_group: Any = None,
         grad_scaler: torch.amp.GradScaler | None = None,
+        hierarchical: Asked = None,
     ) -> None:
         optimizer = _innermost(optimizer)
         _check(compression, optimizer)
@@ -78,7 +83,9 @@ class State:
         layout = compression.layout(trained.items())
         comm = as_communicator(dist.group.WORLD if process_group is None else process_group)
         device = next(iter(trained.values())).device
-        self.exchange = compression.exchange(layout, comm, average=True, device=device)
+        hosts, note = find_hosts(comm, hierarchical)
+        make = partial(compression.exchange, layout, comm, average=True, device=device)
+        self.exchange = grouped(lambda hosts: make(hosts=hosts), hosts, note)
         held = self._optimizer
         self.exchange.watch(trained, lambda: getattr(held(), "param_groups", ()))
         self.exchange.drift.parameters = ()  # which may be ahead while backward runs, on each rank elsewhere

@@ -74,7 +74,7 @@ def allreduce_async(
         rows = comm.start_allgather(values.view(-1), _NAME)
         return Handle(lambda: _scaled(_OF_ROWS[op](rows.wait()).view_as(tensor), postscale_factor).to(tensor.dtype))
     factor = postscale_factor / comm.size if op == Average else postscale_factor
-    sums = comm.start_allreduce(values, _NAME)
+    sums = comm.start_allreduce(values, _NAME, in_turn=False)
     return Handle(lambda: _scaled(sums.wait(), factor).to(tensor.dtype))
 
 

@@ -1,4 +1,4 @@
-"""The ranks of one optimizer, found when they are needed."""
+"""The ranks of one optimizer, and their hosts, found when they are needed."""
 
 from __future__ import annotations
 
@@ -6,27 +6,51 @@ import os
 from typing import Any
 
 from hvd_sketch.comm import Communicator, as_communicator, chosen_backend, default_communicator
+from hvd_sketch.comm.hosts import Asked, Hosts, find_hosts
+from hvd_sketch.errors import ConfigurationError
 
 
 class Link:
     """The communicator of an optimizer. Horovod's is made on first use: it may be initialised after wrapping.
 
-    Any other is made now, because to make one is a collective call, and hooks fire in any order.
+    Any other is made now, because to make one is a collective call, and hooks fire in any order. So are the
+    communicators of hosts, and Horovod's ranks are not put into groups.
+
+    Args:
+        comm: the user's, if there is one.
+        process_set: Horovod's, if there is one.
+        asked: whether there are to be groups of ranks.
+
+    Attributes:
+        hosts: the groups of ranks that share a memory; None where each has its own.
+        note: what is logged of them.
+
+    Raises:
+        ConfigurationError: for groups that cannot be had.
     """
 
-    def __init__(self, comm: Any, process_set: Any) -> None:
+    def __init__(self, comm: Any, process_set: Any, asked: Asked = False) -> None:
         self._explicit = comm is not None
-        self._process_set = process_set
+        self._process_set, self._asked = process_set, asked
         self._comm: Communicator | None = as_communicator(comm) if comm is not None else None
+        self.hosts: Hosts | None = None
+        self.note = ""
         if chosen_backend() != "horovod":
             self.communicator()
+        if self._comm is not None:
+            self.hosts, self.note = find_hosts(self._comm, asked)
+        elif asked:
+            raise ConfigurationError(
+                f"hierarchical={asked} needs ranks that mpi4py or torch.distributed connects, and Horovod does these; "
+                "give comm=MPI.COMM_WORLD, or start with torchrun, or leave it away"
+            )
 
     def __deepcopy__(self, memo: Any) -> Link:
         return self
 
     def __reduce__(self) -> Any:
         """What is loaded from a pickle trains with whatever ranks there are then."""
-        return Link, (None, None)
+        return Link, (None, None, self._asked)
 
     def communicator(self) -> Communicator:
         """The ranks to exchange with."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.comm import chosen_backend
+from hvd_sketch.comm.hosts import Asked
 from hvd_sketch.compatibility import check_groups, check_momentum, correction_of
 from hvd_sketch.compressors import Compression, Compressor, HalfPrecision, NoCompression
 from hvd_sketch.error_feedback.ahead import AheadOptimizer
@@ -19,12 +20,13 @@ from hvd_sketch.error_feedback.default import Default, settle
 from hvd_sketch.error_feedback.step_ahead import StepAhead
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import DenseExchange, Exchange
+from hvd_sketch.frontends.grouped import grouped
 from hvd_sketch.frontends.link import Link
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
 from hvd_sketch.methods.exchanging import ExchangingOptimizer
 from hvd_sketch.methods.wiring import HorovodOptimizer, Wiring
-from hvd_sketch.shards import Shards, check_shards, local_parts
+from hvd_sketch.shards import Shards, check_shards, is_sharded, local_parts
 
 Average, Sum = 0, 1  # Horovod's own numbers
 _OTHER_OPS = {2: "Adasum", 3: "Min", 4: "Max", 5: "Product"}
@@ -44,6 +46,8 @@ class Options(TypedDict, total=False):
     grad_scaler: torch.amp.GradScaler | None
     momentum_correction: bool
     momentum_masking: bool
+    resync_every: int
+    hierarchical: Asked
 
 
 @overload
@@ -101,7 +105,9 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     grad_scaler: torch.amp.GradScaler | None = None,
     momentum_correction: bool = False,
     momentum_masking: bool = True,
+    resync_every: int = 0,
     error_feedback: ErrorFeedback | Default | None = Default.OF_COMPRESSION,
+    hierarchical: Asked = None,
 ) -> HorovodOptimizer | AheadOptimizer:
     """Wrap an optimizer so that its steps use the gradients of all ranks.
 
@@ -135,13 +141,23 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
             each rank before the selection instead of after it (see `Momentum`); without a
             sparsifying compressor both are the same, and this changes nothing.
         momentum_masking: with the above, clear the momentum of what was sent.
+        resync_every: in every so manieth step all ranks take over rank 0's parameters, which costs a broadcast of
+            them: for processors of several kinds, whose PyTorch rounds the optimizer's steps differently.
+            ``stats.drift`` tells how far apart they were. 0 for never.
         error_feedback: `StepAhead` or `Anticipate` takes gradients where what is unsent is already
             applied, in an unchanged training loop: see `AheadOptimizer`, which the result is then. None for
             none. The default is the compressor's own, see its ``anticipate``.
+        hierarchical: whether the ranks of a host have one memory together and send one message, see
+            `HierarchicalExchange`. None for yes where there are several hosts with equally many ranks, more than
+            one, connected by mpi4py or torch.distributed; True to insist; a number for groups of so many ranks in a
+            row; False for one memory a rank.
 
     Raises:
-        ConfigurationError: when a setting cannot work, before any communication."""
+        ConfigurationError: when a setting cannot work, before any communication.
+    """
     _check_arguments(optimizer, backward_passes_per_step, op, gradient_predivide_factor, process_set, comm)
+    if resync_every < 0:
+        raise ConfigurationError(f"resync_every must be at least 0, got {resync_every}")
     if num_groups != 0:
         warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=2)
     compression, feedback = settle(
@@ -149,6 +165,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     )
     if feedback is not None:
         check_error_feedback(feedback, optimizer, compression, averages=op == Average, corrects=momentum_correction)
+    asked = _check_hierarchical(hierarchical, compression, feedback)
     if comm is None and chosen_backend() == "horovod" and not isinstance(compression, Compressor):
         return _stock_optimizer(
             optimizer,
@@ -160,15 +177,17 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
             groups=groups if groups is not None else num_groups or None,
             sparse_as_dense=sparse_as_dense,
             process_set=process_set,
+            resync_every=resync_every,
         )
     _check_compression(compression, op, optimizer)
     check_groups(groups)
     corrects = momentum_correction and isinstance(compression, Compressor)
     correction = correction_of(optimizer, masking=momentum_masking) if corrects else None
     named = _named(optimizer, named_parameters)
-    check_shards(named, comm, _unfit_for_shards(compression, feedback, sparse_as_dense=sparse_as_dense))
-    link = Link(comm, process_set)
+    unfit = _unfit_for_shards(compression, feedback, sparse_as_dense=sparse_as_dense, hierarchical=bool(asked))
+    check_shards(named, comm, unfit)
     _layout(compression, [item for item in named if item[1].requires_grad])  # fails now, not in the first step
+    link = Link(comm, process_set, False if any(is_sharded(parameter) for _, parameter in named) else asked)
     wiring = Wiring(
         make_exchange=partial(_exchange, compression, link, op == Average),
         is_active=link.is_active,
@@ -176,6 +195,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         sparse_as_dense=sparse_as_dense,
         grad_scaler=grad_scaler,
         correction=correction,
+        resync_every=resync_every,
         attributes={"op": op, "process_set": process_set, "_groups": groups, "sparse_as_dense": sparse_as_dense},
     )
     if feedback is None:
@@ -218,6 +238,21 @@ def _check_compression(compression: Any, op: int, optimizer: torch.optim.Optimiz
         check_momentum(compression.momentum, optimizer)
 
 
+def _check_hierarchical(asked: Asked, compression: Any, feedback: ErrorFeedback | None) -> Asked:
+    """What is asked for, False where it is not possible; refused where somebody insists on that."""
+    if not isinstance(asked, bool | None) and (type(asked) is not int or asked < 1):
+        raise ConfigurationError(f"hierarchical must be True, False, None or a number of ranks, got {asked!r}")
+    if isinstance(compression, Compressor) and compression.divides and not isinstance(feedback, StepAhead):
+        return asked
+    if asked:
+        unfit = "StepAhead" if isinstance(feedback, StepAhead) else compression
+        raise ConfigurationError(
+            f"hierarchical={asked} divides a compressor's exchange of gradients among the ranks of a host, which does "
+            f"not work with {unfit}; leave it away"
+        )
+    return False
+
+
 def _exchange(
     compression: Any, link: Link, average: bool, parameters: dict[str, Tensor], momentum: Momentum | None
 ) -> Exchange:
@@ -226,7 +261,8 @@ def _exchange(
     layout = _layout(compression, parameters.items())
     exchange: Exchange
     if isinstance(compression, Compressor):
-        exchange = compression.exchange(layout, comm, average=average, device=device, momentum=momentum)
+        make = partial(compression.exchange, layout, comm, average=average, device=device, momentum=momentum)
+        exchange = grouped(lambda hosts: make(hosts=hosts), link.hosts, link.note)
     else:
         dtype = torch.float16 if compression is HalfPrecision else torch.float32
         exchange = DenseExchange(layout, comm, average=average, device=device, dtype=dtype)
@@ -242,11 +278,11 @@ def _layout(compression: Any, named_parameters: Iterable[tuple[str, Tensor]]) ->
     return Layout.of(parts, lambda name, parameter: False)
 
 
-def _unfit_for_shards(compression: Any, feedback: ErrorFeedback | None, *, sparse_as_dense: bool) -> dict[str, bool]:
+def _unfit_for_shards(compression: Any, feedback: ErrorFeedback | None, **others: bool) -> dict[str, bool]:
     """Settings that do not go with parameters of which ranks hold shards."""
     return {
+        **others,
         "error_feedback=StepAhead": isinstance(feedback, StepAhead),
-        "sparse_as_dense": sparse_as_dense,
         "buckets above 1": getattr(compression, "buckets", 1) > 1,
     }
 
@@ -277,8 +313,15 @@ def _named(
     return [(name, parameter) for name, parameter in named if id(parameter) in held and first[id(parameter)] == name]
 
 
-def _stock_optimizer(optimizer: torch.optim.Optimizer, *, process_set: Any, **arguments: Any) -> HorovodOptimizer:
+def _stock_optimizer(
+    optimizer: torch.optim.Optimizer, *, process_set: Any, resync_every: int, **arguments: Any
+) -> HorovodOptimizer:
     import horovod.torch as hvd
+
+    if resync_every:
+        raise ConfigurationError(
+            "resync_every needs a compressor of ours: with Compression.none and fp16 this is Horovod's own optimizer"
+        )
 
     process_set = hvd.global_process_set if process_set is None else process_set
     # the runner of unmodified scripts may have put this function in place of Horovod's

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.comm.base import Communicator
+from hvd_sketch.comm.hosts import Hosts
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.errors import NothingGainedError
 from hvd_sketch.exchange import DenseExchange, Exchange, Setting
@@ -56,12 +57,13 @@ class OrDense(Compressor):
         average: bool,
         device: torch.device,
         momentum: Momentum | None = None,
+        hosts: Hosts | None = None,
     ) -> Exchange:
         """The other's, or a dense one, of which rank 0 is told."""
         try:
             if layout.compressed == 0:
                 raise NothingGainedError("all parameters are 1-D, small or excluded")
-            return self._told.exchange(layout, comm, average=average, device=device, momentum=momentum)
+            return self._told.exchange(layout, comm, average=average, device=device, momentum=momentum, hosts=hosts)
         except NothingGainedError as reason:
             if comm.rank == 0:
                 _logger.warning("hvd_sketch: the model is too small to compress and trains dense: %s", reason)

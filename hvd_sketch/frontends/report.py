@@ -6,6 +6,9 @@ import subprocess
 import sys
 from typing import NamedTuple
 
+from hvd_sketch.comm import Communicator, chosen_backend, default_communicator
+from hvd_sketch.comm.launcher import launched, launched_with_mpi
+
 _HOROVOD = """
 import horovod, horovod.torch as hvd
 hvd.allreduce
@@ -76,6 +79,28 @@ def report() -> list[str]:
         One line a part: its version, or why it fails, what works without it and how to get it.
     """
     return [_line(part) for part in _PARTS]
+
+
+def links() -> tuple[int, list[str]]:
+    """This process's number, and how long messages between the ranks take, where a launcher started several.
+
+    Collective.
+    """
+    if max(launched()[0], launched_with_mpi()) == 1:
+        return 0, []
+    backend = chosen_backend()
+    if backend == "horovod":
+        import horovod.torch
+
+        horovod.torch.init()
+    comm = default_communicator()
+    comm.look_at_links()
+    return comm.rank, [_told(comm, backend)]
+
+
+def _told(comm: Communicator, backend: str) -> str:
+    taken = f"messages take {1e3 * comm.crossing:.2g} ms"
+    return f"links of {comm.size} ranks, {backend}: {'; '.join(comm.remarks()) or taken}"
 
 
 def _line(part: _Part) -> str:

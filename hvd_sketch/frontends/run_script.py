@@ -11,7 +11,7 @@ from typing import Any
 
 from hvd_sketch.compressors import Compression
 from hvd_sketch.errors import ConfigurationError
-from hvd_sketch.frontends.report import report
+from hvd_sketch.frontends.report import links, report
 from hvd_sketch.frontends.substitute import substitute
 
 _COMPRESSIONS = ("none", "fp16", "auto", "sketch", "topk", "sharded")
@@ -26,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.check:
-        print("\n".join(report()))  # noqa: T201 - what the user asked for
+        rank, told = links()
+        if rank == 0:
+            print("\n".join([*report(), *told]))  # noqa: T201 - what the user asked for
         return
     if not options.script:
         parser.error("the script to run is missing")
@@ -62,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "--clip-norm", type=float, default=1.0, help="clip each rank's gradient to this norm; 0 leaves it (default: 1)"
     )
     parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="parameters to send whole")
-    parser.add_argument("--check", action="store_true", help="report what is installed and what is missing")
+    parser.add_argument("--check", action="store_true", help="report what is installed, and how far ranks are")
     parser.add_argument("script", nargs=argparse.REMAINDER, help="the script, and its own arguments")
     return parser
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -11,8 +12,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from hvd_sketch import wire
 from hvd_sketch.comm import Communicator
+from hvd_sketch.comm.alike import check_alike
 from hvd_sketch.exchange.agreement import agree
+from hvd_sketch.exchange.log import MethodLog
 from hvd_sketch.methods.flat import HOST, FlatModel, LayoutRule, whole
 from hvd_sketch.methods.wrapper import Method
 from hvd_sketch.stats import Stats
@@ -67,11 +71,10 @@ class Decentralized(Method):
         self._buffers = [buffer for _, buffer in sorted(buffers.items()) if buffer.is_floating_point()]
         tensors = sorted([*model.named_parameters(), *buffers.items()], key=lambda item: item[0])
         shapes = " ".join(f"{name}{list(tensor.shape)}" for name, tensor in tensors)
-        agree(comm, {"method": type(self).__name__, "parameters": shapes, **settings}, "hvd_sketch.{}".format)
-        for _, tensor in tensors if same_start else ():
-            value = tensor.detach().contiguous()
-            comm.broadcast(value, 0, "hvd_sketch.start")
-            tensor.detach().copy_(value)
+        agree(comm, {"method": self._method, "parameters": shapes, **settings}, "hvd_sketch.{}".format)
+        self._log: MethodLog | None = None
+        if same_start:
+            self._start_alike([tensor.detach() for _, tensor in tensors])
 
     def step(self, closure: Callable[[], Any] | None = None, **keywords: Any) -> Any:
         """One local step and what the method adds to it; a closure is evaluated once, before."""
@@ -80,7 +83,15 @@ class Decentralized(Method):
         self._collectives.occupation = f"step {self.stats.steps}"
         self.stats.steps += 1
         self.stats.dense_bytes += self._collectives.allreduce_bytes(4 * self._flat.layout.total)
-        return super().step(closure, **keywords)
+        loss = super().step(closure, **keywords)
+        if self._log is not None:
+            self._log.end_step(self, self._collectives, self.stats)
+        return loss
+
+    @property
+    def _method(self) -> str:
+        """The name of the method's class: this one's own is that of the wrapped optimizer's."""
+        return type(self).__mro__[2].__name__
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's; it belongs to this rank. Save the model inside `average_model`."""
@@ -144,7 +155,19 @@ class Decentralized(Method):
     def _average(self, vector: Tensor) -> None:
         """Collective: replace ``vector`` by its mean over the ranks."""
         self._collectives.allreduce(vector, "hvd_sketch.mean")
+        check_alike(self._collectives, wire.checksum(vector.view(torch.uint8)), "the mean of the models", "hvd_sketch")
         vector.div_(self._collectives.size)
+
+    def _start_alike(self, tensors: Sequence[Tensor]) -> None:
+        """Collective: take over rank 0's tensors."""
+        checksums = []
+        for tensor in tensors:
+            value = tensor.contiguous()
+            self._collectives.broadcast(value, 0, "hvd_sketch.start")
+            tensor.copy_(value)
+            checksums.append(wire.checksum(value.view(-1).view(torch.uint8)))
+        checksum = zlib.crc32(repr(checksums).encode())
+        check_alike(self._collectives, checksum, "the model of rank 0", "hvd_sketch.start")
 
 
 def saved_buffers(model: torch.nn.Module) -> dict[str, Tensor]:

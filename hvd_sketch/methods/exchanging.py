@@ -80,6 +80,7 @@ class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
             exchange = wiring.make_exchange(self._named, wiring.correction)
             inner = self.optimizer
             exchange.watch(self._named, lambda: inner.param_groups)
+            exchange.resync_every = wiring.resync_every
             exchange.agree_on(f"optimizer={type(inner).__name__} {wiring.note}")
             exchange.log.notes.append(wiring.note)
             for follower in wiring.followers:
@@ -132,6 +133,7 @@ class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
             return self._step_alone(closure, keywords)
         if closure is not None:
             return self._step_plainly(self._exchanging(closure), keywords)
+        self._scale.note_step(self)
         void = False
         with torch.no_grad():
             if self._should_synchronize and not self._synchronized:
@@ -197,7 +199,7 @@ class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
         exchange, gradients = self._made()
         if exchange.streams:
             with torch.no_grad():
-                gradients.computed(parameter, self.backward_passes_per_step, lambda: 1.0 / self._scale.by_hand(self))
+                gradients.computed(parameter, self.backward_passes_per_step, lambda: self._scale.in_backward(self))
 
     def _run(self, scale: float, *, remember: bool = False) -> tuple[Exchange, Gradients]:
         """Exchange the gradients as they are, less their scale."""

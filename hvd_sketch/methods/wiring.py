@@ -34,6 +34,7 @@ class Wiring:
         grad_scaler: the scaler in use, if it is told.
         correction: the momentum that is applied before the exchange in place of the optimizer's own.
         followers: attached to the exchange when it is made.
+        resync_every: see `Exchange.resync_every`.
         note: what is logged of how it is connected.
         before_step: called between the exchange and the step.
         attributes: what else Horovod's own optimizer has.
@@ -46,6 +47,7 @@ class Wiring:
     grad_scaler: torch.amp.GradScaler | None = None
     correction: Momentum | None = None
     followers: Sequence[Follower] = ()
+    resync_every: int = 0
     note: str = "error_feedback=None"
     before_step: Callable[[torch.optim.Optimizer], None] | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)

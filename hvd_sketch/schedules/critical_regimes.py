@@ -123,7 +123,7 @@ class CriticalRegimes(AdaptiveSchedule):
         self._passes += self._passes_of_step
         if epoch % self._every != 0:
             return
-        self._sum.add_(exchange.gradient)
+        self._sum.add_(exchange.in_model(exchange.gradient))
         if self._passes // self._epoch_passes > epoch:
             self._decide(exchange)
             self._sum.zero_()

@@ -62,6 +62,7 @@ class Guard(AdaptiveSchedule):
     def attach(self, exchange: Exchange) -> None:
         """Follow an exchange from now on; see `AdaptiveSchedule.attach`."""
         super().attach(exchange)
+        exchange.follow_memory()
         exchange.agree_on(f"{type(self).__name__} {self._target} {self._backlog} {self._growth} {self._every}")
 
     def __call__(self, step: int) -> float:

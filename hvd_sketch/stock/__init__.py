@@ -12,18 +12,23 @@ Which parameter a gradient belongs to is known by identity: what arrives is ``p.
 The optimizer is the one that holds this compressor, found once among the live objects.
 """
 
-from hvd_sketch.stock.client import Accompany, Companion, Compressing, Follow, Ticket, accompany, alone
-from hvd_sketch.stock.desk import compress, decompress, exchange_of
+from hvd_sketch.stock.client import Accompany, Client, Companion, Compressing, Follow, Ticket, accompany, alone
+from hvd_sketch.stock.desk import client_of, compress, decompress, exchange_of
+from hvd_sketch.stock.preparing import prepare, prepared_by
 
 __all__ = [
     "Accompany",
+    "Client",
     "Companion",
     "Compressing",
     "Follow",
     "Ticket",
     "accompany",
     "alone",
+    "client_of",
     "compress",
     "decompress",
     "exchange_of",
+    "prepare",
+    "prepared_by",
 ]

@@ -133,6 +133,12 @@ class Client:
         if self._companion is not None:
             self._companion.took(parameter)
 
+    def begin_again(self) -> None:
+        """Forget a step that was broken off."""
+        self.tickets, self._undo, self._depth = [], None, 0
+        self._filled.clear()
+        self.gradients.forget()
+
     def present_exchange(self) -> Exchange:
         """The exchange; what was synchronized, and cleared in place of being stepped with, has left no trace in it."""
         if all(parameter.grad is None for parameter in self.gradients.parameters):

@@ -89,6 +89,17 @@ def decompress(compressor: Compressing, tensor: Tensor, ticket: Ticket | None) -
     return gradient
 
 
+def client_of(compressor: Compressing, optimizer: torch.optim.Optimizer) -> Client:
+    """The client of a stock optimizer that has this compressor, made if there is none yet."""
+    desk = _desks.setdefault(compressor, _Desk())
+    with desk.lock:
+        for client in desk.clients:
+            if client.optimizer() is optimizer:
+                return client
+        desk.clients.append(Client(compressor, optimizer))
+        return desk.clients[-1]
+
+
 def exchange_of(compressor: Compressing) -> Exchange:
     """The exchange behind a compressor in stock Horovod, for its `stats`, `flush` and state.
 

@@ -78,9 +78,9 @@ def command_line(action: str, name: str, *more: str) -> list[str]:
     return [sys.executable, "-m", "benchmarks.cluster", action, "--name", name, *more]
 
 
-def sleeping(name: str) -> subprocess.Popen[bytes]:
+def sleeping(name: str, *more: str) -> subprocess.Popen[bytes]:
     """A cluster whose command runs for longer than any test."""
-    command = command_line("run", name, "--hosts", "2", "--launcher", "none", "--", "ssh", "h2", "sleep", "300")
+    command = command_line("run", name, "--hosts", "2", "--launcher", "none", *more, "--", "ssh", "h2", "sleep", "300")
     return subprocess.Popen(command, cwd=ROOT, start_new_session=True)
 
 
@@ -169,12 +169,48 @@ def test_up_stays_and_down_is_idempotent(name: str) -> None:
     assert etc == [Path(file).read_bytes() for file in ("/etc/hosts", "/etc/ssh/ssh_config")]
 
 
+@pytest.mark.skipif(bool(missing(compiler=True)), reason="no compiler for the switch")
+def test_a_switch_with_delay_keeps_it_and_ends_with_the_cluster(name: str) -> None:
+    seconds = "import socket, time; begin = time.perf_counter(); socket.create_connection(('h2', 22)).close(); "
+    seconds += "print(time.perf_counter() - begin)"
+    with Cluster(2, 1000.0, name, delay=50.0) as cluster:
+        there_and_back = float(said(cluster, sys.executable, "-c", seconds))
+        text = said(cluster, *LAUNCHERS["mpirun"](cluster.hosts, 2), "hostname")
+        switch = network.processes([f"hvdsketch-{name}-switch"])
+    assert there_and_back >= 0.1
+    assert sorted(text.split()) == ["h1", "h1", "h2", "h2"]
+    assert len(switch) == 1
+    assert not network.is_alive(switch.pop())
+    assert traces(name) == []
+
+
+@pytest.mark.skipif(bool(missing(compiler=True)), reason="no compiler for the switch")
+def test_a_switch_with_delay_ends_with_the_process_that_made_it(name: str) -> None:
+    process = sleeping(name, "--delay", "5")
+    until_up(process, name)
+    (switch,) = network.processes([f"hvdsketch-{name}-switch"])
+    process.kill()
+    process.wait(timeout=10)
+    deadline = time.monotonic() + 10
+    while network.is_alive(switch):
+        assert time.monotonic() < deadline, "the switch is still there"
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize(
-    ("hosts", "mbit", "name"), [(0, 100.0, "a"), (2, 0.0, "a"), (2, float("nan"), "a"), (2, 1.0, "../a")]
+    ("hosts", "mbit", "name", "delay"),
+    [
+        (0, 100.0, "a", 0.0),
+        (2, 0.0, "a", 0.0),
+        (2, float("nan"), "a", 0.0),
+        (2, 1.0, "../a", 0.0),
+        (2, 1.0, "a", -1.0),
+        (2, 1.0, "a", float("nan")),
+    ],
 )
-def test_numbers_that_make_no_sense_are_refused(hosts: int, mbit: float, name: str) -> None:
-    with pytest.raises(ClusterError, match=r"hosts must|mbit must|name of a cluster"):
-        Cluster(hosts, mbit, name)
+def test_numbers_that_make_no_sense_are_refused(hosts: int, mbit: float, name: str, delay: float) -> None:
+    with pytest.raises(ClusterError, match=r"hosts must|mbit must|name of a cluster|delay must"):
+        Cluster(hosts, mbit, name, delay=delay)
 
 
 def test_rows_are_measured_once_and_bytes_agree_with_the_links_counters(name: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.faults import __main__ as faults
+from benchmarks.faults.worker import THROUGH_DDP
 from hvd_sketch.comm import Communicator
 from hvd_sketch.comm.in_process import InProcessGroup
 from hvd_sketch.comm.patience import VARIABLE, limit_of, ranks, wait_until
@@ -82,7 +83,7 @@ def test_torchrun_ends_the_others_when_a_rank_is_killed() -> None:
     """They are told by Gloo, unless torchrun is faster."""
     if support.quick:
         pytest.skip("starts processes")
-    outcome = faults.run(faults.THROUGH_DDP, "SIGKILL between the rounds")
+    outcome = faults.run(THROUGH_DDP, "SIGKILL between the rounds")
     assert outcome.seconds is not None, "hangs"
     assert not any("end" in said for said in outcome.said)
     for error in (said["error"] for said in outcome.said if "error" in said):

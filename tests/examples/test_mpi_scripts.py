@@ -70,6 +70,13 @@ def test_host_file(training: Path, interface: str) -> None:
     two_ranks_ran(run(command, env=env), training, "hvd_sketch")
 
 
+def test_what_far_sets_is_known_to_open_mpi() -> None:
+    of_mpi = ("ompi_info", "--parsable", "--level", "9", "--param", "all", "all")
+    told = run(("bash", "-c", f". {SCRIPTS / 'environment.sh'}; {' '.join(of_mpi)}"), env={"FAR": "1"})
+    assert "coll_libnbc_iallreduce_algorithm:value:rabenseifner" in told.output
+    assert "btl_tcp_eager_limit:value:1048576" in told.output
+
+
 @pytest.mark.parametrize("plugins", ["pmix", "none"])
 def test_slurm(training: Path, plugins: str) -> None:
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):

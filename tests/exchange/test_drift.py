@@ -102,12 +102,12 @@ def test_what_is_equal_is_compared_in_silence_and_changes_nothing() -> None:
     assert torch.equal(*ends)
 
 
-@pytest.mark.parametrize("number", range(3 * len(flips.WAYS)))
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("way", [*flips.WAYS, *flips.METHODS, *flips.LETTERS])
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore:hvd_sketch. step 3 is void")
-def test_a_flipped_bit_is_told_to_all_or_does_nothing(number: int) -> None:
-    """Of the thousand runs of ``make faults``, some."""
-    way = list(flips.WAYS)[number % len(flips.WAYS)]
+def test_a_flipped_bit_is_told_to_all_or_does_nothing(way: str, number: int) -> None:
+    """Like the thousand runs of ``make faults``."""
     flip = flips.draw(way, 1000 + number)
     assert flips.outcome(way, flip) in ("told", "no effect"), (way, flip)
 
@@ -146,3 +146,52 @@ def test_settings_that_differ_are_told_in_the_first_step(other: str, word: str) 
     assert len(set(texts)) == 1
     assert word in texts[0]
     assert "rank 1 has" in texts[0]
+
+
+@pytest.mark.parametrize("way", ["none", "sharded", "stride", "anticipate", "step ahead"])
+def test_ranks_that_round_differently_take_over_the_parameters_of_rank_0(way: str) -> None:
+    """As often as asked for, where they would be told before long that they have drifted apart."""
+    every = 7
+
+    def body(comm: Communicator) -> list[torch.Tensor]:
+        model, seen = net(), []
+        inner = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+        optimizer: Any = hvd.DistributedOptimizer(
+            inner, model.named_parameters(), comm=comm, resync_every=every, **flips.WAYS[way]()
+        )
+        generator = torch.Generator().manual_seed(comm.rank)
+        for step in range(PERIOD + 6):
+            optimizer.zero_grad()
+            with optimizer.step_ahead() if way == "step ahead" else torch.enable_grad():
+                loss(model, comm.rank, step).backward()
+            optimizer.step()
+            if optimizer.exchange.step % every == 0:
+                seen.append(flat(model))
+                assert (optimizer.exchange.stats.drift > 0.0) == (comm.rank > 0)
+                assert optimizer.exchange.stats.drift < 1e-5
+            with torch.no_grad():
+                for parameter in model.parameters() if comm.rank else ():
+                    parameter.mul_(1.0 + 1e-7 * torch.randn(parameter.shape, generator=generator))
+        return seen
+
+    ends = InProcessGroup(RANKS, timeout=60).run(body)
+    assert len(ends[0]) >= PERIOD // every
+    for seen in zip(*ends, strict=True):
+        assert all(torch.equal(each, seen[0]) for each in seen)
+
+
+def test_how_often_parameters_are_taken_over_is_the_same_on_all_ranks() -> None:
+    def body(comm: Communicator) -> str:
+        model = net()
+        inner = torch.optim.SGD(model.parameters(), 0.05)
+        optimizer: Any = hvd.DistributedOptimizer(
+            inner, model.named_parameters(), Compression.topk(ratio=6), comm=comm, resync_every=5 + comm.rank
+        )
+        loss(model, comm.rank, 0).backward()
+        with pytest.raises(hvd.RankMismatchError, match="resync_every=") as told:
+            optimizer.step()
+        return str(told.value)
+
+    assert len(set(InProcessGroup(RANKS, timeout=60).run(body))) == 1
+    with pytest.raises(hvd.ConfigurationError, match="resync_every must be at least 0, got -1"):
+        hvd.DistributedOptimizer(torch.optim.SGD(net().parameters(), 0.1), resync_every=-1)

@@ -122,6 +122,28 @@ def test_methods_tell_what_they_are(name: str, note: str, lines: Lines) -> None:
     assert re.search(f"; {note}(;|$)", first)
 
 
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("overlap", "OverlapLocalSGD, in every 3 steps"),
+        ("dmsgd", "DmSGD with 2 neighbours at most"),
+        ("lead", "LEAD with 2 neighbours at most"),
+    ],
+)
+def test_methods_without_an_exchange_tell_as_much(name: str, label: str, lines: Lines) -> None:
+    def body(comm: Any) -> None:
+        model, optimizer = fresh(METHODS[name], comm)
+        train(optimizer, model, comm.rank, range(7))
+        optimizer.finish()
+
+    run_in_process(3, body)
+    first, last = lines()
+    pattern = re.compile(rf"hvd_sketch: (.+) on 3 ranks has sent its first message, in step \d+: {COST} until then")
+    assert found(pattern, first)[0] == label
+    assert found(LAST, last)[0] == "7"
+    assert last.endswith(label)
+
+
 def test_counters_are_plain_numbers() -> None:
     stats = simulate(SHARDED, heavy_tailed(2, 3, TOTAL))[0].exchange.stats
     numbers = stats.as_dict()

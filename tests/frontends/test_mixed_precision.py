@@ -172,6 +172,16 @@ def test_what_was_sent_in_backward_cannot_be_unscaled_by_hand_any_more() -> None
         check(unscale_and_clip, 2.0**12, compressor=BUCKETS)
 
 
+def test_a_scaler_of_somebody_else_changes_nothing_of_what_is_sent_in_backward() -> None:
+    """Whether it is ours the first step tells; until then nothing is sent early."""
+    plain = run(SingleProcess(), step_alone, None, compressor=BUCKETS)
+    other = torch.amp.GradScaler("cpu")
+    other.scale(torch.ones(()))
+    beside = run(SingleProcess(), step_alone, None, compressor=BUCKETS)
+    assert torch.equal(beside[0], plain[0])
+    assert torch.equal(beside[1], plain[1])
+
+
 def test_of_several_scalers_the_right_one_must_be_told() -> None:
     other = torch.amp.GradScaler("cpu")
     other.scale(torch.ones(()))

@@ -80,7 +80,7 @@ def test_exit_codes_pass_through(tmp_path: Path, leave: str, status: int) -> Non
     [
         ([], "the script to run is missing"),
         (["nowhere.py"], "there is no script 'nowhere.py' in "),
-        (["--ratio", "0.5", __file__], "ratio must be above 1, got 0.5"),
+        (["--ratio", "0.5", __file__], "ratio must be at least 1, which sends everything; got 0.5"),
         (["--compression", "zip", __file__], "invalid choice: 'zip'"),
         (["--warmup-steps", "-3", __file__], "warmup_steps must be at least 0"),
     ],
@@ -97,6 +97,13 @@ def test_check_reports_what_is_installed() -> None:
     assert completed.returncode == 0
     for part in ("torch", "Horovod", "mpi4py", "kernel"):
         assert part in completed.output
+    assert "links" not in completed.output
+
+
+def test_check_under_a_launcher_reports_how_far_the_ranks_are() -> None:
+    completed = launch(2, [*RUNNER, "--check"], launcher="torchrun", env={"HVD_SKETCH_CROSSING": "0.04"})
+    assert completed.returncode == 0
+    assert completed.output.count("links of 2 ranks, torch: messages take 40 ms; sums travel directly") == 1
 
 
 HALF_PRECISION = "hvd.DistributedOptimizer(optimizer, model.named_parameters(), {}compression=hvd.Compression.fp16)"

@@ -51,7 +51,7 @@ def at_ratio_one(compressor: Compressor) -> Compressor:
     """The same, sending everything in every step."""
     if isinstance(compressor, Sparsifier):
         by_hand: dict[str, Any] = {name: None for name in ("cols", "k") if hasattr(compressor, name)}
-        return replace(compressor, schedule=lambda step: 1.0, **by_hand)
+        return replace(compressor, ratio=1.0, schedule=None, **by_hand)
     assert isinstance(compressor, PowerSGD | Sign)
     return replace(compressor, start_step=1000)
 

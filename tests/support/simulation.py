@@ -27,7 +27,7 @@ class Run(NamedTuple):
 
     @property
     def residual(self) -> Tensor:
-        return self.exchange.memory.residual
+        return self.exchange.in_model(self.exchange.memory.residual)
 
 
 def parameters(shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> dict[str, Tensor]:

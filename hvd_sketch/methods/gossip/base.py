@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hvd_sketch.comm import Communicator, as_communicator, default_communicator
 from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.exchange.log import MethodLog
 from hvd_sketch.methods.decentralized import Decentralized
 from hvd_sketch.methods.flat import Flat
 from hvd_sketch.methods.gossip.neighbours import Neighbourhood
@@ -44,6 +45,7 @@ class Gossip(Decentralized):
         self.graph = graph_of(graph, collectives.size)
         agreed = {"graph": str(self.graph.neighbours), **settings}
         super().__init__(optimizer, model, collectives, agreed, same_start=same_start)
+        self._log = MethodLog(f"{self._method} with {max(map(len, self.graph.neighbours))} neighbours at most")
         mpi_comm = None if isinstance(comm, Communicator) else comm
         self._neighbourhood = Neighbourhood(collectives, mpi_comm, self.graph)
         row = self.graph.mixing(lazy=lazy)[collectives.rank].tolist()

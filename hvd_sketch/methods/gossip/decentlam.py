@@ -97,7 +97,7 @@ class DecentLaM(Gossip):
         *,
         same_start: bool = True,
     ) -> None:
-        check_sgd(optimizer, type(self).__name__)
+        check_sgd(optimizer, self._method)
         super().__init__(optimizer, model, comm, graph, lazy=True, same_start=same_start)
         self._mixed, self._gradient = self._flat.new(), self._flat.new()
 

@@ -75,7 +75,7 @@ class LocalSteps(Decentralized):
         rhythm: Rhythm,
         settings: dict[str, str],
     ) -> None:
-        rhythm.check(type(self).__name__)
+        rhythm.check(self._method)
         collectives = default_communicator() if comm is None else as_communicator(comm)
         agreed = {"period": str(rhythm.period), **settings}
         super().__init__(
@@ -140,7 +140,7 @@ class LocalSteps(Decentralized):
     def _identity(self) -> dict[str, Any]:
         """What a saved state belongs to."""
         ranks, parameters = self._collectives, self._flat.layout.describe()
-        return {"method": type(self).__name__, "rank": ranks.rank, "size": ranks.size, "parameters": parameters}
+        return {"method": self._method, "rank": ranks.rank, "size": ranks.size, "parameters": parameters}
 
     @abstractmethod
     def _meet(self) -> None:

@@ -126,7 +126,7 @@ class CSER(LocalSteps):
         if math.isnan(float(exchange.update[0])):
             self.stats.skipped += 1
             return torch.zeros_like(vector), vector
-        return exchange.update, exchange.memory.residual
+        return exchange.update, exchange.in_model(exchange.memory.residual)
 
     def restart(self) -> None:
         super().restart()

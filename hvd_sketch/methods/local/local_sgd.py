@@ -165,7 +165,7 @@ class LocalSGD(LocalSteps):
             torch._foreach_copy_(tensors, self._mean(*tensors))
 
     def _unsent(self, vector: torch.Tensor) -> None:
-        vector.sub_(self.exchange.memory.residual)
+        vector.sub_(self.exchange.in_model(self.exchange.memory.residual))
 
     def restart(self) -> None:
         super().restart()

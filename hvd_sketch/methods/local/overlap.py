@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
 import torch
+from torch import Tensor
 
+from hvd_sketch import wire
 from hvd_sketch.comm.base import Pending
-from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.errors import ConfigurationError, RankMismatchError
+from hvd_sketch.exchange.log import MethodLog
 from hvd_sketch.methods.local.base import LocalSteps, Rhythm
 from hvd_sketch.saved import Form
 
@@ -48,8 +51,8 @@ class OverlapLocalSGD(LocalSteps):
     keep ``a / lr``; in units of the update a change of the learning rate needs no care. Under
     Horovod the exchange runs in its thread; under mpi4py MPI is called once a step to move it on.
 
-    Sent: the model (float32, or float64 when any parameter is) in one allreduce, once every H
-    steps. State: three vectors of the model's size.
+    Sent: the model (float32, or float64 when any parameter is) and 47 numbers, among them a digest of the last anchor,
+    in one allreduce, once every H steps. State: three vectors of the model's size.
     Source: Wang, Liang, Joshi (ICASSP 2020), arXiv 2002.09539.
 
     Args:
@@ -64,7 +67,7 @@ class OverlapLocalSGD(LocalSteps):
 
     Raises:
         ConfigurationError: for settings out of range.
-        RankMismatchError: alike on all ranks, when models or settings differ.
+        RankMismatchError: alike on all ranks, when models or settings differ, or an anchor was damaged on its way.
     """
 
     def __init__(
@@ -82,9 +85,17 @@ class OverlapLocalSGD(LocalSteps):
         rhythm = Rhythm(period=period, clip_norm=clip_norm, same_start=same_start)
         super().__init__(optimizer, model, comm, rhythm, {"anchor": str(settings)})
         self._pull, self._factor = settings.pull, settings.anchor_momentum
-        self._anchor = self._present().vector
+        self._log = MethodLog(f"OverlapLocalSGD, in every {period} steps")
+        start = self._present().vector
+        self._message = torch.cat([start.new_zeros(wire.HEADER), start])
         self._velocity = torch.zeros_like(self._anchor)
         self._pending: Pending | None = None
+        self._arrived = self._anchor[:0]
+
+    @property
+    def _anchor(self) -> Tensor:
+        """Behind its message's header."""
+        return self._message[wire.HEADER :]
 
     def advance(self, **keywords: Any) -> None:
         if self._pending is not None:
@@ -99,22 +110,32 @@ class OverlapLocalSGD(LocalSteps):
         self._flat.write(self._live)
         self._velocity.mul_(self._factor).add_(anchor).sub_(local)
         anchor.sub_(self._velocity).div_(self._collectives.size)
-        self._pending = self._collectives.start_allreduce(anchor, "hvd_sketch.anchor")
+        wire.write_header(self._message)
+        wire.write_digest(self._message[wire.DIGEST], self._arrived)
+        self._pending = self._collectives.start_allreduce(self._message, "hvd_sketch.anchor", in_turn=False)
 
     def finish(self) -> None:
         """As for every method: wait for the anchor that is on its way."""
         self._arrive()
 
     def _arrive(self) -> None:
-        if self._pending is not None:
-            self._pending.wait()
-            self._pending = None
+        if self._pending is None:
+            return
+        self._pending.wait()
+        self._pending = None
+        self._arrived = wire.fold(self._anchor)
+        if not wire.read_header(self._message).agreed:
+            raise RankMismatchError(
+                "OverlapLocalSGD: the last anchor but one did not come alike to all ranks: a message was damaged on "
+                "its way; look at the network, and go on from a checkpoint"
+            )
 
     def restart(self) -> None:
         super().restart()
         self._arrive()
         self._anchor.copy_(self._present().vector)
         self._velocity.zero_()
+        self._arrived = self._anchor[:0]
 
     def _own_state(self) -> dict[str, Any]:
         self._arrive()
@@ -126,4 +147,5 @@ class OverlapLocalSGD(LocalSteps):
     def _load_own_state(self, state: dict[str, Any]) -> None:
         self._arrive()
         self._anchor.copy_(state["anchor"])
+        self._arrived = self._anchor[:0]
         self._velocity.copy_(state["velocity"])

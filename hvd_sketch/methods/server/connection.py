@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hvd_sketch import wire
 from hvd_sketch.comm import Communicator, as_communicator
+from hvd_sketch.comm.alike import check_alike
+from hvd_sketch.comm.copies import majority, thrice
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.agreement import agree
 from hvd_sketch.methods.flat import FlatParameters
@@ -81,7 +84,8 @@ def _agree(settings: Settings, parameters: FlatParameters, model: torch.nn.Modul
     agree(collectives, settings.agreed(parameters, model), _name)
     _share_buffers(model, collectives, settings.server)
     own = torch.tensor([settings.samples], dtype=torch.int64, device="cpu")
-    samples = dict(enumerate(collectives.allgather(own, _name("samples")).flatten().tolist()))
+    told = majority(collectives.allgather(thrice(own), _name("samples")).t().flatten().tolist())
+    samples = dict(enumerate(told))
     if not settings.server_works:
         del samples[settings.server]
     for rank, count in samples.items():
@@ -96,6 +100,7 @@ def _share_buffers(model: torch.nn.Module, comm: Communicator, server: int) -> N
     for name, buffer in sorted(model.named_buffers()):
         value: Tensor = buffer.detach().contiguous()
         comm.broadcast(value, server, _name(name))
+        check_alike(comm, wire.checksum(value.view(-1).view(torch.uint8)), f"the buffer {name!r}", _name(name))
         buffer.detach().copy_(value)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from hvd_sketch.methods.swarm.message import Header, Kind
+from hvd_sketch.methods.swarm.message import Header, Kind, kind_of
 from hvd_sketch.methods.swarm.node import Node, Offer
 from hvd_sketch.methods.swarm.peers import Peers, Post
 from hvd_sketch.stats import Stats
@@ -84,7 +84,7 @@ class Meetings:
         self._at_rest = not patient
         self._offers: dict[int, Offer] = {}
         self._open: Offer | None = None
-        self._put_off: list[tuple[int, Tensor]] = []
+        self._put_off: list[tuple[int, Header, Tensor]] = []
 
     def visit(self, partner: int) -> None:
         """Meet ``partner``: returns when it has answered, or counts as lost, or met this node instead.
@@ -104,8 +104,8 @@ class Meetings:
         """The node's model is complete: answer what was put off, and everything from now on."""
         with self._condition:
             self._at_rest = True
-            for source, message in self._put_off:
-                self._answer(source, Header.read(message), message)
+            for put_off in self._put_off:
+                self._answer(*put_off)
             self._put_off.clear()
 
     def resume(self) -> None:
@@ -134,14 +134,14 @@ class Meetings:
         elif self._at_rest:
             self._answer(source, header, message)
         else:
-            self._put_off.append((source, message))
+            self._put_off.append((source, header, message))
 
     def _answer(self, source: int, header: Header, message: Tensor) -> None:
         began = time.time()
         reply = self._node.answer(header, message)
         self._post.send(source, reply)
         self._buffers.give(message)
-        if Header.read(reply).kind == Kind.ANSWER:
+        if kind_of(reply) == Kind.ANSWER:
             self._stats.visits += 1
             self._note(source, False, began, header.bits)
 

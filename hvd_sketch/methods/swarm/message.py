@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from enum import IntEnum, auto
 from typing import NamedTuple
 
 from torch import Tensor
 
-_FORMAT = struct.Struct("<BBhIQ")
+from hvd_sketch import wire
+
+_FORMAT = struct.Struct("<BBhIII")
 HEADER = _FORMAT.size
 """Bytes before the payload."""
 
@@ -28,8 +31,12 @@ class Kind(IntEnum):
     GONE = auto()  # I have stopped and will not answer again
 
 
+class Damaged(ValueError):
+    """These bytes are not those that were sent."""
+
+
 class Header(NamedTuple):
-    """Kind, code of the payload (bits 0: full precision), and the number of the meeting or mean."""
+    """Kind, code of the payload (bits 0: full precision), number of the meeting or mean, and the code's checksum."""
 
     kind: Kind
     number: int = 0
@@ -38,13 +45,36 @@ class Header(NamedTuple):
     checksum: int = 0
 
     def write(self, message: Tensor) -> Tensor:
-        """Put the header in front of a message (uint8), and return the message."""
-        content = _FORMAT.pack(self.kind, self.bits, self.exponent, self.checksum, self.number)
-        message.numpy()[:HEADER] = bytearray(content)
+        """Put the header in front of a message (uint8) that is complete otherwise, and return the message."""
+        message.numpy()[:HEADER] = bytearray(self._pack(self._seal(message)))
         return message
 
     @classmethod
     def read(cls, message: Tensor) -> Header:
-        """The header of a message."""
-        kind, bits, exponent, checksum, number = _FORMAT.unpack(message.numpy()[:HEADER].tobytes())
-        return cls(Kind(kind), number, bits, exponent, checksum)
+        """The header of a message.
+
+        Raises:
+            Damaged: when it, or the payload, is not what was sent.
+        """
+        if message.numel() < HEADER:
+            raise Damaged("a message shorter than its header")
+        kind, bits, exponent, checksum, number, seal = _FORMAT.unpack(message.numpy()[:HEADER].tobytes())
+        try:
+            header = cls(Kind(kind), number, bits, exponent, checksum)
+        except ValueError as error:
+            raise Damaged(str(error)) from None
+        if header._seal(message) != seal:
+            raise Damaged("the checksum is another one")
+        return header
+
+    def _seal(self, message: Tensor) -> int:
+        """A checksum of the header and of what is behind it in a message."""
+        return (zlib.crc32(self._pack(0)) + wire.checksum(message[HEADER:])) % 2**32
+
+    def _pack(self, seal: int) -> bytes:
+        return _FORMAT.pack(self.kind, self.bits, self.exponent, self.checksum, self.number, seal)
+
+
+def kind_of(message: Tensor) -> Kind:
+    """Of a message of one's own, which needs no check."""
+    return Kind(int(message[0]))

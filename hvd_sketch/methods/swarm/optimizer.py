@@ -17,11 +17,12 @@ from hvd_sketch.comm import as_communicator
 from hvd_sketch.comm.buffers import Buffers
 from hvd_sketch.comm.ending import ending
 from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.exchange.log import MethodLog
 from hvd_sketch.methods.decentralized import Decentralized
 from hvd_sketch.methods.graphs import graph_of
 from hvd_sketch.methods.swarm.assembly import Assembly
 from hvd_sketch.methods.swarm.meetings import Meeting, Meetings, SwarmStats
-from hvd_sketch.methods.swarm.message import HEADER, Header, Kind
+from hvd_sketch.methods.swarm.message import HEADER, Damaged, Header, Kind
 from hvd_sketch.methods.swarm.node import Node
 from hvd_sketch.methods.swarm.peers import Peers
 from hvd_sketch.methods.swarm.settings import Settings, SwarmOptions
@@ -83,7 +84,8 @@ class SwarmSGD(Decentralized):
 
     Raises:
         ConfigurationError: for arguments that cannot work, or MPI without MPI_THREAD_MULTIPLE.
-        RankMismatchError: alike on all ranks, when models or settings differ.
+        RankMismatchError: alike on all ranks, when models or settings differ. In `step` and in whatever waits, when
+            what came from another node is not what it sent; nothing of it was taken in.
     """
 
     stats: SwarmStats
@@ -111,6 +113,7 @@ class SwarmSGD(Decentralized):
         agreed = {"graph": str(self.graph.neighbours), **self.settings.agreed()}
         super().__init__(optimizer, model, as_communicator(comm), agreed, same_start=same_start)
         self.stats, self.rank = SwarmStats(), comm.rank
+        self._log = MethodLog(f"SwarmSGD({', '.join(f'{name}={value!r}' for name, value in options.items())})")
         self._published, self._base = self._flat.new(), self._flat.new()
         nbytes = self._published.vector.nbytes + HEADER
         if nbytes > LARGEST_MESSAGE:
@@ -250,7 +253,12 @@ class SwarmSGD(Decentralized):
 
     def _receive(self, source: int, message: Tensor) -> None:
         """In the courier's thread: hand a message to whom it concerns."""
-        header = Header.read(message)
+        try:
+            header = Header.read(message)
+        except Damaged:
+            with self._condition:
+                self._peers.note_damage(source)
+            return
         with self._condition:
             self._peers.heard(source, header.kind)
             if header.kind in (Kind.MEET, Kind.ANSWER, Kind.TOO_FAR, Kind.VOID):

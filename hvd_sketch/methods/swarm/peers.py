@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from hvd_sketch.comm.buffers import Buffers
+from hvd_sketch.errors import RankMismatchError
 from hvd_sketch.methods.swarm.message import HEADER, Header, Kind
 
 OnLost = Literal["raise", "continue"]
@@ -57,6 +58,7 @@ class Peers:
         self._last_ping = [0.0] * size
         self.lost: set[int] = set()
         self.gone: set[int] = set()
+        self._damaged: int | None = None
 
     def present(self, ranks: Collection[int]) -> list[int]:
         """Those of ``ranks`` that are not known to be away."""
@@ -68,6 +70,11 @@ class Peers:
         if kind == Kind.GONE:
             self.gone.add(source)
 
+    def note_damage(self, source: int) -> None:
+        """What came from a node is not what it sent: this node goes on no further."""
+        self._damaged = source
+        self._condition.notify_all()
+
     def tell(self, to: int, kind: Kind, number: int = 0) -> None:
         """Send a message without payload."""
         self._post.send(to, Header(kind, number).write(self._buffers.take(HEADER)))
@@ -77,10 +84,16 @@ class Peers:
 
         Raises:
             RuntimeError: from the courier's own error.
+            RankMismatchError: when a message was damaged.
             PeerLost: when a node said that it leaves, unless that is to be ignored.
         """
         if self._post.failure is not None:
             raise RuntimeError(f"rank {self.rank}: the courier ended by an error") from self._post.failure
+        if self._damaged is not None:
+            raise RankMismatchError(
+                f"rank {self.rank}: a message of rank {self._damaged} was damaged on its way, and was not taken in; "
+                "look at the network between them, and go on from a checkpoint"
+            )
         if self.gone and self._on_lost == "raise":
             raise PeerLost(
                 f"rank {self.rank}: rank {min(self.gone)} has ended without finish(), probably by an error; "

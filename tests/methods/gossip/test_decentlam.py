@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from hvd_sketch import wire
 from hvd_sketch.comm import Communicator, SingleProcess
 from hvd_sketch.comm.in_process import run_in_process
 from hvd_sketch.errors import ConfigurationError, RankMismatchError
@@ -98,7 +99,7 @@ def test_consensus_contracts_by_the_spectral_gap(on_8_ranks: list[OnMpi], graph:
         seen, sent = result.consensus[graph]
         rates = [after / before for before, after in pairwise(seen)]
         assert rates == pytest.approx([1 - spectral_gap(structure.mixing())] * 5, rel=1e-9)
-        assert sent == 5 * len(structure.neighbours[rank]) * SIZE * 8
+        assert sent == 5 * len(structure.neighbours[rank]) * (SIZE * 8 + wire.SEAL)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from hvd_sketch import wire
 from hvd_sketch.comm import Communicator, SingleProcess
 from hvd_sketch.comm.in_process import run_in_process
 from hvd_sketch.errors import ConfigurationError
@@ -68,7 +69,7 @@ def test_it_converges_linearly_to_1e_10(on_8_ranks: list[dict[str, Run]], name: 
 @pytest.mark.parametrize("name", RUNS)
 def test_it_sends_the_quantised_difference_to_each_neighbour(on_8_ranks: list[dict[str, Run]], name: str) -> None:
     graph, bits, _ = RUNS[name]
-    message = 4 + 512 * bits // 8
+    message = 4 + 512 * bits // 8 + wire.SEAL
     for rank, runs in enumerate(on_8_ranks):
         assert runs[name].bytes_sent == (STEPS - 1) * len(graph_of(graph, 8).neighbours[rank]) * message
 

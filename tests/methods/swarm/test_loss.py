@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from hvd_sketch.errors import RankLostError, RankMismatchError
+from hvd_sketch.methods.gossip.decentlam import DmSGD
 from hvd_sketch.methods.swarm import PeerLost
 from tests.methods.swarm.test_optimizer import RATE, Vector, swarm_of, train
 from tests.support.ranks import launch, ranks
@@ -125,3 +127,48 @@ def test_when_a_node_ends_by_an_error_the_others_are_told_at_once() -> None:
     assert told[VICTIM] == "its own"
     for rank in (0, 1, 3):
         assert "has ended without finish()" in told[rank]
+
+
+def receive_damaged() -> tuple[str, str]:
+    """What a rank is told when the victim receives one flipped bit: of a swarm's message, and of a neighbour's."""
+    from mpi4py import MPI
+
+    comm, told = MPI.COMM_WORLD, ["not told", "not told"]
+
+    def flipped(message: torch.Tensor) -> torch.Tensor:
+        message.view(-1)[-1] ^= 16
+        return message
+
+    model = Vector(torch.zeros(10))
+    try:
+        with swarm_of(model, comm) as optimizer:
+            train(optimizer, model, 5)
+            if comm.rank == VICTIM:
+                receive = optimizer._courier._receive
+                optimizer._courier._receive = lambda source, message: receive(source, flipped(message))
+            train(optimizer, model, 100_000)
+    except (PeerLost, RankMismatchError) as error:
+        told[0] = f"{type(error).__name__}: {error}"
+    gossip: Any = DmSGD(torch.optim.SGD(model.parameters(), lr=RATE), model, comm, "complete")
+    train(gossip, model, 3)
+    if comm.rank == VICTIM:
+        gather = gossip._neighbourhood._gather
+        gossip._neighbourhood._gather = lambda *arguments: flipped(gather(*arguments))
+    try:
+        train(gossip, model, 100_000)
+    except (RankLostError, RankMismatchError) as error:
+        told[1] = f"{type(error).__name__}: {error}"
+    return told[0], told[1]
+
+
+def test_a_flipped_bit_is_told_by_who_received_it_and_the_others_are_told_that_it_ended() -> None:
+    told = ranks(3, receive_damaged, timeout=250)
+    assert told[VICTIM][0].startswith(f"RankMismatchError: rank {VICTIM}: a message of rank ")
+    assert told[VICTIM][1].startswith(
+        f"RankMismatchError: rank {VICTIM}: what came from rank 1 in hvd_sketch.gossip of step "
+    )
+    for rank in (0, 1):
+        assert told[rank][0].startswith("PeerLost")
+        assert "has ended without finish()" in told[rank][0]
+        assert told[rank][1].startswith("RankLostError")
+        assert f"for rank {VICTIM}" in told[rank][1]

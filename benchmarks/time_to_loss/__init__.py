@@ -1,0 +1,1 @@
+"""How long each method trains until it has the loss that dense training reaches."""
