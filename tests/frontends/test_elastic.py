@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from hvd_sketch import Compression
 from hvd_sketch.comm import Communicator, Pending
 from hvd_sketch.comm.in_process import run_in_process
 from hvd_sketch.frontends.elastic import OptimizerHandler
+from tests.support.ranks import run
 
 PLAIN: dict[str, Any] = {"ratio": 8.0, "clip_norm": None}
 LR = 0.5
@@ -183,3 +187,19 @@ def test_a_new_wrap_takes_over_what_is_unsent() -> None:
         run_in_process(size, body)
         check(workers, workers[:size])
     assert all(math.isfinite(float(worker.unsent().norm())) for worker in workers)
+
+
+def test_a_rank_comes_and_dies_in_elastic_horovod(tmp_path: Path) -> None:
+    """From 2 to 3 processes and back; survivors go back to the last commit."""
+    (tmp_path / "hosts").write_text("localhost:2\n")
+    discover = tmp_path / "discover"
+    discover.write_text(f"#!/bin/sh\ncat {tmp_path}/hosts\n")
+    discover.chmod(0o755)
+    command = ("horovodrun", "--gloo", "--network-interface", "lo", "-np", "2", "--min-np", "2", "--max-np", "3")
+    script = (sys.executable, "tests/scripts/elastic_training.py", "ours", str(tmp_path), "add,kill,end")
+    ended = run((*command, "--host-discovery-script", str(discover), *script), timeout=300)
+    ends = re.findall(r"<end: (\d) processes, off by (\S+), the same on all: (\w+), departed: (\d)>", ended.output)
+    assert len(ends) == 2, ended.output
+    for processes, off, same, departed in ends:
+        assert (processes, same, departed) == ("3", "True", "1")
+        assert float(off) < 1e-5

@@ -98,7 +98,7 @@ def next_event() -> str:
 
 def train(state: Any) -> None:
     while True:
-        event = hvd.broadcast_object(next_event() if hvd.rank() == 0 else None, 0)
+        event = hvd.broadcast_object(next_event() if hvd.rank() == 0 else "", 0, name="event")
         if event == "end":
             return
         if event == "kill" and victim:
