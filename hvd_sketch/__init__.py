@@ -18,9 +18,10 @@ from hvd_sketch.error_feedback.factored_moments import FactoredMoments
 from hvd_sketch.error_feedback.step_ahead import StepAhead
 from hvd_sketch.errors import ConfigurationError, RankLostError, RankMismatchError
 from hvd_sketch.frontends import elastic as _elastic  # noqa: F401 - it prepares Horovod
+from hvd_sketch.frontends.arguments import Average, Sum
 from hvd_sketch.frontends.checkpoint import SavedMemory
 from hvd_sketch.frontends.join import join
-from hvd_sketch.frontends.optimizer import Average, DistributedOptimizer, Sum
+from hvd_sketch.frontends.optimizer import DistributedOptimizer
 from hvd_sketch.memory import Momentum
 from hvd_sketch.methods.gossip.decentlam import DecentLaM, DmSGD
 from hvd_sketch.methods.gossip.lead import LEAD

@@ -84,7 +84,7 @@ def check_shards(named: Sequence[tuple[str, Tensor]], comm: Any, unfit: Mapping[
     Raises:
         ConfigurationError: with the name of a parameter and what to do.
     """
-    sharded = {name: parameter for name, parameter in sorted(named) if is_sharded(parameter)}
+    sharded = {name: parameter for name, parameter in sorted(named, key=lambda item: item[0]) if is_sharded(parameter)}
     if not sharded:
         return
     name, first = next(iter(sharded.items()))

@@ -134,20 +134,7 @@ class Exchange(Progress):
             ConfigurationError: alike on all ranks, when any of them called `fail_together`; or while the caller
                 captures a CUDA graph.
         """
-        refuse_capture(self.gradient.device)
-        self._update.hold()
-        self._absent.clear()
-        self.comm.occupation = f"step {self.step}"
-        self._missing = {*self.staging.close(), *self.only_decay}
-        self.rounds.incomplete = bool(self._missing or self.frozen)
-        if not self.agreed:
-            with self.stats.counting(self.comm):
-                self._told_void = False
-                self._agree()
-                self.comm.look_at_links()
-            self.log.begin_step(self.stats)
-        if self.comm.size > 1:
-            self.rounds.digest = self.drift.lanes(self.step, self.own_state(), self.gradient.device)
+        self._begin()
         with self.stats.counting(self.comm):
             clip, finite = self._measured or self.measure()
             self.stats.clip, compressed = clip, self.plan is not None
@@ -159,14 +146,8 @@ class Exchange(Progress):
         self._count()
         if self._absent.positions and not self.void:
             self._absent.put_back(self.memory, self.update)
-        counts = self.rounds.all_present and not self.void
-        self.step += counts
-        if counts and self.comm.size > 1:
-            self.drift.note_update(*self._update.contents())
-            if self.resync_every and self.step % self.resync_every == 0:
-                self.stats.drift = take_over_parameters(self.rounds, self.drift.parameters)
-        for observer in self.observers if counts else ():
-            observer.observe(self)
+        if self.rounds.all_present and not self.void:
+            self._note_step()
         self.log.end_step(self, compressed=compressed)
 
     @property
@@ -273,6 +254,33 @@ class Exchange(Progress):
         self.staging.forget()
         self.rounds.fail_together(None)
         self._refused = False
+
+    def _begin(self) -> None:
+        """What comes before the messages: nothing is held, what is missing is known, and the ranks agree."""
+        refuse_capture(self.gradient.device)
+        self._update.hold()
+        self._absent.clear()
+        self.comm.occupation = f"step {self.step}"
+        self._missing = {*self.staging.close(), *self.only_decay}
+        self.rounds.incomplete = bool(self._missing or self.frozen)
+        if not self.agreed:
+            with self.stats.counting(self.comm):
+                self._told_void = False
+                self._agree()
+                self.comm.look_at_links()
+            self.log.begin_step(self.stats)
+        if self.comm.size > 1:
+            self.rounds.digest = self.drift.lanes(self.step, self.own_state(), self.gradient.device)
+
+    def _note_step(self) -> None:
+        """A step of all ranks was taken."""
+        self.step += 1
+        if self.comm.size > 1:
+            self.drift.note_update(*self._update.contents())
+            if self.resync_every and self.step % self.resync_every == 0:
+                self.stats.drift = take_over_parameters(self.rounds, self.drift.parameters)
+        for observer in self.observers:
+            observer.observe(self)
 
     def _send(self, clip: Factor, finite: Finite) -> bool:
         """What the step asks for; False if some rank is not finite."""

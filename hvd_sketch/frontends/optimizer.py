@@ -12,14 +12,21 @@ from torch import Tensor
 
 from hvd_sketch.comm import chosen_backend
 from hvd_sketch.comm.hosts import Asked
-from hvd_sketch.compatibility import check_groups, check_momentum, correction_of
+from hvd_sketch.compatibility import check_groups, correction_of
 from hvd_sketch.compressors import Compression, Compressor, HalfPrecision, NoCompression
 from hvd_sketch.error_feedback.ahead import AheadOptimizer
 from hvd_sketch.error_feedback.base import ErrorFeedback, Wrapping, check_error_feedback
 from hvd_sketch.error_feedback.default import Default, settle
-from hvd_sketch.error_feedback.step_ahead import StepAhead
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import DenseExchange, Exchange
+from hvd_sketch.frontends.arguments import (
+    Average,
+    check_arguments,
+    check_compression,
+    check_hierarchical,
+    named_of,
+    unfit_for_shards,
+)
 from hvd_sketch.frontends.grouped import grouped
 from hvd_sketch.frontends.link import Link
 from hvd_sketch.layout import Layout
@@ -27,9 +34,6 @@ from hvd_sketch.memory import Momentum
 from hvd_sketch.methods.exchanging import ExchangingOptimizer
 from hvd_sketch.methods.wiring import HorovodOptimizer, Wiring
 from hvd_sketch.shards import Shards, check_shards, is_sharded, local_parts
-
-Average, Sum = 0, 1  # Horovod's own numbers
-_OTHER_OPS = {2: "Adasum", 3: "Min", 4: "Max", 5: "Product"}
 
 Uncompressed = type[NoCompression] | type[HalfPrecision]
 
@@ -155,7 +159,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     Raises:
         ConfigurationError: when a setting cannot work, before any communication.
     """
-    _check_arguments(optimizer, backward_passes_per_step, op, gradient_predivide_factor, process_set, comm)
+    check_arguments(optimizer, backward_passes_per_step, op, gradient_predivide_factor, process_set, comm)
     if resync_every < 0:
         raise ConfigurationError(f"resync_every must be at least 0, got {resync_every}")
     if num_groups != 0:
@@ -165,7 +169,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     )
     if feedback is not None:
         check_error_feedback(feedback, optimizer, compression, averages=op == Average, corrects=momentum_correction)
-    asked = _check_hierarchical(hierarchical, compression, feedback)
+    asked = check_hierarchical(hierarchical, compression, feedback)
     if comm is None and chosen_backend() == "horovod" and not isinstance(compression, Compressor):
         return _stock_optimizer(
             optimizer,
@@ -179,12 +183,12 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
             process_set=process_set,
             resync_every=resync_every,
         )
-    _check_compression(compression, op, optimizer)
+    check_compression(compression, op, optimizer)
     check_groups(groups)
     corrects = momentum_correction and isinstance(compression, Compressor)
     correction = correction_of(optimizer, masking=momentum_masking) if corrects else None
-    named = _named(optimizer, named_parameters)
-    unfit = _unfit_for_shards(compression, feedback, sparse_as_dense=sparse_as_dense, hierarchical=bool(asked))
+    named = named_of(optimizer, named_parameters)
+    unfit = unfit_for_shards(compression, feedback, sparse_as_dense=sparse_as_dense, hierarchical=bool(asked))
     check_shards(named, comm, unfit)
     _layout(compression, [item for item in named if item[1].requires_grad])  # fails now, not in the first step
     link = Link(comm, process_set, False if any(is_sharded(parameter) for _, parameter in named) else asked)
@@ -209,48 +213,6 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
             wiring=wiring,
         )
     )
-
-
-def _check_arguments(
-    optimizer: torch.optim.Optimizer, passes: int, op: int, predivide_factor: float, process_set: Any, comm: Any
-) -> None:
-    """What is wrong with any compression."""
-    if type(optimizer).__module__ == "horovod.torch.optimizer":
-        raise ConfigurationError("the optimizer is already a DistributedOptimizer; wrap the plain one")
-    if process_set is not None and comm is not None:
-        raise ConfigurationError("give process_set (of Horovod) or comm (in place of Horovod), not both")
-    if passes <= 0:
-        raise ConfigurationError(f"backward_passes_per_step must be at least 1, got {passes}")
-    if predivide_factor != 1.0 and op != Average:
-        raise ConfigurationError("gradient_predivide_factor is supported with op=Average only")
-
-
-def _check_compression(compression: Any, op: int, optimizer: torch.optim.Optimizer) -> None:
-    """What is wrong with an exchange of ours."""
-    if compression not in (NoCompression, HalfPrecision) and not isinstance(compression, Compressor):
-        raise ConfigurationError(
-            f"compression={compression!r} is no member of hvd_sketch.Compression: use none, fp16, auto() or another"
-        )
-    if op not in (Average, Sum):
-        name = _OTHER_OPS.get(op, str(op))
-        raise ConfigurationError(f"op={name} cannot be combined with compression: only Average and Sum are linear")
-    if isinstance(compression, Compressor):
-        check_momentum(compression.momentum, optimizer)
-
-
-def _check_hierarchical(asked: Asked, compression: Any, feedback: ErrorFeedback | None) -> Asked:
-    """What is asked for, False where it is not possible; refused where somebody insists on that."""
-    if not isinstance(asked, bool | None) and (type(asked) is not int or asked < 1):
-        raise ConfigurationError(f"hierarchical must be True, False, None or a number of ranks, got {asked!r}")
-    if isinstance(compression, Compressor) and compression.divides and not isinstance(feedback, StepAhead):
-        return asked
-    if asked:
-        unfit = "StepAhead" if isinstance(feedback, StepAhead) else compression
-        raise ConfigurationError(
-            f"hierarchical={asked} divides a compressor's exchange of gradients among the ranks of a host, which does "
-            f"not work with {unfit}; leave it away"
-        )
-    return False
 
 
 def _exchange(
@@ -278,41 +240,6 @@ def _layout(compression: Any, named_parameters: Iterable[tuple[str, Tensor]]) ->
     return Layout.of(parts, lambda name, parameter: False)
 
 
-def _unfit_for_shards(compression: Any, feedback: ErrorFeedback | None, **others: bool) -> dict[str, bool]:
-    """Settings that do not go with parameters of which ranks hold shards."""
-    return {
-        **others,
-        "error_feedback=StepAhead": isinstance(feedback, StepAhead),
-        "buckets above 1": getattr(compression, "buckets", 1) > 1,
-    }
-
-
-def _named(
-    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, Tensor]] | None
-) -> list[tuple[str, Tensor]]:
-    groups = optimizer.param_groups
-    if named_parameters is None:
-        return [
-            (f"allreduce.noname.{i}.{j}", p) for i, group in enumerate(groups) for j, p in enumerate(group["params"])
-        ]
-    named = list(named_parameters)
-    if any(not isinstance(item, tuple) for item in named):
-        raise ConfigurationError(
-            "named_parameters should be a sequence of tuples (name, parameter), usually produced by "
-            "model.named_parameters()"
-        )
-    held = {id(p): (i, j) for i, group in enumerate(groups) for j, p in enumerate(group["params"])}
-    known = {id(parameter) for _, parameter in named}
-    unnamed = [place for identity, place in held.items() if identity not in known]
-    if unnamed:
-        raise ConfigurationError(
-            f"named_parameters lacks {len(unnamed)} parameters of the optimizer, the first one at (group, index) "
-            f"{unnamed[0]}; pass the named_parameters() of every model whose parameters it holds"
-        )
-    first = {id(parameter): name for name, parameter in reversed(named)}  # of tied ones
-    return [(name, parameter) for name, parameter in named if id(parameter) in held and first[id(parameter)] == name]
-
-
 def _stock_optimizer(
     optimizer: torch.optim.Optimizer, *, process_set: Any, resync_every: int, **arguments: Any
 ) -> HorovodOptimizer:
@@ -322,7 +249,6 @@ def _stock_optimizer(
         raise ConfigurationError(
             "resync_every needs a compressor of ours: with Compression.none and fp16 this is Horovod's own optimizer"
         )
-
     process_set = hvd.global_process_set if process_set is None else process_set
     # the runner of unmodified scripts may have put this function in place of Horovod's
     stock = getattr(hvd.DistributedOptimizer, "stock", hvd.DistributedOptimizer)
