@@ -6,7 +6,8 @@ import atexit
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import horovod.torch as hvd
@@ -40,11 +41,8 @@ class _Handle(Pending):
         if not wait_until(self._done, _nothing, limit):
             atexit.register(_end_at_once)
             raise RankLostError(self._comm.too_late(self._what))
-        try:
+        with self._comm.noting(self._what):
             return self._result_of(hvd.synchronize(self._handle))
-        except HorovodInternalError as error:
-            error.add_note(f"hvd_sketch: rank {self._comm.rank} was in {self._what}")
-            raise
 
     def _done(self) -> bool:
         if hvd.poll(self._handle):
@@ -85,6 +83,15 @@ class HorovodCommunicator(Communicator):
     def __init__(self, process_set: Any = None, timeout: float | None = None) -> None:
         self.process_set = hvd.global_process_set if process_set is None else process_set
         self.limit = limit_of(timeout)
+
+    @contextmanager
+    def noting(self, what: str) -> Iterator[None]:
+        """Inside, an error of Horovod's, which it has when another rank has ended, says what this rank was in."""
+        try:
+            yield
+        except HorovodInternalError as error:
+            error.add_note(f"hvd_sketch: rank {self.rank} was in {what}")
+            raise
 
     def too_late(self, what: str) -> str:
         """What to say when others did not come in time."""
@@ -145,18 +152,29 @@ class HorovodCommunicator(Communicator):
         return device.type == "cpu" or bool(hvd.nccl_built() or hvd.cuda_built())
 
     def post_allreduce(self, tensor: Tensor, name: str) -> Pending:
-        handle = hvd.allreduce_async_(tensor, name=name, op=hvd.Sum, process_set=self.process_set)
-        return _Handle(handle, lambda result: tensor, self, f"allreduce {name}")
+        return self._start(
+            hvd.allreduce_async_, tensor, f"allreduce {name}", lambda result: tensor, name=name, op=hvd.Sum
+        )
 
     def post_allgather(self, tensor: Tensor, name: str) -> Pending:
-        handle = hvd.allgather_async(tensor, name=name, process_set=self.process_set)
-        return _Handle(handle, lambda gathered: gathered.view(self.size, -1), self, f"allgather {name}")
+        return self._start(
+            hvd.allgather_async, tensor, f"allgather {name}", lambda gathered: gathered.view(self.size, -1), name=name
+        )
 
     def post_alltoall(self, tensor: Tensor, name: str) -> Pending:
-        handle = hvd.alltoall_async(tensor.contiguous(), name=name, process_set=self.process_set)
         # the second result tells how much came from whom
-        return _Handle(handle, lambda received: received[0], self, f"alltoall {name}")
+        return self._start(
+            hvd.alltoall_async, tensor.contiguous(), f"alltoall {name}", lambda received: received[0], name=name
+        )
 
     def run_broadcast(self, tensor: Tensor, root: int, name: str) -> None:
-        handle = hvd.broadcast_async_(tensor, root_rank=root, name=name, process_set=self.process_set)
-        _Handle(handle, lambda result: tensor, self, f"broadcast {name} from rank {root}").wait()
+        what = f"broadcast {name} from rank {root}"
+        self._start(hvd.broadcast_async_, tensor, what, lambda result: tensor, name=name, root_rank=root).wait()
+
+    def _start(
+        self, begin: Callable[..., int], tensor: Tensor, what: str, result_of: Callable[[Any], Tensor], **options: Any
+    ) -> Pending:
+        """Begin one of Horovod's operations in this process set."""
+        with self.noting(self.in_words(what)):
+            handle = begin(tensor, process_set=self.process_set, **options)
+        return _Handle(handle, result_of, self, what)

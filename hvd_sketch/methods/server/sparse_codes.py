@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.compressors import Auto, Sharded, Sparsifier, Stride, TopK
+from hvd_sketch.compressors.base import Bucketed
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.budget import unreachable
 from hvd_sketch.layout import Layout
@@ -180,7 +181,7 @@ def _recipe(compression: Sparsifier, layout: Layout) -> tuple[Callable[..., Code
     if isinstance(compression, TopK):
         return Pairs, partial(_pairs, layout)
     if isinstance(compression, Sharded | Auto):
-        settings = {field.name: getattr(compression, field.name) for field in fields(Auto)}
+        settings = {field.name: getattr(compression, field.name) for field in fields(Bucketed)}
         alone = Sharded(**{**settings, "half": False, "buckets": 1})
         return FourBits, lambda ratio: sum(codec.count for _, codec in alone.fit(layout, ratio, 1))
     if isinstance(compression, Stride):
