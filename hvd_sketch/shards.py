@@ -35,9 +35,9 @@ def local(tensor: Tensor) -> Tensor:
     return shard
 
 
-def local_parts(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """What this process has of each of them, by name."""
-    return {name: local(parameter) for name, parameter in named}
+def local_parts(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """What this process has of each of them, under its name."""
+    return [(name, local(parameter)) for name, parameter in named]
 
 
 def gather_anew(module: torch.nn.Module) -> None:

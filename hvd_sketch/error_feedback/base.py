@@ -45,7 +45,7 @@ class Wrapping:
     @property
     def layout(self) -> Layout:
         """Of these."""
-        return self.compression.layout(local_parts(self.trained.items()).items())
+        return self.compression.layout(local_parts(self.trained.items()))
 
 
 class ErrorFeedback(ABC):

@@ -234,7 +234,7 @@ def _exchange(
 
 
 def _layout(compression: Any, named_parameters: Iterable[tuple[str, Tensor]]) -> Layout:
-    parts = local_parts(named_parameters).items()
+    parts = local_parts(named_parameters)
     if isinstance(compression, Compressor):
         return compression.layout(parts)
     return Layout.of(parts, lambda name, parameter: False)
