@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hvd_sketch.comm.patience import ranks
 from hvd_sketch.errors import ConfigurationError
 
 VARIABLE = "HVD_SKETCH_CROSSING"
@@ -35,7 +36,7 @@ def agreed_crossing(alltoall: Callable[[Tensor, str], Tensor], size: int) -> flo
     Ranks leave one alltoall apart by what they are late in the next: of two in a row, the mean is the delay.
 
     Raises:
-        ConfigurationError: for a variable that is no number of seconds.
+        ConfigurationError: alike on all ranks, for a variable that is no number of seconds on one of them.
     """
     given = _given()
     message = torch.zeros(size, 1, dtype=torch.float64, device="cpu")
@@ -43,6 +44,9 @@ def agreed_crossing(alltoall: Callable[[Tensor, str], Tensor], size: int) -> flo
     own = [statistics.median(samples), given, float(zlib.crc32(socket.gethostname().encode()))]
     told = alltoall(torch.tensor([own] * size, dtype=torch.float64, device="cpu"), _NAME)
     medians, fixed, hosts = told.unbind(1)
+    if bool(fixed.isnan().any()):
+        wrong = ranks(fixed.isnan().nonzero().flatten().tolist())
+        raise ConfigurationError(f"{VARIABLE} must be a number of seconds, 0 or more, and is none on {wrong}")
     if float(fixed.max()) != _NOT_GIVEN:
         return float(fixed.max())
     return 0.0 if bool((hosts == hosts[0]).all()) else float(medians.max())
@@ -55,13 +59,12 @@ def _timed(alltoall: Callable[[Tensor, str], Tensor], message: Tensor) -> float:
 
 
 def _given() -> float:
+    """The environment's seconds; not a number where they are none."""
     text = os.environ.get(VARIABLE)
     if text is None:
         return _NOT_GIVEN
     try:
         seconds = float(text)
     except ValueError:
-        seconds = math.nan
-    if not 0.0 <= seconds < math.inf:
-        raise ConfigurationError(f"{VARIABLE} must be a number of seconds, 0 or more, got {text!r}")
-    return seconds
+        return math.nan
+    return seconds if 0.0 <= seconds < math.inf else math.nan
