@@ -180,7 +180,7 @@ def test_a_switch_with_delay_keeps_it_and_ends_with_the_cluster(name: str) -> No
     assert there_and_back >= 0.1
     assert sorted(text.split()) == ["h1", "h1", "h2", "h2"]
     assert len(switch) == 1
-    assert not network.is_alive(switch.pop())
+    assert_ends(switch.pop())
     assert traces(name) == []
 
 
@@ -191,6 +191,10 @@ def test_a_switch_with_delay_ends_with_the_process_that_made_it(name: str) -> No
     (switch,) = network.processes([f"hvdsketch-{name}-switch"])
     process.kill()
     process.wait(timeout=10)
+    assert_ends(switch)
+
+
+def assert_ends(switch: int) -> None:
     deadline = time.monotonic() + 10
     while network.is_alive(switch):
         assert time.monotonic() < deadline, "the switch is still there"
