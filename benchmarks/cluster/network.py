@@ -118,5 +118,8 @@ def _signal(pids: Iterable[int], number: signal.Signals) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this id exists."""
-    return Path(f"/proc/{pid}").exists()
+    """Whether a process of this id exists, and has not ended unnoticed by its parent."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
