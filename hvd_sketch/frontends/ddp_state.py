@@ -26,6 +26,7 @@ from hvd_sketch.exchange import Exchange
 from hvd_sketch.exchange.gradients import shared_state, take_over, watch
 from hvd_sketch.exchange.joining import attend
 from hvd_sketch.exchange.scaling import LossScale
+from hvd_sketch.frontends.arguments import check_hierarchical
 from hvd_sketch.frontends.grouped import grouped
 from hvd_sketch.methods.wrapper import HOROVODS_MODULE
 
@@ -83,7 +84,7 @@ class State:
         layout = compression.layout(trained.items())
         comm = as_communicator(dist.group.WORLD if process_group is None else process_group)
         device = next(iter(trained.values())).device
-        hosts, note = find_hosts(comm, hierarchical)
+        hosts, note = find_hosts(comm, check_hierarchical(hierarchical, compression, feedback))
         make = partial(compression.exchange, layout, comm, average=True, device=device)
         self.exchange = grouped(lambda hosts: make(hosts=hosts), hosts, note)
         held = self._optimizer

@@ -37,6 +37,11 @@ class OrDense(Compressor):
         return self.wanted.wants_anticipation
 
     @property
+    def divides(self) -> bool:
+        """The other's."""
+        return self.wanted.divides
+
+    @property
     def _told(self) -> Compressor:
         """The other one, which knows what this one was told."""
         return replace(self.wanted, anticipate=self.anticipate)

@@ -367,6 +367,8 @@ def errors() -> dict[str, str]:
         "alone": alone(),
         "not wrapped": refused(lambda: hvd.ddp.register(net(), sgd(model), COMPRESSORS["topk"]())),
         "no compressor": refused(lambda: hvd.ddp.register(model, sgd(model), none)),
+        "mixed by hosts": refused(lambda: hvd.ddp.State(Compression.mixed(ratio=8.0), sgd(model), hierarchical=True)),
+        "no groups": refused(lambda: hvd.ddp.State(COMPRESSORS["topk"](), sgd(model), hierarchical=0)),
         "lbfgs": refused(lambda: hvd.ddp.State(COMPRESSORS["topk"](), torch.optim.LBFGS(model.parameters()))),
         "foreign": refused(
             lambda: hvd.ddp.register(
@@ -510,6 +512,8 @@ def test_a_saved_run_continues_as_if_never_saved(seen: list[dict[str, Any]]) -> 
         ("not wrapped", "needs a torch.nn.parallel.DistributedDataParallel model, got Sequential"),
         ("alone", "HOROVOD_SIZE of horovodrun has started 2 processes.*start with torchrun"),
         ("no compressor", "PyTorch's own fp16_compress_hook"),
+        ("mixed by hosts", "hierarchical=True divides a compressor's exchange.*does not work with Mixed"),
+        ("no groups", "hierarchical must be True, False, None or a number of ranks, got 0"),
         ("lbfgs", "use an optimizer that steps once per gradient"),
         ("foreign", "which does not hold '2.weight'"),
     ],

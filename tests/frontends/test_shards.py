@@ -72,6 +72,17 @@ def by_replica(rank: int) -> tuple[int, int]:
     return rank // 2 * 2, rank // 2 * 2 + 1
 
 
+def step(model: Any, optimizer: Any, clip: float | None) -> None:
+    """With the update clipped by the script, if it does that."""
+    if clip is None:
+        optimizer.step()
+        return
+    optimizer.synchronize()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    with optimizer.skip_synchronize():
+        optimizer.step()
+
+
 def trained(mesh: DeviceMesh, name: str, compression: Any, clip: float | None = None, **settings: Any) -> Any:
     """Sharded, each of the four ranks with its own batches."""
     model = sharded(mesh)
@@ -79,13 +90,7 @@ def trained(mesh: DeviceMesh, name: str, compression: Any, clip: float | None = 
     for number in range(STEPS):
         optimizer.zero_grad()
         loss(model, dist.get_rank(), number).backward()
-        if clip is not None:
-            optimizer.synchronize()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-            with optimizer.skip_synchronize():
-                optimizer.step()
-        else:
-            optimizer.step()
+        step(model, optimizer, clip)
     return model, optimizer
 
 
@@ -97,13 +102,7 @@ def reference(mesh: DeviceMesh, name: str, compression: Any, clip: float | None 
         optimizer.zero_grad()
         both = [loss(model, rank, number) for rank in by_replica(dist.get_rank())]
         ((both[0] + both[1]) / 2).backward()
-        if clip is not None:
-            optimizer.synchronize()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-            with optimizer.skip_synchronize():
-                optimizer.step()
-        else:
-            optimizer.step()
+        step(model, optimizer, clip)
     return flat(model)
 
 
