@@ -92,7 +92,8 @@ class Client:
         _check(compressor, optimizer)
         compressor, follow = _accompany[-1](compressor, optimizer, _averages(optimizer))
         self.names = names
-        self.parameters = {names[p]: p for p in _as_given(optimizer, names) if p.requires_grad}
+        hooked: set[Tensor] = getattr(optimizer, "_requires_update", set())
+        self.parameters = {names[p]: p for p in _as_given(optimizer, names) if p.requires_grad or p in hooked}
         self.exchange = _make_exchange(compressor, optimizer, compressor.layout(self.parameters.items()))
         held = weakref.ref(optimizer)
         self.exchange.watch(self.parameters, lambda: getattr(held(), "param_groups", ()))

@@ -139,6 +139,20 @@ def channels_last(wrap: Wrap, rank: int) -> Tensor:
     return flat(model)
 
 
+def frozen_after_wrapping_and_trained_later(wrap: Wrap, rank: int) -> Tensor:
+    """Horovod hooks what trains when it wraps; what is frozen from the first step to the fourth is left alone."""
+    model = net()
+    optimizer = wrap(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.01), model)
+    before = flat(model[0])
+    model[0].requires_grad_(False)
+    train(optimizer, model, 4, rank)
+    assert torch.equal(flat(model[0]), before)
+    model[0].requires_grad_(True)
+    train(optimizer, model, range(4, 8), rank)
+    assert not torch.equal(flat(model[0]), before)
+    return flat(model)
+
+
 def synchronized_by_hand_and_clipped(wrap: Wrap, rank: int) -> Tensor:
     model = net()
     optimizer = wrap(torch.optim.SGD(model.parameters(), 0.1), model)
@@ -292,6 +306,7 @@ SCENARIOS: list[Callable[[Wrap, int], Tensor]] = [
     gradients_kept_as_zeros,
     gradients_freed,
     channels_last,
+    frozen_after_wrapping_and_trained_later,
     synchronized_by_hand_and_clipped,
     synchronized_twice,
     two_models_before_either_steps,
