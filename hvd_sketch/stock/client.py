@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -103,7 +105,7 @@ class Client:
         self._order = list(self.parameters.values())
         self._next = 0
         self._scale = LossScale(None)
-        self._depth = 0
+        self._depth = int(_is_stepping(optimizer))
         self._filled: set[Tensor] = set()
         self._undo: Callable[[], None] | None = None
         self._companion = follow(self, self.exchange, self.parameters)
@@ -229,6 +231,16 @@ class Client:
                     f"parameter {name!r} was added or unfrozen after the optimizer was wrapped; do so on all "
                     "ranks first, then wrap the plain optimizer again"
                 )
+
+
+def _is_stepping(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether we are called from its step: a rank whose first batch is missing meets its compressor only there."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "step" and frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _hook_of(reference: weakref.ref[Client], change: int) -> Callable[..., None]:

@@ -153,6 +153,23 @@ def frozen_after_wrapping_and_trained_later(wrap: Wrap, rank: int) -> Tensor:
     return flat(model)
 
 
+def without_a_first_batch(wrap: Wrap, rank: int) -> Tensor:
+    """On rank 1, of either optimizer; and once more later. Both have a compressor of their own."""
+    models = [net(1), net(2)]
+    optimizers = []
+    for number, model in enumerate(models):
+        named = nn.ModuleDict({f"model {number}": model})
+        optimizers.append(wrap(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), named))
+    for step in range(5):
+        for optimizer, model in zip(optimizers, models, strict=True):
+            optimizer.zero_grad()
+            if not (rank == 1 and step in (0, 3)):
+                loss(model, rank, step).backward()
+        for optimizer in reversed(optimizers):
+            optimizer.step()
+    return torch.cat([flat(model) for model in models])
+
+
 def synchronized_by_hand_and_clipped(wrap: Wrap, rank: int) -> Tensor:
     model = net()
     optimizer = wrap(torch.optim.SGD(model.parameters(), 0.1), model)
@@ -307,6 +324,7 @@ SCENARIOS: list[Callable[[Wrap, int], Tensor]] = [
     gradients_freed,
     channels_last,
     frozen_after_wrapping_and_trained_later,
+    without_a_first_batch,
     synchronized_by_hand_and_clipped,
     synchronized_twice,
     two_models_before_either_steps,
