@@ -109,6 +109,8 @@ class Client:
         self._filled: set[Tensor] = set()
         self._undo: Callable[[], None] | None = None
         self._companion = follow(self, self.exchange, self.parameters)
+        # nothing that sends is to be compiled where a script compiles its step
+        self.settle = torch.compiler.disable(self._settle)
         watch(self, self._order)
         optimizer.register_step_pre_hook(_hook_of(weakref.ref(self), 1))
         optimizer.register_step_post_hook(_hook_of(weakref.ref(self), -1))
@@ -156,7 +158,7 @@ class Client:
         """Go on with another rank's `shared_state`; what is unsent here stays."""
         take_over(state, self.gradients.parameters, self.optimizer())
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Exchange the gradients of all open tickets, as they are now, and write the updates into them."""
         tickets, self.tickets = self.tickets, []
         self._next = 0
@@ -249,7 +251,8 @@ def _hook_of(reference: weakref.ref[Client], change: int) -> Callable[..., None]
         if client is not None:
             client.in_step(change)
 
-    return hook
+    uncompiled: Callable[..., None] = torch.compiler.disable(hook)
+    return uncompiled
 
 
 def _as_given(optimizer: torch.optim.Optimizer, names: Iterable[Tensor]) -> list[Tensor]:

@@ -170,6 +170,29 @@ def without_a_first_batch(wrap: Wrap, rank: int) -> Tensor:
     return torch.cat([flat(model) for model in models])
 
 
+def a_compiled_training_step(wrap: Wrap, rank: int) -> Tensor:
+    """All of it, and ``optimizer.step`` alone; one rank has no gradient of a layer now and then."""
+    model = net()
+    optimizer = wrap(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), model)
+
+    @torch.compile(backend="eager")
+    def whole(step: int) -> None:
+        optimizer.zero_grad()
+        loss(model, rank, step).backward()
+        optimizer.step()
+
+    step_alone = torch.compile(lambda: optimizer.step(), backend="eager")
+    for step in range(6):
+        if step % 2:
+            whole(step)
+            continue
+        optimizer.zero_grad()
+        value = model[2](torch.ones(2, 60)).square().mean() if step == 4 and rank == 1 else loss(model, rank, step)
+        value.backward()
+        step_alone()
+    return flat(model)
+
+
 def synchronized_by_hand_and_clipped(wrap: Wrap, rank: int) -> Tensor:
     model = net()
     optimizer = wrap(torch.optim.SGD(model.parameters(), 0.1), model)
@@ -325,6 +348,7 @@ SCENARIOS: list[Callable[[Wrap, int], Tensor]] = [
     channels_last,
     frozen_after_wrapping_and_trained_later,
     without_a_first_batch,
+    a_compiled_training_step,
     synchronized_by_hand_and_clipped,
     synchronized_twice,
     two_models_before_either_steps,
