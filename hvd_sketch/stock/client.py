@@ -227,11 +227,12 @@ class Client:
         optimizer = self.optimizer()
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]] if optimizer else []
         for parameter in held:
-            name = self.names.get(parameter, "of a group added later")
+            name = self.names.get(parameter)
             if parameter.requires_grad and name not in self.parameters:
+                told = "a parameter" if name is None else f"parameter {name!r}"
                 self.exchange.fail_together(
-                    f"parameter {name!r} was added or unfrozen after the optimizer was wrapped; do so on all "
-                    "ranks first, then wrap the plain optimizer again"
+                    f"{told} was added or unfrozen after the optimizer was wrapped; do so on all ranks first, then "
+                    "wrap the plain optimizer again"
                 )
 
 
