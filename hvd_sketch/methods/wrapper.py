@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from hvd_sketch.compatibility import check_steps_once
+from hvd_sketch.compatibility import check_steps_once, parameters_kept
 from hvd_sketch.errors import ConfigurationError
 
 HOROVODS_MODULE = "horovod.torch.optimizer"
@@ -28,8 +28,9 @@ class PlainStep(torch.optim.Optimizer):
     optimizer: torch.optim.Optimizer
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step the wrapped optimizer."""
-        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        """Step the wrapped optimizer for its state alone."""
+        with parameters_kept(self.optimizer):
+            return self.optimizer.step() if closure is None else self.optimizer.step(closure)
 
 
 class WrappedOptimizer(torch.optim.Optimizer):

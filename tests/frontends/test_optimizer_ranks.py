@@ -86,8 +86,8 @@ def resume_with_more_ranks(folder: Path) -> list[Tensor]:
             saved = torch.load(folder / f"{kind}.flushed.pt", weights_only=True)
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
-        hvd.broadcast_optimizer_state(optimizer, root_rank=0)  # before the parameters: it decays those of fresh ranks
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+        hvd.broadcast_optimizer_state(optimizer, root_rank=0)
         memory = torch.load(folder / f"{kind}.{hvd.rank() % 2}.pt", weights_only=True)["memory"]
         with pytest.raises(
             ConfigurationError,
@@ -131,8 +131,12 @@ def broadcast(kind: str, *, restored: bool) -> Broadcast:
         train(inner, elsewhere, 3)
         model.load_state_dict(elsewhere.state_dict())
         optimizer.load_state_dict(inner.state_dict())
-    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
-    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    if restored:  # in the order of Horovod's examples
+        hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+        hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+    else:
+        hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+        hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     assert not optimizer.exchange.memory.residual.any()
     entries = list(optimizer.state_dict()["state"].values())
     state = [value for entry in entries for value in entry.values() if isinstance(value, Tensor)]

@@ -193,6 +193,22 @@ def a_compiled_training_step(wrap: Wrap, rank: int) -> Tensor:
     return flat(model)
 
 
+def resumed_by_rank_0_and_broadcast(wrap: Wrap, rank: int) -> Tensor:
+    """As in Horovod's examples; a rank without a state makes one by a step, which must not decay its weights."""
+    model = net(rank)
+    optimizer = wrap(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.1), model)
+    if rank == 0:
+        saved = net(5)
+        inner = torch.optim.SGD(saved.parameters(), 0.05, momentum=0.9, weight_decay=0.1)
+        train(inner, saved, 3)
+        model.load_state_dict(saved.state_dict())
+        optimizer.load_state_dict(inner.state_dict())
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    return train(optimizer, model, range(3, 6), rank)
+
+
 def synchronized_by_hand_and_clipped(wrap: Wrap, rank: int) -> Tensor:
     model = net()
     optimizer = wrap(torch.optim.SGD(model.parameters(), 0.1), model)
@@ -349,6 +365,7 @@ SCENARIOS: list[Callable[[Wrap, int], Tensor]] = [
     frozen_after_wrapping_and_trained_later,
     without_a_first_batch,
     a_compiled_training_step,
+    resumed_by_rank_0_and_broadcast,
     synchronized_by_hand_and_clipped,
     synchronized_twice,
     two_models_before_either_steps,
