@@ -1,4 +1,4 @@
-"""What Horovod has as well, for parameters that it does not send: of bfloat16, bool, complex, not contiguous."""
+"""What Horovod has as well, for whatever PyTorch trains: of every type, in every order of memory, by any optimizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import horovod.torch as hvd
 import torch
 
 from hvd_sketch.comm import default_communicator
-from hvd_sketch.comm.horovod import CARRIED, as_carried
+from hvd_sketch.comm.horovod import as_carried
 from hvd_sketch.comm.states import broadcast_state
 from hvd_sketch.frontends.world import tensors_of
 
@@ -35,16 +35,10 @@ def broadcast_parameters(params: Mapping[str, Any] | Iterable[Any], root_rank: i
 def broadcast_optimizer_state(
     optimizer: torch.optim.Optimizer, root_rank: int = 0, model: torch.nn.Module | None = None
 ) -> None:
-    """Load the root's optimizer state on every rank, as Horovod does where it can; the memory starts empty.
+    """Load the root's optimizer state on every rank; the memory of unsent gradients starts empty.
 
-    Args:
-        optimizer: of any class; Horovod refuses LBFGS, and states it cannot send.
-        root_rank: whose state.
-        model: as Horovod's, which looks in it for sparse embeddings.
+    Not as Horovod does, which has a rank without a state make one by a step, and fails where groups have other
+    entries, as of a scheduler that one rank alone has. Takes the memory of one more state, on the ranks that get it.
     """
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    if isinstance(optimizer, torch.optim.LBFGS) or any(parameter.dtype not in CARRIED for parameter in parameters):
-        state = broadcast_state(default_communicator(), optimizer.state_dict(), root_rank, "hvd_sketch.optimizer")
-        optimizer.load_state_dict(state)
-    else:
-        hvd.broadcast_optimizer_state(optimizer, root_rank, model)
+    state = broadcast_state(default_communicator(), optimizer.state_dict(), root_rank, "hvd_sketch.optimizer")
+    optimizer.load_state_dict(state)

@@ -25,20 +25,18 @@ def prepare() -> None:
 
 
 def _keep_parameters() -> None:
-    """Let Horovod broadcast the state of our optimizers without touching parameters.
+    """Let Horovod broadcast an optimizer's state without touching parameters.
 
     A rank without a state makes one by a step, which decays its weights: those that rank 0 has just broadcast, in
     the order of Horovod's own examples.
     """
     horovod: Any = sys.modules["horovod.torch"]
     original = horovod.broadcast_optimizer_state
-    if getattr(original, "__wrapped__", None) is not None:
+    if hasattr(original, "__wrapped__"):
         return
 
     @functools.wraps(original)
     def broadcast_optimizer_state(optimizer: Any, *arguments: Any, **keywords: Any) -> Any:
-        if not hasattr(vars(optimizer).get("_compression"), "exchange"):
-            return original(optimizer, *arguments, **keywords)
         with parameters_kept(optimizer):
             return original(optimizer, *arguments, **keywords)
 
