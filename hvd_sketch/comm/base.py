@@ -89,6 +89,11 @@ class Communicator(ABC):
         """A name that ranks have in common which share a host; None where nobody tells."""
         return None
 
+    @property
+    def obstacle(self) -> str:
+        """Why these ranks cannot be put into groups, and what helps; empty where they can, alike on all ranks."""
+        return ""
+
     def subgroup(self, ranks: Sequence[int]) -> Communicator:
         """Collective: a communicator of some ranks, this one among them; the others give those of theirs.
 
