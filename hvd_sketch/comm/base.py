@@ -90,6 +90,11 @@ class Communicator(ABC):
         return None
 
     @property
+    def sends_by_tcp(self) -> bool:
+        """Whether large messages take that way also between ranks of one host."""
+        return False
+
+    @property
     def obstacle(self) -> str:
         """Why these ranks cannot be put into groups, and what helps; empty where they can, alike on all ranks."""
         return ""

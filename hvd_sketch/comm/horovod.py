@@ -171,6 +171,11 @@ class HorovodCommunicator(Communicator):
             )
         return ""
 
+    @property
+    def sends_by_tcp(self) -> bool:
+        """Where it was started without MPI."""
+        return bool(hvd.gloo_enabled())
+
     def subgroup(self, ranks: Sequence[int]) -> Communicator:
         """A process set. All ranks make those of all, in the same order, and Horovod makes each of them once."""
         told = self.allgather_object(sorted(ranks), "hvd_sketch.subgroup")

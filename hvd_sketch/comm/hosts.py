@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hvd_sketch.comm.base import Communicator
+from hvd_sketch.comm.shared_memory import SharedMemory
 from hvd_sketch.errors import ConfigurationError
 
 Asked = bool | int | None
@@ -90,4 +91,5 @@ def _by_host(comm: Communicator) -> list[list[int]]:
 def _hosts(comm: Communicator, groups: Sequence[Sequence[int]], *, wanted: bool) -> Hosts:
     mine = next(group for group in groups if comm.rank in group)
     number = mine.index(comm.rank)
-    return Hosts(comm.subgroup(mine), comm.subgroup([group[number] for group in groups]), wanted)
+    local, across = comm.subgroup(mine), comm.subgroup([group[number] for group in groups])
+    return Hosts(SharedMemory(local) if local.sends_by_tcp else local, across, wanted)

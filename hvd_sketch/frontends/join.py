@@ -23,8 +23,9 @@ def join(device: int = -1) -> int:
     takes more than sums. Then ranks that missed steps take over parameters and optimizer state of the
     rank that was the last to join, so that all are the same again; what a rank has not sent yet stays its own.
 
-    Without Horovod, with ``comm=``, and where ranks of a host share a memory, only optimizer steps may follow on the other ranks, and no other collective:
-    of the optimizer that was made last, and in turn of those that have done as many steps.
+    Without Horovod, with ``comm=``, and where ranks of a host share a memory, only optimizer steps may follow on the
+    other ranks, and no other collective: of the optimizer that was made last, and in turn of those that have done as
+    many steps.
 
     Args:
         device: accepted as Horovod does.

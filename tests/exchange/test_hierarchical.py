@@ -15,9 +15,10 @@ from torch import Tensor
 
 import hvd_sketch as hvd
 from hvd_sketch import Compression, ConfigurationError, RankMismatchError, wire
-from hvd_sketch.comm import Communicator, Pending
+from hvd_sketch.comm import Communicator, Pending, shared_memory
 from hvd_sketch.comm.hosts import Asked, find_hosts
 from hvd_sketch.comm.in_process import InProcessGroup, run_in_process
+from hvd_sketch.comm.shared_memory import SharedMemory
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.exchange import HierarchicalExchange
 from hvd_sketch.exchange.division import divide
@@ -514,6 +515,7 @@ def over_torch() -> tuple[Tensor, tuple[int, int], Tensor]:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     os.environ.update(GROUP_RANK=str(rank // 2), LOCAL_WORLD_SIZE="2")
+    shared_memory._SMALLEST = 1  # of a small model parts as well
     plain, inside = net(), DistributedDataParallel(net())
     compression = Compression.topk(ratio=8.0, anticipate=False, **PLAIN)
     optimizer = hvd.DistributedOptimizer(
@@ -528,7 +530,9 @@ def over_torch() -> tuple[Tensor, tuple[int, int], Tensor]:
             stepping.step()
     exchange = optimizer.exchange
     assert isinstance(exchange, HierarchicalExchange)
-    part = exchange.part.comm
+    part, local = exchange.part.comm, exchange._local
+    assert isinstance(local, SharedMemory)
+    assert all(table.numel() for table in local._tables)
     return flat(plain), (part.rank, part.size), flat(inside)
 
 
