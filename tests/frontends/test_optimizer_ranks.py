@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import hvd_sketch as hvd
 from hvd_sketch import Compression, ConfigurationError
 from tests.support import methods
+from tests.support.broadcasting import broadcast_odd_types
 from tests.support.methods import METHODS
 from tests.support.ranks import ranks
 from tests.support.training import flat, loss, net, train
@@ -218,6 +219,7 @@ class Outcome(NamedTuple):
     scaled: tuple[list[Tensor], float, Tensor]
     same_names: Tensor
     other_names: Tensor
+    odd_types: list[list[Tensor]]
 
 
 def outcome() -> Outcome:
@@ -228,6 +230,7 @@ def outcome() -> Outcome:
         scaled_with_an_overflow_on_rank_1(),
         two_models_with_equal_names(same=True),
         two_models_with_equal_names(same=False),
+        broadcast_odd_types(hvd),
     )
 
 
@@ -245,6 +248,11 @@ def test_every_method_takes_part_in_broadcasts_after_rank_0_alone_has_loaded(
     assert torch.equal(state, other_state)
     assert torch.equal(end, other_end)
     assert end.isfinite().all()
+
+
+def test_what_horovod_does_not_send_is_broadcast_by_us(outcomes: list[Outcome]) -> None:
+    first, second = (outcome.odd_types for outcome in outcomes)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("restored", [False, True])
