@@ -11,6 +11,7 @@ from torch import nn
 import hvd_sketch
 from hvd_sketch import Anticipate, Compression, FactoredMoments
 from hvd_sketch.comm import Communicator
+from hvd_sketch.comm.hosts import Asked
 from hvd_sketch.error_feedback.default import Default
 
 Wrap = Callable[[torch.optim.Optimizer, nn.Module, Communicator], Any]
@@ -19,12 +20,19 @@ Wrap = Callable[[torch.optim.Optimizer, nn.Module, Communicator], Any]
 LOCAL_PERIOD = 8
 
 
-def exchanged(compression: Any, error_feedback: Anticipate | Default | None = None) -> Wrap:
-    """Gradients are exchanged in every step."""
+def exchanged(
+    compression: Any, error_feedback: Anticipate | Default | None = None, hierarchical: Asked = None
+) -> Wrap:
+    """Gradients are exchanged in every step, by ranks or by hosts."""
 
     def wrap(optimizer: torch.optim.Optimizer, model: nn.Module, comm: Communicator) -> Any:
         return hvd_sketch.DistributedOptimizer(
-            optimizer, model.named_parameters(), compression, comm=comm, error_feedback=error_feedback
+            optimizer,
+            model.named_parameters(),
+            compression,
+            comm=comm,
+            error_feedback=error_feedback,
+            hierarchical=hierarchical,
         )
 
     return wrap

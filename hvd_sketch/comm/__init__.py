@@ -20,6 +20,7 @@ __all__ = [
     "chosen_backend",
     "default_communicator",
     "has_horovod",
+    "is_connected",
     "is_installed",
 ]
 
@@ -45,14 +46,23 @@ def chosen_backend() -> Backend:
     Horovod where it is initialised; torch.distributed where that is, or torchrun has started this process; Horovod
     where it is installed; mpi4py under another launcher; and nothing in a single process.
     """
-    horovod = sys.modules.get("horovod.torch")
-    if horovod is not None and horovod.is_initialized():
+    if _runs_horovod():
         return "horovod"
     if of_torch.is_initialized() or of_torch.is_launched(by_another=launched_with_mpi() > 1):
         return "torch"
     if has_horovod():
         return "horovod"
     return "mpi" if launched_with_mpi() > 1 or launched()[0] > 1 else "single"
+
+
+def _runs_horovod() -> bool:
+    horovod = sys.modules.get("horovod.torch")
+    return horovod is not None and bool(horovod.is_initialized())
+
+
+def is_connected() -> bool:
+    """Whether the `default_communicator` can be made now: Horovod may be initialised later."""
+    return chosen_backend() != "horovod" or _runs_horovod()
 
 
 def default_communicator(process_set: Any = None) -> Communicator:

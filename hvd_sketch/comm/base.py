@@ -89,6 +89,16 @@ class Communicator(ABC):
         """A name that ranks have in common which share a host; None where nobody tells."""
         return None
 
+    @property
+    def sends_by_tcp(self) -> bool:
+        """Whether large messages take that way also between ranks of one host."""
+        return False
+
+    @property
+    def obstacle(self) -> str:
+        """Why these ranks cannot be put into groups, and what helps; empty where they can, alike on all ranks."""
+        return ""
+
     def subgroup(self, ranks: Sequence[int]) -> Communicator:
         """Collective: a communicator of some ranks, this one among them; the others give those of theirs.
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import atexit
 import os
+import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +21,7 @@ from hvd_sketch.comm.delay import NOTABLE
 from hvd_sketch.comm.patience import limit_of, ranks, wait_until
 from hvd_sketch.errors import RankLostError
 
+_DYNAMIC = "HOROVOD_DYNAMIC_PROCESS_SETS"
 _PAUSE = 1e-4
 _SAMPLES = 3
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -65,6 +67,14 @@ class _Handle(Pending):
 
 def _nothing(share: float) -> None:
     return
+
+
+def _process_set(ranks: Sequence[int]) -> hvd.ProcessSet:
+    """Collective among all ranks: the one of these, which may be there already."""
+    found = hvd.ProcessSet(ranks)
+    known = hvd.mpi_ops._basics._get_process_set_ids_and_ranks()
+    found.process_set_id = next((number for number, its in known.items() if tuple(its) == tuple(ranks)), None)
+    return found if found.process_set_id is not None else hvd.add_process_set(found)
 
 
 def _end_at_once() -> None:
@@ -150,6 +160,41 @@ class HorovodCommunicator(Communicator):
         return int(hvd.size()) if hvd.is_initialized() else 2
 
     @property
+    def local(self) -> tuple[int, int]:
+        """As Horovod's launcher, or MPI, told it."""
+        return int(hvd.local_rank()), int(hvd.local_size())
+
+    @property
+    def host(self) -> str:
+        """Its name, as Horovod's launcher was told it."""
+        return os.environ.get("HOROVOD_HOSTNAME") or socket.gethostname()
+
+    @property
+    def obstacle(self) -> str:
+        """Process sets are made after the start only where a variable was set before it."""
+        if os.environ.get("HOROVOD_ELASTIC") == "1":
+            return "under elastic training hosts come and go"
+        if self.process_set.process_set_id != 0:
+            return "these are the ranks of a process set, and only all ranks of Horovod's are put into groups"
+        if int(os.environ.get(_DYNAMIC) or 0) == 0:
+            return (
+                f"Horovod puts ranks into groups only where {_DYNAMIC}=1 was set on all of them before hvd.init(), or "
+                'after hvd.init(process_sets="dynamic")'
+            )
+        return ""
+
+    @property
+    def sends_by_tcp(self) -> bool:
+        """Where it was started without MPI."""
+        return bool(hvd.gloo_enabled())
+
+    def subgroup(self, ranks: Sequence[int]) -> Communicator:
+        """A process set. All ranks make those of all, in the same order, and Horovod makes each of them once."""
+        told = self.allgather_object(sorted(ranks), "hvd_sketch.subgroup")
+        made = {group: _process_set(group) for group in sorted(set(map(tuple, told)))}
+        return HorovodCommunicator(made[tuple(sorted(ranks))], self.limit)
+
+    @property
     def group(self) -> str:
         """The number of the process set."""
         return str(self.process_set.process_set_id)
@@ -180,9 +225,9 @@ class HorovodCommunicator(Communicator):
         )
 
     def run_broadcast(self, tensor: Tensor, root: int, name: str) -> None:
-        what = f"broadcast {name} from rank {root}"
+        what, among_all = f"broadcast {name} from rank {root}", self.process_set.ranks[root]
         carried = as_carried(tensor)
-        self._start(hvd.broadcast_async_, carried, what, lambda result: tensor, name=name, root_rank=root).wait()
+        self._start(hvd.broadcast_async_, carried, what, lambda result: tensor, name=name, root_rank=among_all).wait()
 
     def _start(
         self, begin: Callable[..., int], tensor: Tensor, what: str, result_of: Callable[[Any], Tensor], **options: Any

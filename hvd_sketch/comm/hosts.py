@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hvd_sketch.comm.base import Communicator
+from hvd_sketch.comm.shared_memory import SharedMemory
 from hvd_sketch.errors import ConfigurationError
 
 Asked = bool | int | None
@@ -41,9 +42,15 @@ def find_hosts(comm: Communicator, asked: Asked = None) -> tuple[Hosts | None, s
     Raises:
         ConfigurationError: alike on all ranks, for what cannot be had; None never asks for that.
     """
-    if asked is False or comm.size == 1 or not comm.included:
+    if asked is False or not comm.included or comm.world_size == 1:
         return None, ""
     if asked is None and (comm.host is None or comm.local[1] >= comm.world_size):
+        return None, ""
+    if comm.obstacle:
+        if asked is None:
+            return None, f"each rank has a memory of its own: {comm.obstacle}" if comm.local[1] > 1 else ""
+        raise ConfigurationError(f"hierarchical={asked} cannot be had: {comm.obstacle}")
+    if comm.size == 1:
         return None, ""
     groups = _rows(comm, asked) if type(asked) is int else _by_host(comm)
     sizes = [len(group) for group in groups]
@@ -84,4 +91,5 @@ def _by_host(comm: Communicator) -> list[list[int]]:
 def _hosts(comm: Communicator, groups: Sequence[Sequence[int]], *, wanted: bool) -> Hosts:
     mine = next(group for group in groups if comm.rank in group)
     number = mine.index(comm.rank)
-    return Hosts(comm.subgroup(mine), comm.subgroup([group[number] for group in groups]), wanted)
+    local, across = comm.subgroup(mine), comm.subgroup([group[number] for group in groups])
+    return Hosts(SharedMemory(local) if local.sends_by_tcp else local, across, wanted)

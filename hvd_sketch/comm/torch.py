@@ -99,6 +99,11 @@ class TorchCommunicator(Communicator):
         """As torchrun numbers them."""
         return os.environ.get("GROUP_RANK") if "LOCAL_WORLD_SIZE" in os.environ else None
 
+    @property
+    def sends_by_tcp(self) -> bool:
+        """Gloo does, and it sends what is in host memory."""
+        return self._backends.get("cpu") == "gloo"
+
     def subgroup(self, ranks: Sequence[int]) -> Communicator:
         """A group that its members alone make, of the same backend."""
         group = dist.new_group(

@@ -25,7 +25,7 @@ class CommonShare:
     all hold the same, 1/W where they only hold noise of their own. The norm of the sum is read out of
     a summed Count Sketch of one row and 32 columns a parameter, drawn anew every time: of standard error
     a quarter, and smoothed. Where an owner's memory is the sum of what all left out, see
-    `Exchange.owned`, e_i is its share 1/W.
+    `Exchange.owned`, e_i below the line is its share 1/W, and above it the whole, see `Exchange.unsent`.
 
     Sent: 33 floats of eight bits a parameter in the first four steps, and in every tenth, see
     `hvd_sketch.exchange.coarse`; what their rounding adds to the standard error is small.
@@ -58,7 +58,10 @@ class CommonShare:
 
     def _measure(self, exchange: Exchange) -> Tensor:
         ranks = exchange.comm.size
-        tables, energies = self._sketches.measure(exchange.memory.residual, exchange.step, exchange.owned)
+        errors, unsent = exchange.memory.residual, exchange.unsent()
+        tables, energies = self._sketches.measure(unsent, exchange.step, exchange.owned)
+        if unsent is not errors:
+            energies = self._sketches.measure(errors, exchange.step, exchange.owned)[1]
         torch.cat([tables, energies.unsqueeze(1)], dim=1, out=self._message)
         exchange.rounds.sum_coarsely(self._message, "common")
         common = self._message[:, :CELLS].square().sum(dim=1)

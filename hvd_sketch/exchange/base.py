@@ -241,6 +241,10 @@ class Exchange(Progress):
         """Coordinates whose memory here is the sum of what all ranks left out, not this rank's part of it."""
         return slice(0)
 
+    def unsent(self) -> Tensor:
+        """A vector of which the mean over the ranks is that of all that has not been sent."""
+        return self.memory.residual
+
     def flush(self) -> None:
         """Send everything in the next step; a checkpoint after it fits any number of ranks.
 

@@ -159,6 +159,14 @@ class HierarchicalExchange(Exchange):
         if not self.memory.residual.numel():
             self.memory = Memory(self.layout.total, self.gradient.device)
 
+    def unsent(self) -> Tensor:
+        """This rank's part, which it holds for as many ranks as are on its host; what is owned there whole."""
+        whole = torch.zeros(self.layout.total, dtype=torch.float32, device=self.gradient.device)
+        rows = torch.zeros_like(self._rows)
+        rows[self._local.rank, : self.part.layout.total] = self.part.memory.residual
+        torch._foreach_copy_(self._division.of_vector(whole), self._division.of_rows(rows))
+        return whole.mul_(self._local.size)
+
     def _leave_alone(self) -> None:
         super()._leave_alone()
         names = {self.layout.slots[position].name for position in self.absent}

@@ -8,6 +8,7 @@ from typing import Any
 from hvd_sketch.comm import Communicator, default_communicator, has_horovod
 from hvd_sketch.comm.states import broadcast_state
 from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.exchange import HierarchicalExchange
 from hvd_sketch.exchange.base import Exchange
 from hvd_sketch.exchange.gradients import Watcher, watchers
 from hvd_sketch.exchange.joining import stand_in
@@ -22,8 +23,9 @@ def join(device: int = -1) -> int:
     takes more than sums. Then ranks that missed steps take over parameters and optimizer state of the
     rank that was the last to join, so that all are the same again; what a rank has not sent yet stays its own.
 
-    Without Horovod, and with ``comm=``, only optimizer steps may follow on the other ranks, and no other collective:
-    of the optimizer that was made last, and in turn of those that have done as many steps.
+    Without Horovod, with ``comm=``, and where ranks of a host share a memory, only optimizer steps may follow on the
+    other ranks, and no other collective: of the optimizer that was made last, and in turn of those that have done as
+    many steps.
 
     Args:
         device: accepted as Horovod does.
@@ -37,7 +39,8 @@ def join(device: int = -1) -> int:
     _refuse_models_of_their_own()
     optimizers = watchers()
     exchanges = [optimizer.exchange for optimizer in optimizers.values()]
-    by_order = _in_use([exchange for exchange in exchanges if not _answers_by_name(exchange.comm)])
+    by_name = [_answers_by_name(exchange) for exchange in exchanges]
+    by_order = [] if all(by_name) else _in_use(exchanges)
     comm = by_order[0].comm if by_order else default_communicator()
     last = stand_in(by_order, comm) if by_order or not has_horovod() else _join_horovod(device)
     _catch_up(comm, optimizers, last)
@@ -58,18 +61,19 @@ def _refuse_models_of_their_own() -> None:
         )
 
 
-def _answers_by_name(comm: Communicator) -> bool:
-    """Whether Horovod adds zeros to the sums of a rank that has joined."""
+def _answers_by_name(exchange: Exchange) -> bool:
+    """Whether Horovod adds zeros to the sums of a rank that has joined, which it does among all ranks alone."""
     if not has_horovod():
         return False
     from hvd_sketch.comm.horovod import HorovodCommunicator
 
+    comm = exchange.comm
     if isinstance(comm, HorovodCommunicator) and comm.included and comm.process_set.process_set_id != 0:
         raise ConfigurationError(
             "hvd.join() stands in for a rank among all ranks, and an optimizer here trains on a process set; give "
             "the ranks of the process set equally many steps"
         )
-    return isinstance(comm, HorovodCommunicator)
+    return isinstance(comm, HorovodCommunicator) and not isinstance(exchange, HierarchicalExchange)
 
 
 def _join_horovod(device: int) -> int:

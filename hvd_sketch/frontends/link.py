@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from hvd_sketch.comm import Communicator, as_communicator, chosen_backend, default_communicator
+from hvd_sketch.comm import Communicator, as_communicator, default_communicator, is_connected
 from hvd_sketch.comm.hosts import Asked, Hosts, find_hosts
 from hvd_sketch.errors import ConfigurationError
 
 
 class Link:
-    """The communicator of an optimizer. Horovod's is made on first use: it may be initialised after wrapping.
+    """The communicator of an optimizer. Horovod's is made on first use if it is initialised after wrapping.
 
     Any other is made now, because to make one is a collective call, and hooks fire in any order. So are the
-    communicators of hosts, and Horovod's ranks are not put into groups.
+    communicators of hosts.
 
     Args:
         comm: the user's, if there is one.
@@ -35,14 +35,14 @@ class Link:
         self._comm: Communicator | None = as_communicator(comm) if comm is not None else None
         self.hosts: Hosts | None = None
         self.note = ""
-        if chosen_backend() != "horovod":
+        if is_connected():
             self.communicator()
         if self._comm is not None:
             self.hosts, self.note = find_hosts(self._comm, asked)
         elif asked:
             raise ConfigurationError(
-                f"hierarchical={asked} needs ranks that mpi4py or torch.distributed connects, and Horovod does these; "
-                "give comm=MPI.COMM_WORLD, or start with torchrun, or leave it away"
+                f"hierarchical={asked} needs ranks that are connected, and Horovod is not initialised yet; call "
+                "hvd.init() before you wrap an optimizer"
             )
 
     def __deepcopy__(self, memo: Any) -> Link:

@@ -153,8 +153,8 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
             none. The default is the compressor's own, see its ``anticipate``.
         hierarchical: whether the ranks of a host have one memory together and send one message, see
             `HierarchicalExchange`. None for yes where there are several hosts with equally many ranks, more than
-            one, connected by mpi4py or torch.distributed; True to insist; a number for groups of so many ranks in a
-            row; False for one memory a rank.
+            one, connected by mpi4py, torch.distributed, or Horovod with ``HOROVOD_DYNAMIC_PROCESS_SETS=1``; True to
+            insist; a number for groups of so many ranks in a row; False for one memory a rank.
 
     Raises:
         ConfigurationError: when a setting cannot work, before any communication.

@@ -26,12 +26,12 @@ def init(comm: Any = None, process_sets: Any = None) -> None:
 
     Args:
         comm: an mpi4py communicator that all of this process's ranks are in, to check its size.
-        process_sets: None; others need Horovod.
+        process_sets: None; ``"dynamic"``, with which Horovod may make them later, changes nothing; others need it.
 
     Raises:
         ConfigurationError: for process sets, or a communicator of other ranks.
     """
-    if process_sets:
+    if process_sets and process_sets != "dynamic":
         raise ConfigurationError("hvd.init(process_sets=…) needs Horovod, which is not installed")
     if comm is not None and not isinstance(comm, list) and as_communicator(comm).size != world().size:
         raise ConfigurationError("hvd.init(comm=…) of some ranks only: give that communicator to the optimizer")

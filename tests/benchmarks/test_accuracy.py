@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.accuracy import __main__ as command
+from benchmarks.accuracy import hosts
 from benchmarks.accuracy.methods import BY_RATIO, make, suits
 from benchmarks.accuracy.report import write_page
 from benchmarks.accuracy.simulate import train
@@ -55,3 +56,12 @@ def test_rows_are_kept_and_a_page_is_written(tmp_path: Path, monkeypatch: pytest
     page = (tmp_path / "accuracy.md").read_text()
     assert "| sharded | 20 | " in page
     assert (tmp_path / f"accuracy-{TASK}-3.png").exists()
+
+
+def test_hosts_of_simulated_ranks_are_compared_with_dense() -> None:
+    rows = [hosts.Run(ranks=4, local=local, batch=1, seed=0, steps=2, ratio=20.0).row() for local in (0, 2)]
+    gap = 100 * (rows[1]["final_loss"] / rows[0]["final_loss"] - 1)
+    assert rows[0]["losses"][0][1] == pytest.approx(rows[1]["losses"][0][1], rel=0.05)
+    assert f"| 4 | 1 | 2 | 2, of hosts of 2 | 20 | {rows[1]['final_loss']:.3f} | {gap:.1f} (mean {gap:.1f}) |" in (
+        hosts.table(rows)
+    )

@@ -15,15 +15,18 @@ from torch import Tensor
 
 import hvd_sketch as hvd
 from hvd_sketch import Compression, ConfigurationError, RankMismatchError, wire
-from hvd_sketch.comm import Communicator, Pending
+from hvd_sketch.comm import Communicator, Pending, shared_memory
 from hvd_sketch.comm.hosts import Asked, find_hosts
 from hvd_sketch.comm.in_process import InProcessGroup, run_in_process
+from hvd_sketch.comm.shared_memory import SharedMemory
 from hvd_sketch.compressors import Compressor
+from hvd_sketch.error_feedback.common_share import CommonShare
 from hvd_sketch.exchange import HierarchicalExchange
 from hvd_sketch.exchange.division import divide
 from hvd_sketch.exchange.joining import stand_in
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
+from hvd_sketch.sketch.narrow import NarrowSketches
 from tests.support.compressors import EVERY, HALF, PLAIN, POWERSGD, SHARDED, SINGLE, TOPK, at_ratio_one
 from tests.support.ranks import ranks
 from tests.support.simulation import heavy_tailed, lost, parameters, rounding, simulate, step
@@ -352,6 +355,29 @@ def test_a_followed_memory_is_what_the_host_has_not_sent_and_of_what_is_owned_a_
         assert all(torch.equal(exchange.memory.residual, whole) for _, exchange in runs[2 * host : 2 * host + 2])
 
 
+def test_what_hosts_have_in_common_is_measured_of_all_that_they_have_not_sent() -> None:
+    """Of owned coordinates the whole, though a host's errors are a share of them; as ranks without groups do."""
+    gradients = heavy_tailed(4, 3, TOTAL)
+
+    def body(comm: Communicator) -> tuple[Tensor, Tensor, Ran]:
+        exchange, shares = make(SHARDED, comm, 2), CommonShare()
+        shares.attach(exchange)
+        updates = torch.stack([step(exchange, gradient) for gradient in gradients[comm.rank]])
+        exchange.rounds.sum_coarsely = exchange.rounds.sum_values  # type: ignore[method-assign]
+        return shares._measure(exchange), exchange.unsent(), (updates, exchange)
+
+    runs = run_in_process(4, body)
+    memories = torch.stack(kept([ran for *_, ran in runs], 2))
+    assert torch.allclose(torch.stack([unsent for _, unsent, _ in runs]).mean(0), memories.mean(0))
+    exchange = runs[0][2][1]
+    slots = exchange.layout.slots
+    sketches = NarrowSketches([(slot.offset, slot.stop) for slot in slots], torch.device("cpu"))
+    common = sketches.measure(memories.sum(0), exchange.step, slice(0))[0].square().sum(1)
+    errors = torch.stack([exchange.memory.residual for *_, (_, exchange) in runs[::2]])
+    energies = torch.stack([errors[:, slot.offset : slot.stop].square().sum() for slot in slots])
+    assert torch.allclose(runs[0][0], common / (2 * energies), rtol=1e-4)
+
+
 @pytest.mark.parametrize("average", [True, False])
 def test_the_bytes_of_a_hosts_interface_do_not_grow_with_its_ranks(average: bool) -> None:
     """Two hosts, and for every part the same bytes as for the whole by one rank a host, but for headers."""
@@ -514,6 +540,7 @@ def over_torch() -> tuple[Tensor, tuple[int, int], Tensor]:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     os.environ.update(GROUP_RANK=str(rank // 2), LOCAL_WORLD_SIZE="2")
+    shared_memory._SMALLEST = 1  # of a small model parts as well
     plain, inside = net(), DistributedDataParallel(net())
     compression = Compression.topk(ratio=8.0, anticipate=False, **PLAIN)
     optimizer = hvd.DistributedOptimizer(
@@ -528,7 +555,9 @@ def over_torch() -> tuple[Tensor, tuple[int, int], Tensor]:
             stepping.step()
     exchange = optimizer.exchange
     assert isinstance(exchange, HierarchicalExchange)
-    part = exchange.part.comm
+    part, local = exchange.part.comm, exchange._local
+    assert isinstance(local, SharedMemory)
+    assert all(table.numel() for table in local._tables)
     return flat(plain), (part.rank, part.size), flat(inside)
 
 

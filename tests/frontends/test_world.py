@@ -97,7 +97,7 @@ def script() -> Seen:
     """What a training script uses of ``horovod.torch``."""
     hvd = forbid_horovod()
     assert not hvd.is_initialized()
-    hvd.init()
+    hvd.init(process_sets="dynamic")
     assert hvd.is_initialized()
     rank, size, joined = hvd.rank(), hvd.size(), uneven(hvd)
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
