@@ -17,6 +17,7 @@ from torch.autograd import Variable
 
 from hvd_sketch.comm import as_communicator
 from hvd_sketch.comm.hosts import Asked, find_hosts
+from hvd_sketch.comm.launcher import check_not_alone
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.error_feedback.anticipate import Anticipate
 from hvd_sketch.error_feedback.default import follow
@@ -86,6 +87,7 @@ class State:
         compression, feedback = settled(compression, optimizer, trained)
         self._scale, self._factor = LossScale(grad_scaler), 1.0
         layout = compression.layout(trained.items())
+        check_not_alone(dist.get_world_size())
         comm = as_communicator(dist.group.WORLD if process_group is None else process_group)
         device = next(iter(trained.values())).device
         hosts, note = find_hosts(comm, check_hierarchical(hierarchical, compression, feedback))
