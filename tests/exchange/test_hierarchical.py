@@ -213,6 +213,36 @@ def test_a_flush_that_one_rank_asks_for_empties_every_memory(compressor: Compres
 
 
 @SOME
+@pytest.mark.parametrize("local", [False, 2])
+def test_a_step_is_taken_back_for_some_parameters_or_all_with_its_flush(compressor: Compressor, local: Asked) -> None:
+    gradients = heavy_tailed(4, 3, TOTAL)
+
+    def body(comm: Communicator) -> None:
+        layout, hosts = compressor.layout(parameters(SHAPES).items()), find_hosts(comm, local)[0]
+        exchange = compressor.exchange(layout, comm, average=True, device=torch.device("cpu"), hosts=hosts)
+        mine = getattr(exchange, "part", exchange)
+        first, second, third = gradients[comm.rank]
+        step(exchange, first)
+        before, undo = mine.memory.residual.clone(), exchange.snapshot()
+        update, after = step(exchange, second), mine.memory.residual.clone()
+        undo(at for at, slot in enumerate(layout.slots) if slot.name == "a.weight")
+        for slot in mine.layout.slots:
+            where, expected = slice(slot.offset, slot.stop), before if slot.name == "a.weight" else after
+            assert torch.equal(mine.memory.residual[where], expected[where])
+        undo()
+        assert torch.equal(mine.memory.residual, before)
+        assert torch.equal(step(exchange, second), update)
+        exchange.flush()
+        undo = exchange.snapshot()
+        for _ in range(2):
+            step(exchange, third)
+            assert not mine.memory.residual[: mine.layout.compressed].any()
+            undo()
+
+    run_in_process(4, body)
+
+
+@SOME
 @pytest.mark.filterwarnings("ignore:hvd_sketch. step")
 def test_a_step_is_void_for_all_where_one_rank_is_not_finite(compressor: Compressor) -> None:
     gradients = heavy_tailed(4, 5, TOTAL)
