@@ -153,6 +153,8 @@ class State:
         """The first bucket of a step."""
         optimizer = self._steps.given
         self._factor = 1.0 if optimizer is None else self._scale.by_hand(optimizer)
+        if self._scale.is_guessed:
+            self.exchange.flush()  # nothing is kept that may be of another scale
         self._joined = torch._C._current_graph_task_id() < 0  # there is no backward, the others' buckets are matched
         if not self._joined and not self._used:
             self._used = set(self._positions.values())
@@ -281,6 +283,8 @@ class State:
         if not held:
             return
         self._back_at_the_model()
+        if self._fresh:
+            self._scale.settle()
         if self._fresh and self.exchange.void:
             self._clear()
         self._unstepped.take_back_cleared()

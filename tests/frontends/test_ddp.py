@@ -436,7 +436,8 @@ def test_passes_that_accumulate_and_steps_ahead_are_those_of_the_optimizer(seen:
 def test_what_was_sent_and_what_is_kept_is_what_was_computed(seen: list[dict[str, Any]]) -> None:
     """Unused parameters, accumulation without ``no_sync``, gradients cleared in between, and ranks without data.
 
-    Several optimizers of a model, and one that takes another's place; gradients taken around the model.
+    Several optimizers of a model, one that takes another's place, gradients taken around the model, and another
+    model's scaler.
     """
     for one in seen:
         for difference, computed, kept in (*one["balances"], one["uneven"][0], *one["scripts"]["balances"]):

@@ -170,6 +170,24 @@ def looking_around() -> Balance:
     return balance(inner, start, state, computed)
 
 
+def scaler_of_another() -> Balance:
+    """Another model's training has a scaler in use, whose scale grows; this one has none."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
+    inner, other = net(), net(1)
+    model = wrapped(inner)
+    optimizer, others = sgd(model), sgd(other)
+    state = hvd.ddp.register(model, optimizer, Compression.topk(**PLAIN))
+    start, computed = flat(model), torch.zeros(flat(model).numel())
+    for number in range(STEPS):
+        others.zero_grad()
+        scaler.scale(loss(other, dist.get_rank(), number)).backward()
+        scaler.step(others)
+        scaler.update()
+        computed += local_gradient(inner, loss(inner, dist.get_rank(), number))
+        step(model, optimizer, number)
+    return balance(inner, start, state, computed)
+
+
 class Lookahead(torch.optim.Optimizer):
     """Around another optimizer, without the initialisation of PyTorch's own class, as many are; it adds nothing."""
 
@@ -282,6 +300,7 @@ def balances() -> Iterable[Balance]:
     yield thrown_away(lambda model: model.zero_grad(set_to_none=False))
     yield another_optimizer()
     yield looking_around()
+    yield scaler_of_another()
 
 
 def seen() -> dict[str, Any]:
