@@ -195,7 +195,7 @@ def void(*, scales: bool = False, closure: bool = False) -> tuple[bool, bool, fl
 def scaled() -> tuple[Tensor, Tensor]:
     """With a scaler and without: powers of two round nothing."""
     ends = []
-    for scaler in (torch.amp.GradScaler("cpu", init_scale=1024.0), None):
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
         model = wrapped(net())
         optimizer = sgd(model)
         hvd.ddp.register(model, optimizer, COMPRESSORS["topk"](), grad_scaler=scaler)
