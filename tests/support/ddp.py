@@ -158,7 +158,8 @@ def looking_around() -> Balance:
         before = [parameter.detach().clone() for parameter in model.parameters()]
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter += 0.05 * parameter.grad
+                assert parameter.grad is not None
+                parameter.add_(parameter.grad, alpha=0.05)
         optimizer.zero_grad()
         loss(model, dist.get_rank(), number).backward()
         computed += local_gradient(inner, loss(inner, dist.get_rank(), number))
@@ -250,7 +251,10 @@ def loaded(*, optimizer_first: bool) -> bool:
     state = hvd.ddp.register(model, optimizer, Compression.topk(**PLAIN))
     step(model, optimizer, 0)
     memory = state.memory_state_dict()
-    loads = [lambda: optimizer.load_state_dict(optimizer.state_dict()), lambda: state.load_memory_state_dict(memory)]
+    loads: list[Callable[[], None]] = [
+        lambda: optimizer.load_state_dict(optimizer.state_dict()),
+        lambda: state.load_memory_state_dict(memory),
+    ]
     for load in loads if optimizer_first else reversed(loads):
         load()
     return torch.equal(state.memory_state_dict()["memory"]["residual"], memory["memory"]["residual"])
@@ -259,7 +263,7 @@ def loaded(*, optimizer_first: bool) -> bool:
 def images(layout: torch.memory_format) -> Tensor:
     """A convolution, whose gradients are anticipated, by how its values lie in memory."""
     torch.manual_seed(0)
-    model = wrapped(nn.Conv2d(8, 16, 3).to(memory_format=layout))
+    model = wrapped(nn.Conv2d(8, 16, 3).to(memory_format=layout))  # type: ignore[call-overload]
     optimizer = sgd(model, momentum=0.5)
     hvd.ddp.register(model, optimizer, Compression.topk(**AHEAD))
     generator = torch.Generator().manual_seed(dist.get_rank())
