@@ -114,9 +114,10 @@ if not TYPE_CHECKING:  # a type checker would take any name for one of ours
             raise AttributeError(name)
         if name == "ddp":  # not every PyTorch has it
             return importlib.import_module("hvd_sketch.ddp")
-        source = importlib.import_module(
-            "horovod.torch" if chosen_backend() == "horovod" else "hvd_sketch.frontends.without_horovod"
-        )
+        horovod = chosen_backend() == "horovod"
+        if horovod and name in ("broadcast_optimizer_state", "broadcast_parameters"):
+            return getattr(importlib.import_module("hvd_sketch.frontends.with_horovod"), name)
+        source = importlib.import_module("horovod.torch" if horovod else "hvd_sketch.frontends.without_horovod")
         try:
             return getattr(source, name)
         except AttributeError:

@@ -102,3 +102,16 @@ def without_momentum(optimizer: torch.optim.Optimizer, correction: Momentum | No
     finally:
         for group, own in zip(optimizer.param_groups, saved, strict=True):
             group.update(own)
+
+
+@contextmanager
+def parameters_kept(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, the optimizer steps for its state alone: what it does to parameters is taken back."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    values = [parameter.detach().clone() for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.copy_(value)

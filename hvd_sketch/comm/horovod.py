@@ -22,6 +22,18 @@ from hvd_sketch.errors import RankLostError
 
 _PAUSE = 1e-4
 _SAMPLES = 3
+_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers, by their bytes."""
+
+CARRIED = {*_WHOLE.values(), torch.int8, torch.float16, torch.float32, torch.float64}
+"""What Horovod sends; not bfloat16, nor bool, nor complex numbers."""
+
+
+def as_carried(tensor: Tensor) -> Tensor:
+    """A contiguous tensor as one of a type that Horovod sends, in the same memory."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor if tensor.dtype in CARRIED else tensor.view(_WHOLE[tensor.element_size()])
 
 
 class _Handle(Pending):
@@ -169,7 +181,8 @@ class HorovodCommunicator(Communicator):
 
     def run_broadcast(self, tensor: Tensor, root: int, name: str) -> None:
         what = f"broadcast {name} from rank {root}"
-        self._start(hvd.broadcast_async_, tensor, what, lambda result: tensor, name=name, root_rank=root).wait()
+        carried = as_carried(tensor)
+        self._start(hvd.broadcast_async_, carried, what, lambda result: tensor, name=name, root_rank=root).wait()
 
     def _start(
         self, begin: Callable[..., int], tensor: Tensor, what: str, result_of: Callable[[Any], Tensor], **options: Any

@@ -175,7 +175,7 @@ class AheadOptimizer(WrappedOptimizer):
                     "the model is evaluated without gradients inside step_ahead(), where its parameters are stepped "
                     "ahead; evaluate outside, and checkpoint activations with use_reentrant=False"
                 )
-            if module not in seen:
+            if module not in seen and not isinstance(module, torch.jit.ScriptModule):  # it has no such hooks
                 seen.add(module)
                 guards.callback(module.register_state_dict_pre_hook(self.refuse_saving).remove)
 

@@ -6,7 +6,7 @@ import logging
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any, Protocol
@@ -43,9 +43,9 @@ class Passes:
     retained, both kinds of activation checkpointing. After a backward that makes a graph itself
     (``create_graph=True``) the parameters stay ahead until `finish`.
 
-    A gradient taken at x, by a model in evaluation mode or without a module, is as good as without error
-    feedback; it is told once. A script that changes parameters inside forward changes them ahead: from then on this
-    keeps out of the way, and says so.
+    A gradient taken at x, by a model in evaluation mode, a scripted one or without a module, is as good as without
+    error feedback; it is told once. A forward that is traced is left alone. A script that changes parameters inside
+    forward changes them ahead: from then on this keeps out of the way, and says so.
 
     Args:
         moved: moves the parameters.
@@ -93,7 +93,7 @@ class Passes:
             self._told = True
             _log.warning(
                 "hvd_sketch: the gradient of %r was computed without the step ahead of error feedback: that takes a "
-                "forward of a torch.nn.Module in training mode, or `with optimizer.step_ahead():`",
+                "forward of a torch.nn.Module, not scripted, in training mode, or `with optimizer.step_ahead():`",
                 self._names[parameter],
             )
 
@@ -102,9 +102,9 @@ class Passes:
         self._watch(module)
         if self._outer is not None:
             self._depth += module is self._outer
-        elif not self._suspended and self._holders_in(module):
+        elif not self._suspended and (holders := self._holders_in(module)):
             self._outer, self._depth = module, 1
-            self._trains = module.training and (torch.is_grad_enabled() or _in_checkpoint())
+            self._trains = module.training and _differentiates(holders)
             was_ahead = self._moved.is_ahead
             self._resumes = was_ahead and not self._trains
             if self._trains:
@@ -220,14 +220,19 @@ def _alive() -> list[Passes]:
     return [passes for passes in [reference() for reference in list(_live)] if passes is not None]
 
 
+def _is_traced() -> bool:
+    """Whether a graph is made of what is computed, which moves of parameters do not belong to."""
+    return torch.compiler.is_dynamo_compiling() or torch._C._get_tracing_state() is not None
+
+
 def _enter(module: Module, arguments: Any) -> None:
-    if not torch.compiler.is_dynamo_compiling():
+    if not _is_traced():
         for passes in _alive():
             passes.enter(module)
 
 
 def _leave(module: Module, arguments: Any, output: Any) -> None:
-    if not torch.compiler.is_dynamo_compiling():
+    if not _is_traced():
         for passes in _alive():
             passes.leave(module, output)
 
@@ -242,6 +247,13 @@ def _moving() -> Iterator[None]:
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() >= 0
+
+
+def _differentiates(holders: Iterable[Module]) -> bool:
+    """Whether gradients of these are taken of what is computed now; of a scripted one saving is not noticed."""
+    if not torch.is_grad_enabled():
+        return _in_checkpoint()
+    return not any(isinstance(holder, torch.jit.ScriptModule) for holder in holders)
 
 
 def _in_checkpoint() -> bool:

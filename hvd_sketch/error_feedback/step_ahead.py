@@ -126,6 +126,9 @@ class StepAheadOptimizer(AheadOptimizer, Method):
             "to clip, set the compressor's clip_norm"
         )
 
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        """Nothing to set: gradients are not exchanged, and add up over any number of passes."""
+
     def shared_state(self) -> dict[str, Any]:
         """Parameters alone: the optimizer's state is this rank's own."""
         return {"parameters": {name: parameter.detach() for parameter, name in self._names.items()}}

@@ -216,7 +216,10 @@ def watch(optimizer: Watcher, parameters: Iterable[Tensor]) -> None:
     watching = _Watch(next(_numbers), weakref.ref(optimizer))
     for parameter in parameters:
         _watching[parameter] = watching
+        frozen = not parameter.requires_grad
+        parameter.requires_grad_(True)  # PyTorch refuses hooks of a frozen one, which may train later
         parameter.register_post_accumulate_grad_hook(_hook_of(watching))
+        parameter.requires_grad_(not frozen)
 
 
 def watchers() -> dict[int, Watcher]:

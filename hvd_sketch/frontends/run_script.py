@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.util
 import os
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hvd_sketch.compressors import Compression
@@ -32,23 +34,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if not options.script:
         parser.error("the script to run is missing")
-    script, *script_arguments = options.script
-    if not os.path.isfile(script):
-        parser.error(f"there is no script {script!r} in {os.getcwd()}")
+    name, *its_own = options.script
+    run = _module(parser, name) if options.m else _file(parser, name)
     try:
         compression = _compression(options)
     except ConfigurationError as error:
         parser.error(str(error))
     ours = None if compression is None else substitute(compression)
-    sys.argv = [script, *script_arguments]
-    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    sys.argv = [name, *its_own]
     try:
-        runpy.run_path(script, run_name="__main__")
+        run()
     except SystemExit as leaving:
         if leaving.code:
             raise
     if ours is not None:
         ours.tell_if_unused()
+
+
+def _file(parser: argparse.ArgumentParser, script: str) -> Callable[[], Any]:
+    """To run a file, as ``python script`` does."""
+    if not os.path.isfile(script):
+        parser.error(f"there is no script {script!r} in {os.getcwd()}")
+    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    return functools.partial(runpy.run_path, script, run_name="__main__")
+
+
+def _module(parser: argparse.ArgumentParser, name: str) -> Callable[[], Any]:
+    """To run a module, or a package's ``__main__``, as ``python -m name`` does."""
+    sys.path[0] = os.getcwd()
+    try:
+        found = importlib.util.find_spec(name)
+    except (ModuleNotFoundError, ValueError):  # a parent that is not there; a name that cannot be one
+        found = None
+    if found is None:
+        parser.error(f"there is no module {name!r} in {os.getcwd()} or among the installed ones")
+    return functools.partial(runpy.run_module, name, run_name="__main__", alter_sys=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="parameters to send whole")
     parser.add_argument("--check", action="store_true", help="report what is installed, and how far ranks are")
+    parser.add_argument("-m", action="store_true", help="the script is a module, as for python -m")
     parser.add_argument("script", nargs=argparse.REMAINDER, help="the script, and its own arguments")
     return parser
 

@@ -82,19 +82,30 @@ def allgather_object(obj: Any, name: str | None = None) -> list[Any]:
     return [broadcast_object(obj, root) for root in range(size())]
 
 
-def broadcast_parameters(params: Mapping[str, Any] | Iterable[tuple[str, Tensor]], root_rank: int = 0) -> None:
-    """Overwrite parameters and buffers (a ``state_dict()`` or named parameters) by the root's."""
-    items = params.items() if isinstance(params, Mapping) else params
-    for name, tensor in sorted(items, key=lambda item: item[0]):
-        if isinstance(tensor, Tensor):
-            if is_sharded(tensor):
-                raise ConfigurationError(
-                    f"broadcast_parameters: {name!r} is a DTensor, of which each rank has another part; give all "
-                    "replicas the same seed, or load the same checkpoint, before wrapping"
-                )
-            whole = tensor.detach().contiguous()
-            world().broadcast(whole, root_rank, name)
-            tensor.detach().copy_(whole)
+def broadcast_parameters(params: Mapping[str, Any] | Iterable[Any], root_rank: int = 0) -> None:
+    """Overwrite parameters and buffers by the root's: a ``state_dict()``, named parameters, or parameters alone."""
+    for name, tensor in tensors_of(params):
+        whole = tensor.detach().contiguous()
+        world().broadcast(whole, root_rank, name)
+        tensor.detach().copy_(whole)
+
+
+def tensors_of(params: Mapping[str, Any] | Iterable[Any]) -> list[tuple[str, Tensor]]:
+    """What `broadcast_parameters` is given, in an order that is the same on all ranks; what is no tensor is left out.
+
+    Raises:
+        ConfigurationError: for a DTensor.
+    """
+    items = list(params.items() if isinstance(params, Mapping) else params)
+    pairs = [item if isinstance(item, tuple) else (f"parameter.{at:06}", item) for at, item in enumerate(items)]
+    named = [(name, value) for name, value in sorted(pairs, key=lambda pair: pair[0]) if isinstance(value, Tensor)]
+    for name, tensor in named:
+        if is_sharded(tensor):
+            raise ConfigurationError(
+                f"broadcast_parameters: {name!r} is a DTensor, of which each rank has another part; give all "
+                "replicas the same seed, or load the same checkpoint, before wrapping"
+            )
+    return named
 
 
 def broadcast_optimizer_state(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from hvd_sketch.compatibility import check_steps_once
+from hvd_sketch.compatibility import check_steps_once, parameters_kept
 from hvd_sketch.errors import ConfigurationError
 
 HOROVODS_MODULE = "horovod.torch.optimizer"
@@ -28,8 +28,9 @@ class PlainStep(torch.optim.Optimizer):
     optimizer: torch.optim.Optimizer
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step the wrapped optimizer."""
-        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        """Step the wrapped optimizer for its state alone."""
+        with parameters_kept(self.optimizer):
+            return self.optimizer.step() if closure is None else self.optimizer.step(closure)
 
 
 class WrappedOptimizer(torch.optim.Optimizer):
@@ -177,11 +178,20 @@ _classes: dict[tuple[type, type], type] = {}
 def class_over(wrapper: type[_Wrapper], base: type[torch.optim.Optimizer]) -> type[_Wrapper]:
     """The class of wrappers of a user's class: named like it, and derived from both."""
     if (wrapper, base) not in _classes:
-        # the step is named here because the class behind this one has the plain one
-        body = {"__module__": HOROVODS_MODULE, "__doc__": base.__doc__, "step": wrapper.step}
+        body = {"__module__": HOROVODS_MODULE, "__doc__": base.__doc__} | _uncompiled(wrapper)
         bases = (PlainStep, wrapper, base)
         _classes[wrapper, base] = types.new_class(base.__name__, bases, exec_body=lambda names: names.update(body))
     return _classes[wrapper, base]
+
+
+def _uncompiled(wrapper: type[WrappedOptimizer]) -> dict[str, Any]:
+    """What sends, not to be compiled where a script compiles its step; the class behind has the plain step alone."""
+    names = [name for name in ("step", "synchronize", "zero_grad") if _is_ours(getattr(wrapper, name, None))]
+    return {name: torch.compiler.disable(getattr(wrapper, name)) for name in names}
+
+
+def _is_ours(method: Any) -> bool:
+    return method is not None and method is not torch.optim.Optimizer.zero_grad
 
 
 def _bare(wrapper: type[_Wrapper], base: type[torch.optim.Optimizer]) -> _Wrapper:

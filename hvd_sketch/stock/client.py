@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -92,7 +94,8 @@ class Client:
         _check(compressor, optimizer)
         compressor, follow = _accompany[-1](compressor, optimizer, _averages(optimizer))
         self.names = names
-        self.parameters = {names[p]: p for p in _as_given(optimizer, names) if p.requires_grad}
+        hooked: set[Tensor] = getattr(optimizer, "_requires_update", set())
+        self.parameters = {names[p]: p for p in _as_given(optimizer, names) if p.requires_grad or p in hooked}
         self.exchange = _make_exchange(compressor, optimizer, compressor.layout(self.parameters.items()))
         held = weakref.ref(optimizer)
         self.exchange.watch(self.parameters, lambda: getattr(held(), "param_groups", ()))
@@ -102,10 +105,12 @@ class Client:
         self._order = list(self.parameters.values())
         self._next = 0
         self._scale = LossScale(None)
-        self._depth = 0
+        self._depth = int(_is_stepping(optimizer))
         self._filled: set[Tensor] = set()
         self._undo: Callable[[], None] | None = None
         self._companion = follow(self, self.exchange, self.parameters)
+        # nothing that sends is to be compiled where a script compiles its step
+        self.settle = torch.compiler.disable(self._settle)
         watch(self, self._order)
         optimizer.register_step_pre_hook(_hook_of(weakref.ref(self), 1))
         optimizer.register_step_post_hook(_hook_of(weakref.ref(self), -1))
@@ -153,7 +158,7 @@ class Client:
         """Go on with another rank's `shared_state`; what is unsent here stays."""
         take_over(state, self.gradients.parameters, self.optimizer())
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Exchange the gradients of all open tickets, as they are now, and write the updates into them."""
         tickets, self.tickets = self.tickets, []
         self._next = 0
@@ -222,12 +227,23 @@ class Client:
         optimizer = self.optimizer()
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]] if optimizer else []
         for parameter in held:
-            name = self.names.get(parameter, "of a group added later")
+            name = self.names.get(parameter)
             if parameter.requires_grad and name not in self.parameters:
+                told = "a parameter" if name is None else f"parameter {name!r}"
                 self.exchange.fail_together(
-                    f"parameter {name!r} was added or unfrozen after the optimizer was wrapped; do so on all "
-                    "ranks first, then wrap the plain optimizer again"
+                    f"{told} was added or unfrozen after the optimizer was wrapped; do so on all ranks first, then "
+                    "wrap the plain optimizer again"
                 )
+
+
+def _is_stepping(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether we are called from its step: a rank whose first batch is missing meets its compressor only there."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "step" and frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _hook_of(reference: weakref.ref[Client], change: int) -> Callable[..., None]:
@@ -236,7 +252,8 @@ def _hook_of(reference: weakref.ref[Client], change: int) -> Callable[..., None]
         if client is not None:
             client.in_step(change)
 
-    return hook
+    uncompiled: Callable[..., None] = torch.compiler.disable(hook)
+    return uncompiled
 
 
 def _as_given(optimizer: torch.optim.Optimizer, names: Iterable[Tensor]) -> list[Tensor]:

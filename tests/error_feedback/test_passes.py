@@ -7,6 +7,7 @@ import copy
 import gc
 import io
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,9 @@ from tests.support import training
 
 SHARDED = Compression.sharded(ratio=10.0, warmup_steps=0, clip_norm=None)
 Loss = Callable[[Any], Tensor]
+ONE_AT_A_TIME = threading.Lock()
+"""PyTorch's tracer has one table for all threads."""
+
 Step = Callable[[nn.Module, Any, Loss], None]
 """One step of a script: the model, its optimizer, and the loss of a model on the step's batch."""
 
@@ -116,6 +120,15 @@ def saving(model: nn.Module, optimizer: Any, loss: Loss) -> None:
     optimizer.step()
 
 
+def tracing(model: nn.Module, optimizer: Any, loss: Loss) -> None:
+    """A picture of the graph, for a log."""
+    before = training.flat(model)
+    with ONE_AT_A_TIME:
+        torch.jit.trace(model, torch.ones(3, 30))
+    assert torch.equal(training.flat(model), before)
+    unchanged(model, optimizer, loss)
+
+
 def failing(model: nn.Module, optimizer: Any, loss: Loss) -> None:
     with contextlib.suppress(RuntimeError):
         model(torch.zeros(3, 7))  # a batch of another width
@@ -175,6 +188,7 @@ def penalized_in_a_block(model: nn.Module, optimizer: Any, loss: Loss) -> None:
 PAIRS: dict[str, tuple[Step, Step]] = {
     "looks at the model": (looking, in_a_block),
     "saves the model": (saving, in_a_block),
+    "traces the model": (tracing, in_a_block),
     "fails in forward": (failing, in_a_block),
     "retains the graph": (retaining, retaining_in_a_block),
     "two forwards": (twice, twice_in_a_block),
@@ -254,6 +268,13 @@ def test_a_model_trained_in_evaluation_mode_learns_without_and_says_so(caplog: p
     with caplog.at_level(logging.WARNING, "hvd_sketch"):
         train(evaluating)
     assert [record.message for record in caplog.records if "without the step ahead" in record.message][1:] != []
+
+
+def test_a_scripted_model_learns_without_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody would notice that it is saved in between."""
+    with caplog.at_level(logging.WARNING, "hvd_sketch"):
+        train(unchanged, net=lambda: torch.jit.script(training.net()))
+    assert [record.message for record in caplog.records if "not scripted" in record.message][1:] != []
 
 
 class Renormed(nn.Module):

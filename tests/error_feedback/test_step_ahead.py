@@ -254,9 +254,11 @@ def test_evaluating_and_saving_ahead_are_refused_and_the_model_comes_back() -> N
         training.loss(model, 0, 0)
 
 
-def test_there_is_nothing_to_synchronize() -> None:
+def test_there_is_nothing_to_synchronize_however_many_passes_a_step_has() -> None:
+    optimizer = optimizer_of_one()[1]
+    optimizer.set_backward_passes_per_step(2)
     with pytest.raises(ConfigurationError, match="clip_norm"):
-        optimizer_of_one()[1].synchronize()
+        optimizer.synchronize()
 
 
 def test_a_closure_is_evaluated_ahead() -> None:

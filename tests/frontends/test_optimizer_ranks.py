@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import hvd_sketch as hvd
 from hvd_sketch import Compression, ConfigurationError
 from tests.support import methods
+from tests.support.broadcasting import broadcast_odd_types
 from tests.support.methods import METHODS
 from tests.support.ranks import ranks
 from tests.support.training import flat, loss, net, train
@@ -85,8 +86,8 @@ def resume_with_more_ranks(folder: Path) -> list[Tensor]:
             saved = torch.load(folder / f"{kind}.flushed.pt", weights_only=True)
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
-        hvd.broadcast_optimizer_state(optimizer, root_rank=0)  # before the parameters: it decays those of fresh ranks
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+        hvd.broadcast_optimizer_state(optimizer, root_rank=0)
         memory = torch.load(folder / f"{kind}.{hvd.rank() % 2}.pt", weights_only=True)["memory"]
         with pytest.raises(
             ConfigurationError,
@@ -130,8 +131,12 @@ def broadcast(kind: str, *, restored: bool) -> Broadcast:
         train(inner, elsewhere, 3)
         model.load_state_dict(elsewhere.state_dict())
         optimizer.load_state_dict(inner.state_dict())
-    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
-    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    if restored:  # in the order of Horovod's examples
+        hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+        hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+    else:
+        hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+        hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     assert not optimizer.exchange.memory.residual.any()
     entries = list(optimizer.state_dict()["state"].values())
     state = [value for entry in entries for value in entry.values() if isinstance(value, Tensor)]
@@ -218,6 +223,7 @@ class Outcome(NamedTuple):
     scaled: tuple[list[Tensor], float, Tensor]
     same_names: Tensor
     other_names: Tensor
+    odd_types: list[list[Tensor]]
 
 
 def outcome() -> Outcome:
@@ -228,6 +234,7 @@ def outcome() -> Outcome:
         scaled_with_an_overflow_on_rank_1(),
         two_models_with_equal_names(same=True),
         two_models_with_equal_names(same=False),
+        broadcast_odd_types(hvd),
     )
 
 
@@ -245,6 +252,11 @@ def test_every_method_takes_part_in_broadcasts_after_rank_0_alone_has_loaded(
     assert torch.equal(state, other_state)
     assert torch.equal(end, other_end)
     assert end.isfinite().all()
+
+
+def test_what_horovod_does_not_send_is_broadcast_by_us(outcomes: list[Outcome]) -> None:
+    first, second = (outcome.odd_types for outcome in outcomes)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("restored", [False, True])

@@ -57,6 +57,22 @@ def test_arguments_behind_the_script_are_the_scripts_own(tmp_path: Path) -> None
     assert told[0] == f"{[script, *arguments]} __main__ {script} {tmp_path} a module beside the script"
 
 
+def test_a_module_runs_as_by_python_itself(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "beside.py").write_text("NAME = 'a module of the package'")
+    text = "import sys; from .beside import NAME; print(sys.argv, __name__, __package__, NAME)"
+    (package / "train.py").write_text(text)
+    (package / "__main__.py").write_text(text)
+    for module, file in {"package.train": "train.py", "package": "__main__.py"}.items():
+        by_python = run([sys.executable, "-m", module, "--ratio", "3"], cwd=tmp_path)
+        completed = run([*RUNNER, *SKETCH, "-m", module, "--ratio", "3"], cwd=tmp_path)
+        assert completed.returncode == 0, completed.output
+        assert completed.output.splitlines()[0] == by_python.output.strip()
+        assert str(package / file) in completed.output
+
+
 def test_tracebacks_end_in_the_script(tmp_path: Path) -> None:
     completed = run_script(tmp_path, "def train():\n    return 1 / 0\n\ntrain()\n")
     assert completed.returncode == 1
@@ -80,6 +96,7 @@ def test_exit_codes_pass_through(tmp_path: Path, leave: str, status: int) -> Non
     [
         ([], "the script to run is missing"),
         (["nowhere.py"], "there is no script 'nowhere.py' in "),
+        (["-m", "nowhere.at.all"], "there is no module 'nowhere.at.all' in "),
         (["--ratio", "0.5", __file__], "ratio must be at least 1, which sends everything; got 0.5"),
         (["--compression", "zip", __file__], "invalid choice: 'zip'"),
         (["--warmup-steps", "-3", __file__], "warmup_steps must be at least 0"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.support.broadcasting import broadcast_odd_types
 from tests.support.ranks import Launcher, launch, ranks, run
 from tests.support.training import COMPRESSED, flat, loss, net, train
 
@@ -57,6 +58,7 @@ class Seen(NamedTuple):
     ends: dict[str, tuple[Tensor, Tensor]]
     told: str
     joined: tuple[list[int], Tensor]
+    odd_types: list[list[Tensor]]
 
 
 def end(hvd: Any, compression: Any, settings: dict[str, Any], **keywords: Any) -> Tensor:
@@ -133,10 +135,13 @@ def script() -> Seen:
         train(mismatched, fresh, 1)
     except hvd.RankMismatchError as error:
         told = str(error)
+    odd_types = broadcast_odd_types(hvd)
     hvd.shutdown()
     assert not hvd.is_initialized()
     place = rank, size, hvd.local_rank(), hvd.local_size()
-    return Seen(place, state, momentum, hvd.broadcast_object({"from": rank}, 1), reduced, ends, told, joined)
+    return Seen(
+        place, state, momentum, hvd.broadcast_object({"from": rank}, 1), reduced, ends, told, joined, odd_types
+    )
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +165,10 @@ def test_the_names_that_scripts_use_work(seen: list[Seen]) -> None:
         assert all(torch.equal(one.state[name], tensor) for name, tensor in seen[0].state.items())
         assert all(torch.equal(a, b) for a, b in zip(one.momentum, seen[0].momentum, strict=True))
     assert len(seen[0].momentum) == 5
+
+
+def test_parameters_and_states_of_every_type_are_broadcast(seen: list[Seen]) -> None:
+    torch.testing.assert_close(seen[0].odd_types, seen[1].odd_types, rtol=0, atol=0)
 
 
 def test_ranks_with_fewer_batches_join_over_mpi4py(seen: list[Seen]) -> None:

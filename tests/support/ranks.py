@@ -62,8 +62,10 @@ class RanksTimedOut(RanksFailed):
     """The ranks did not end in time and were killed."""
 
 
-def run(command: Sequence[str], *, env: Mapping[str, str] | None = None, timeout: float = 120) -> Completed:
-    """Run a command in the repository's root, with the ranks' environment and this Python's folder first on the PATH.
+def run(
+    command: Sequence[str], *, env: Mapping[str, str] | None = None, timeout: float = 120, cwd: Path = ROOT
+) -> Completed:
+    """Run a command with the ranks' environment and this Python's folder first on the PATH.
 
     Raises:
         RanksTimedOut: it did not end within `timeout` seconds; it and all its descendants were killed.
@@ -75,7 +77,7 @@ def run(command: Sequence[str], *, env: Mapping[str, str] | None = None, timeout
     environment = {**os.environ, **ENVIRONMENT, "PATH": path, "PYTHONPATH": python_path, **(env or {})}
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
         )
         try:
             returncode = process.wait(timeout)
