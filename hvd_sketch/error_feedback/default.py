@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from enum import Enum
 from functools import partial
@@ -104,7 +104,11 @@ def follow(
     shares.attach(exchange)
     flat = FlatParameters(named, exchange.layout, first.device)
     ahead = Anticipation(weakref.proxy(optimizer), client.present_exchange, flat, shares, feedback.coefficient)
-    moves: Callable[[], bool] = lambda: exchange.step + exchange.stats.steps > 0 and watches(client, first)  # noqa: E731
+    living = weakref.ref(optimizer)
+
+    def moves() -> bool:
+        return living() is not None and exchange.step + exchange.stats.steps > 0 and watches(client, first)
+
     return Passes(ahead, {parameter: name for name, parameter in named.items()}, moves)
 
 

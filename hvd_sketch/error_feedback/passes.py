@@ -81,6 +81,12 @@ class Passes:
         self._stays = False
         self._back()
 
+    def end(self, why: str) -> None:
+        """Back to x for good."""
+        self.finish()
+        self._suspended = True
+        _log.warning("hvd_sketch: from now on gradients are computed without the step ahead: %s", why)
+
     def took(self, parameter: Tensor) -> None:
         """A gradient was computed; say so if it was not ahead."""
         if not (self._told or self._moved.is_ahead or self._suspended) and self._moves():

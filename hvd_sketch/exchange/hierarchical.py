@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from hvd_sketch.comm.hosts import Hosts
 from hvd_sketch.errors import ConfigurationError, RankMismatchError
 from hvd_sketch.exchange.base import Exchange, Factor, Finite
 from hvd_sketch.exchange.division import Division, LayoutOf
+from hvd_sketch.exchange.progress import Undo
 from hvd_sketch.exchange.rounds import Rounds
 from hvd_sketch.exchange.setting import Setting
 from hvd_sketch.layout import Layout
@@ -169,9 +170,12 @@ class HierarchicalExchange(Exchange):
 
     def _leave_alone(self) -> None:
         super()._leave_alone()
-        names = {self.layout.slots[position].name for position in self.absent}
-        slots = enumerate(self.part.layout.slots)
-        self.part.leave_alone(position for position, slot in slots if slot.name in names)
+        self.part.leave_alone(self._in_part(self.absent))
+
+    def _in_part(self, positions: Iterable[int]) -> list[int]:
+        """Where the part has what it has of these slots."""
+        names = {self.layout.slots[position].name for position in positions}
+        return [position for position, slot in enumerate(self.part.layout.slots) if slot.name in names]
 
     def _count(self) -> None:
         """The part has."""
@@ -191,13 +195,14 @@ class HierarchicalExchange(Exchange):
         super().reset()
         self.part.reset()
 
-    def snapshot(self) -> Callable[[], None]:
+    def snapshot(self) -> Undo:
         """As for every `Exchange`."""
         whole, part = super().snapshot(), self.part.snapshot()
 
-        def restore() -> None:
-            whole()
-            part()
+        def restore(positions: Iterable[int] | None = None) -> None:
+            slots = None if positions is None else list(positions)
+            whole(slots)
+            part(None if slots is None else self._in_part(slots))
 
         return restore
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -25,6 +25,12 @@ from hvd_sketch.stats import Stats
 from hvd_sketch.version import VERSION
 
 _NOT_BEGUN = "not-begun"
+
+
+class Undo(Protocol):
+    """Goes back to what a `Progress` was; given positions of slots, to what was kept of these alone."""
+
+    def __call__(self, positions: Iterable[int] | None = None) -> None: ...
 
 
 class Saved(Protocol):
@@ -116,17 +122,29 @@ class Progress(ABC):
         self._resync_every, self.drift.samples = steps, steps == 0
         self._agreed_size = 0
 
-    def snapshot(self) -> Callable[[], None]:
-        """Remember memory and counters; what is returned goes back to them, as often as it is called."""
+    def snapshot(self) -> Undo:
+        """Remember memory, counters and a flush that is asked for; `Undo` goes back as often as it is called."""
         memory, common = self.memory.state_dict(), copy.deepcopy(self._common_state())
-        agreed = self._agreed_size, self._loaded, self._refused
+        agreed, flush = (self._agreed_size, self._loaded, self._refused), self.rounds.flush_asked
 
-        def restore() -> None:
+        def restore(positions: Iterable[int] | None = None) -> None:
+            if positions is not None:
+                self._restore_slots(memory, positions)
+                return
             self.memory.load_state_dict(memory)
             self._load_common_state(copy.deepcopy(common))
             self._agreed_size, self._loaded, self._refused = agreed
+            if flush:
+                self.rounds.ask_to_flush()
 
         return restore
+
+    def _restore_slots(self, memory: Mapping[str, Tensor], positions: Iterable[int]) -> None:
+        if self.memory.residual.numel() == 0:
+            return
+        for slot in (self.layout.slots[position] for position in positions):
+            where = slice(slot.offset, slot.stop)
+            self.memory.part(where).load_state_dict({name: values[where] for name, values in memory.items()})
 
     def meet_others(self, name: str) -> None:
         """Collective, when ranks have come or gone: all take over step, schedule and scales of the first one.

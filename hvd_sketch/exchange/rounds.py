@@ -31,6 +31,7 @@ class Rounds:
         all_present: whether all did.
         partial: steps of this rank that some other did not take part in, since somebody last set it to 0.
         flushes: whether the present step sends everything, because some rank asked for it.
+        flush_asked: whether this rank asks for it in the coming step.
         regular: whether all ranks took part in the last step, and none lacked a gradient.
         incomplete: whether this rank has no gradient for some parameter.
         digest: of what all ranks should hold alike, for the header of the step that `sum` takes.
@@ -45,7 +46,7 @@ class Rounds:
         self.all_present, self.flushes, self.regular = True, False, True
         self.incomplete = False
         self.on_incomplete: Callable[[], None] = _nothing
-        self._flush_asked = False
+        self.flush_asked = False
         self._problem: str | None = None
         self._scope, self._generation = "", -1
 
@@ -57,7 +58,7 @@ class Rounds:
 
     def ask_to_flush(self, asked: bool = True) -> None:
         """Ask all ranks to send everything in the next step, or no longer."""
-        self._flush_asked = asked
+        self.flush_asked = asked
 
     def fail_together(self, problem: str | None) -> None:
         """Note a problem of the coming step, the first one counts; None forgets it."""
@@ -65,7 +66,7 @@ class Rounds:
 
     def begin_again(self) -> None:
         """Forget a step that was broken off."""
-        self.digest, self._problem, self._flush_asked = None, None, False
+        self.digest, self._problem, self.flush_asked = None, None, False
         self._damages.clear()
 
     def note_damage(self, damaged: Tensor, what: str) -> None:
@@ -112,7 +113,7 @@ class Rounds:
         """Put what this rank has to say of the step in front of a message."""
         damages = [damaged for damaged, _ in self._damages]
         problem = self._problem is not None or (bool(damages) and torch.stack(damages).any())
-        wire.write_header(message, finite, incomplete=self.incomplete, problem=problem, flush=self._flush_asked)
+        wire.write_header(message, finite, incomplete=self.incomplete, problem=problem, flush=self.flush_asked)
         digest = message[wire.DIGEST]
         digest.zero_() if self.digest is None else digest.copy_(self.digest)
 

@@ -27,6 +27,8 @@ class LossScale:
     hand, it is that of the scaler that was given, or else of the only one in use, unless
     ``scaler.unscale_(optimizer)`` has been called. That one is looked for once, at the first time; of several, none
     is taken, with a warning.
+
+    A scaler that is not for these gradients is told from one that is by the first step, see `settle`.
     """
 
     def __init__(self, scaler: GradScaler | None) -> None:
@@ -50,6 +52,19 @@ class LossScale:
     def note_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Take note, in `step`, of whether a scaler calls it."""
         self._scaler_steps = "found_inf" in vars(optimizer)
+
+    @property
+    def is_guessed(self) -> bool:
+        """Whether it is the only scaler's, and no step has told yet whether that one is for these gradients."""
+        return self._told is None and self._found is not None and self._scaler_steps is None
+
+    def settle(self) -> None:
+        """Take note, as a step begins of an optimizer that nobody wraps, of whether the scaler calls it."""
+        if self.is_guessed:
+            scaler = self._found and self._found()
+            states = scaler._per_optimizer_states.values() if scaler else ()
+            self._scaler_steps = any(state["stage"] is OptState.UNSCALED for state in states)
+            self._found = self._found if self._scaler_steps else None
 
     def in_step(self, optimizer: torch.optim.Optimizer) -> float:
         """Inside `step`: what the scaler that calls it, if one does, left on the optimizer."""
@@ -98,5 +113,7 @@ def _scalers_in_use() -> list[GradScaler]:
 
 def _state_of(scaler: GradScaler, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
     """What a scaler knows of an optimizer in this step."""
+    if not scaler.is_enabled():
+        return None
     states: dict[int, dict[str, Any]] = scaler._per_optimizer_states
     return states.get(id(optimizer))

@@ -94,6 +94,7 @@ def register(
             f"register needs a torch.nn.parallel.DistributedDataParallel model, got {type(model).__name__}; wrap it "
             f"first, or use hvd_sketch.DistributedOptimizer, which needs none{_of_the_launcher()}"
         )
+    _check_hooks(model)
     named = {name: p for name, p in model.module.named_parameters() if name not in model.parameters_to_ignore}
     if error_feedback is None and isinstance(compression, Compressor):
         compression = replace(compression, anticipate=False)
@@ -127,6 +128,17 @@ def register(
     )
     model.register_comm_hook(None, keep_local)
     return ahead
+
+
+def _check_hooks(model: DistributedDataParallel) -> None:
+    """Refuse a second hook before the first one's state is replaced: PyTorch would refuse it afterwards."""
+    for registered, state in getattr(model, "_comm_hooks", ()):
+        if registered is not hook or state is not None:  # else it was left behind, and this is a copy
+            name = getattr(registered, "__qualname__", repr(registered))
+            raise ConfigurationError(
+                f"the model has a communication hook already, {name!r}, and can have one only: wrap model.module in "
+                "DistributedDataParallel again, and register once"
+            )
 
 
 def _of_the_launcher() -> str:

@@ -2,6 +2,7 @@
 
 # without postponed annotations: DistributedDataParallel compares those of a hook
 
+import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -16,10 +17,10 @@ from torch.autograd import Variable
 
 from hvd_sketch.comm import as_communicator
 from hvd_sketch.comm.hosts import Asked, find_hosts
-from hvd_sketch.compatibility import check_momentum, check_steps_once
+from hvd_sketch.comm.launcher import check_not_alone
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.error_feedback.anticipate import Anticipate
-from hvd_sketch.error_feedback.default import Default, follow, settle
+from hvd_sketch.error_feedback.default import follow
 from hvd_sketch.error_feedback.passes import Passes
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
@@ -27,8 +28,12 @@ from hvd_sketch.exchange.gradients import shared_state, take_over, watch
 from hvd_sketch.exchange.joining import attend
 from hvd_sketch.exchange.scaling import LossScale
 from hvd_sketch.frontends.arguments import check_hierarchical
+from hvd_sketch.frontends.ddp_arguments import check, innermost, numbered, settled
+from hvd_sketch.frontends.ddp_steps import Steps, Unstepped, listen
 from hvd_sketch.frontends.grouped import grouped
-from hvd_sketch.methods.wrapper import HOROVODS_MODULE
+from hvd_sketch.layout import describe_values
+
+_logger = logging.getLogger("hvd_sketch")
 
 
 class State:
@@ -75,33 +80,37 @@ class State:
         grad_scaler: torch.amp.GradScaler | None = None,
         hierarchical: Asked = None,
     ) -> None:
-        optimizer = _innermost(optimizer)
-        _check(compression, optimizer)
-        compression, feedback = settle(compression, optimizer, Default.OF_COMPRESSION, averages=True, corrects=False)
-        named = dict(_numbered(optimizer) if named_parameters is None else named_parameters)
-        self._optimizer, self._scale, self._factor = weakref.ref(optimizer), LossScale(grad_scaler), 1.0
+        optimizer = innermost(optimizer)
+        named = dict(numbered(optimizer) if named_parameters is None else named_parameters)
         trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+        check(compression, optimizer, trained)
+        compression, feedback = settled(compression, optimizer, trained)
+        self._scale, self._factor = LossScale(grad_scaler), 1.0
         layout = compression.layout(trained.items())
+        check_not_alone(dist.get_world_size())
         comm = as_communicator(dist.group.WORLD if process_group is None else process_group)
         device = next(iter(trained.values())).device
         hosts, note = find_hosts(comm, check_hierarchical(hierarchical, compression, feedback))
         make = partial(compression.exchange, layout, comm, average=True, device=device)
         self.exchange = grouped(lambda hosts: make(hosts=hosts), hosts, note)
-        held = self._optimizer
-        self.exchange.watch(trained, lambda: getattr(held(), "param_groups", ()))
-        self.exchange.drift.parameters = ()  # which may be ahead while backward runs, on each rank elsewhere
         self._parameters = [trained[slot.name] for slot in layout.slots]
         self._positions = {parameter: position for position, parameter in enumerate(self._parameters)}
         self._used: set[int] = set()
         self._stale: dict[int, Tensor] = {}
         self._views: dict[int, Tensor] = {}
         self._open: list[tuple[torch.futures.Future[Tensor], Tensor]] = []
-        self._undo: Callable[[], None] | None = None
-        self._stepping = self._unstepped = self._ever_stepped = self._added_to = self._joined = False
+        self._steps = Steps(optimizer, self._positions)
+        self._unstepped = Unstepped(self.exchange, self._parameters)
+        self._fresh = self._added_to = self._joined = self._just_loaded = False
+        self._compare(trained)
         self._passes: Passes | None = None
         if isinstance(feedback, Anticipate):
             self._passes = follow(optimizer, feedback, self, self.exchange, trained)
         self._watch(optimizer)
+
+    def __reduce__(self) -> Any:
+        """A copy of the model, or one from a file, is another model: PyTorch gives it no hook."""
+        return _left_behind, ()
 
     def flush(self) -> None:
         """Send everything in the next step, so that a checkpoint after it needs no memory."""
@@ -110,12 +119,13 @@ class State:
     def memory_state_dict(self) -> dict[str, Any]:
         """What this rank has not sent yet; save it on every rank, beside the model's and the optimizer's state."""
         self._take_back_what_was_cleared()
-        return self.exchange.state_dict()
+        return self._unstepped.saved()
 
     def load_memory_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore this rank's memory, after the optimizer's state; see `Exchange.load_state_dict`."""
-        self._undo = None
+        """Restore this rank's memory, before or after the optimizer's state; see `Exchange.load_state_dict`."""
+        self._unstepped.settle()
         self.exchange.load_state_dict(state)
+        self._just_loaded = True
 
     @torch.no_grad()
     def receive(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -132,24 +142,28 @@ class State:
         if buffer.is_sparse:
             self._refuse_sparse(bucket)
         else:
-            self._take(dict(zip(map(self._position_of, bucket.parameters()), bucket.gradients(), strict=True)))
+            parameters = bucket.parameters()
+            gradients = map(_as_laid_out, bucket.gradients(), parameters)
+            self._take(dict(zip(map(self._position_of, parameters), gradients, strict=True)))
         if bucket.is_last():
             self._finish()
         return future
 
     def _begin(self) -> None:
         """The first bucket of a step."""
-        optimizer = self._optimizer()
+        optimizer = self._steps.given
         self._factor = 1.0 if optimizer is None else self._scale.by_hand(optimizer)
+        if self._scale.is_guessed:
+            self.exchange.flush()  # nothing is kept that may be of another scale
         self._joined = torch._C._current_graph_task_id() < 0  # there is no backward, the others' buckets are matched
         if not self._joined and not self._used:
             self._used = set(self._positions.values())
-        if self._joined or self._stepping:
-            self._undo = None
-        self._added_to = self._undo is not None  # gradients that were exchanged before: they count with these
-        if not (self._joined or self._stepping or self._added_to):
-            self._undo = self.exchange.snapshot()
-        self._unstepped = not self._joined
+        if self._joined or self._steps.inside:
+            self._unstepped.settle()
+        self._added_to = self._unstepped.pending  # gradients that were exchanged before: they count with these
+        if not (self._joined or self._steps.inside or self._added_to):
+            self._unstepped.begin()
+        self._fresh, self._just_loaded = not self._joined, False
 
     def _take(self, gradients: Mapping[int, Tensor]) -> None:
         """Hand in what was used on this rank; the rest is zero, or left over from an earlier pass and comes last."""
@@ -177,9 +191,11 @@ class State:
             self._used.clear()
             self._stale.clear()
             self._views.clear()
+            self._told.clear()
         if exchange.void:
-            self._undo = self._undo if self._added_to else None
-            if self._stepping:
+            if not self._added_to:
+                self._unstepped.settle()
+            if self._steps.inside:
                 self._clear_after_backward()
         for future, buffer in opened:
             future.set_result(buffer)
@@ -205,9 +221,21 @@ class State:
         reference = weakref.ref(self)
         for position, parameter in enumerate(self._parameters):
             parameter.register_hook(_told(reference, State._computed, position))
-        optimizer.register_step_pre_hook(_told(reference, State._before_step))
-        optimizer.register_step_post_hook(_told(reference, State._after_step))
         optimizer.register_load_state_dict_post_hook(_told(reference, State._restart))
+        listen(self)
+
+    def _compare(self, trained: Mapping[str, Tensor]) -> None:
+        """Have the ranks compare what they train, as it is when the first gradient of all is computed.
+
+        Later in that step the parameters may be elsewhere, for an optimizer that looks around; and in any step while
+        backward runs they may be ahead, on each rank elsewhere.
+        """
+        steps, told = self._steps, list[str]()
+        self._told, self._describe_values = told, partial(describe_values, trained)
+        self.exchange.watch(trained, lambda: steps.groups)
+        self.exchange.drift.parameters = ()
+        describe = self._describe_values
+        self.exchange.drift.describe_values = lambda: told[0] if told else describe()
 
     def gradient_computed(self, parameter: Tensor) -> None:
         """Called by backward."""
@@ -221,11 +249,11 @@ class State:
 
     def shared_state(self) -> dict[str, Any]:
         """Parameters and the optimizer's state, the same on all ranks; not copied."""
-        return shared_state(self._parameters, self._optimizer())
+        return shared_state(self._parameters, self._steps.given)
 
     def take_over(self, state: dict[str, Any]) -> None:
         """Go on with another rank's `shared_state`; what is unsent here stays."""
-        take_over(state, self._parameters, self._optimizer())
+        take_over(state, self._parameters, self._steps.given)
 
     def _back_at_the_model(self) -> None:
         """End the step ahead, if parameters are."""
@@ -236,39 +264,53 @@ class State:
         """Backward is about to add to a gradient."""
         if not self._used:
             self._take_back_what_was_cleared()
+            if self.exchange.step + self.exchange.stats.steps == 0 and not self._told:
+                self._told.append(self._describe_values())
         self._used.add(position)
 
     def _take_back_what_was_cleared(self) -> None:
         """Undo what was exchanged since the last step if the update is gone; as long as it is there, it counts."""
-        if self._undo is None or any(p.grad is not None and bool(p.grad.any()) for p in self._parameters):
-            return
-        self._undo()
-        self._undo = None
-        if not self._ever_stepped:
+        if self._unstepped.take_back_cleared() and not self._steps.ever:
             warnings.warn(
-                "hvd_sketch: gradients were cleared before a step of the optimizer that State was given, and count as "
-                "never exchanged; give State the very optimizer that steps",
+                "hvd_sketch: gradients were cleared before any step of an optimizer, and count as never exchanged; "
+                "step by a torch.optim.Optimizer, which tells of it",
                 stacklevel=2,
             )
 
-    def _before_step(self) -> None:
-        """What was exchanged is stepped with, unless it is void."""
+    def step_begins(self, optimizer: torch.optim.Optimizer) -> None:
+        """What was exchanged is stepped with, unless it is void or cleared."""
+        held = self._steps.begin(optimizer)
+        if not held:
+            return
         self._back_at_the_model()
-        self._stepping = self._ever_stepped = True
-        if self._unstepped and self.exchange.void:
+        if self._fresh:
+            self._scale.settle()
+        if self._fresh and self.exchange.void:
             self._clear()
-            self._take_back_what_was_cleared()
-        self._undo, self._unstepped = None, False
+        self._unstepped.take_back_cleared()
+        self._unstepped.step(held)
+        self._fresh = False
 
-    def _after_step(self) -> None:
+    def step_ends(self, optimizer: torch.optim.Optimizer) -> None:
+        """The step is over, by the optimizer that was given, or by one that has taken its place."""
+        if not self._steps.end(optimizer):
+            return
         self._back_at_the_model()
-        self._stepping = self._unstepped = False
+        self._fresh = False
+        if self._steps.succeeded_by(optimizer):
+            optimizer.register_load_state_dict_post_hook(_told(weakref.ref(self), State._restart))
+            if self._passes is not None:
+                self._passes.end(
+                    f"{type(optimizer).__name__} steps the model now in place of the optimizer that was registered; "
+                    "wrap the model in DistributedDataParallel again and register that one"
+                )
 
     def _restart(self) -> None:
-        """The optimizer has loaded a state: what is unsent belongs to what was before."""
+        """The optimizer has loaded a state: what is unsent belongs to what was before, unless it was just loaded."""
         self._back_at_the_model()
-        self._undo = None
-        self.exchange.reset()
+        self._unstepped.settle()
+        if not self._just_loaded:
+            self.exchange.reset()
 
     def _clear(self) -> None:
         """Leave an optimizer nothing to step with."""
@@ -281,6 +323,20 @@ class State:
         queue(lambda: queue(self._clear))  # behind the model's own, which is queued after its last hook
 
 
+def _as_laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """A bucket's gradient with the strides of its parameter, in which order a bucket has the values of dense ones."""
+    if parameter.is_contiguous() or torch.empty_like(parameter, device="meta").stride() != parameter.stride():
+        return gradient
+    return gradient.as_strided(parameter.shape, parameter.stride(), gradient.storage_offset())
+
+
+def _left_behind() -> None:
+    _logger.warning(
+        "hvd_sketch: a copy of a DistributedDataParallel model, or one from a file, averages its gradients densely, "
+        "for PyTorch leaves communication hooks behind; call hvd_sketch.ddp.register for it"
+    )
+
+
 def _told(reference: "weakref.ref[State]", what: Callable[..., None], *arguments: Any) -> Callable[..., None]:
     """A hook that tells a state, while it lives."""
 
@@ -290,30 +346,3 @@ def _told(reference: "weakref.ref[State]", what: Callable[..., None], *arguments
             what(state, *arguments)
 
     return hook
-
-
-def _innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The one that frameworks put their own around."""
-    if type(optimizer).__module__ == HOROVODS_MODULE:
-        raise ConfigurationError(
-            "the optimizer is a DistributedOptimizer, which exchanges by itself; give the plain one to the hook, or "
-            "leave DistributedDataParallel away"
-        )
-    inner = getattr(optimizer, "optimizer", None)
-    return _innermost(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
-
-
-def _check(compression: Any, optimizer: torch.optim.Optimizer) -> None:
-    if not isinstance(compression, Compressor):
-        raise ConfigurationError(
-            f"compression={compression!r} is none that sparsifies: use hvd_sketch.Compression.auto() or another; for "
-            "plain averages register no hook, and for half precision PyTorch's own fp16_compress_hook"
-        )
-    check_steps_once(optimizer)
-    check_momentum(compression.momentum, optimizer)
-
-
-def _numbered(optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, Tensor]]:
-    """An optimizer's parameters, by group and number."""
-    for i, group in enumerate(optimizer.param_groups):
-        yield from ((f"{i}.{j:04d}", parameter) for j, parameter in enumerate(group["params"]))

@@ -64,12 +64,18 @@ class OrDense(Compressor):
         momentum: Momentum | None = None,
         hosts: Hosts | None = None,
     ) -> Exchange:
-        """The other's, or a dense one, of which rank 0 is told."""
+        """The other's, or a dense one, of which rank 0 is told.
+
+        Raises:
+            NothingGainedError: where parts of the model are too small, one for each rank of a host, see `grouped`.
+        """
         try:
             if layout.compressed == 0:
                 raise NothingGainedError("all parameters are 1-D, small or excluded")
             return self._told.exchange(layout, comm, average=average, device=device, momentum=momentum, hosts=hosts)
         except NothingGainedError as reason:
+            if hosts is not None and layout.compressed:
+                raise
             if comm.rank == 0:
                 _logger.warning("hvd_sketch: the model is too small to compress and trains dense: %s", reason)
             return DenseExchange(layout, comm, average=average, device=device)

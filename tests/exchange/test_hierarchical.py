@@ -24,6 +24,7 @@ from hvd_sketch.error_feedback.common_share import CommonShare
 from hvd_sketch.exchange import HierarchicalExchange
 from hvd_sketch.exchange.division import divide
 from hvd_sketch.exchange.joining import stand_in
+from hvd_sketch.frontends.or_dense import OrDense
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
 from hvd_sketch.sketch.narrow import NarrowSketches
@@ -212,6 +213,36 @@ def test_a_flush_that_one_rank_asks_for_empties_every_memory(compressor: Compres
     assert not any(exchange.part.memory.residual[:COMPRESSED].any() for _, exchange in runs)
     computed = by_hosts(gradients, 2)
     assert bool((lost(computed, runs[0][0], kept(runs, 2)) <= 2 * rounding(computed)).all())
+
+
+@SOME
+@pytest.mark.parametrize("local", [False, 2])
+def test_a_step_is_taken_back_for_some_parameters_or_all_with_its_flush(compressor: Compressor, local: Asked) -> None:
+    gradients = heavy_tailed(4, 3, TOTAL)
+
+    def body(comm: Communicator) -> None:
+        layout, hosts = compressor.layout(parameters(SHAPES).items()), find_hosts(comm, local)[0]
+        exchange = compressor.exchange(layout, comm, average=True, device=torch.device("cpu"), hosts=hosts)
+        mine = getattr(exchange, "part", exchange)
+        first, second, third = gradients[comm.rank]
+        step(exchange, first)
+        before, undo = mine.memory.residual.clone(), exchange.snapshot()
+        update, after = step(exchange, second), mine.memory.residual.clone()
+        undo(at for at, slot in enumerate(layout.slots) if slot.name == "a.weight")
+        for slot in mine.layout.slots:
+            where, expected = slice(slot.offset, slot.stop), before if slot.name == "a.weight" else after
+            assert torch.equal(mine.memory.residual[where], expected[where])
+        undo()
+        assert torch.equal(mine.memory.residual, before)
+        assert torch.equal(step(exchange, second), update)
+        exchange.flush()
+        undo = exchange.snapshot()
+        for _ in range(2):
+            step(exchange, third)
+            assert not mine.memory.residual[: mine.layout.compressed].any()
+            undo()
+
+    run_in_process(4, body)
 
 
 @SOME
@@ -444,15 +475,18 @@ def test_uneven_hosts_exchange_by_rank_and_say_so_and_are_refused_where_hosts_ar
 
 
 def test_a_model_whose_parts_are_too_small_is_exchanged_by_rank_unless_hosts_were_asked_for() -> None:
-    """Of 4300 parameters every part has 100 that travel whole, one of the two also a small piece."""
+    """Of 4300 parameters every part has 100 that travel whole, one of the two also a small piece.
+
+    From the script runner, which would train a model dense that is too small by itself, as well.
+    """
 
     def body(comm: Communicator) -> list[str]:
         model = net()
-        asked: list[Asked] = [None, True]
+        topk = Compression.topk(ratio=20.0, dense_below=1200, anticipate=False, **PLAIN)
+        asked: list[tuple[Asked, Compressor]] = [(None, topk), (None, OrDense(wanted=topk)), (True, topk)]
         kinds = []
-        for each in asked:
+        for each, compression in asked:
             plain, named = torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters()
-            compression = Compression.topk(ratio=20.0, dense_below=1200, anticipate=False, **PLAIN)
             optimizer = hvd.DistributedOptimizer(plain, named, compression, comm=comm, hierarchical=each)
             try:
                 kinds.append(type(optimizer.exchange).__name__)
@@ -460,7 +494,8 @@ def test_a_model_whose_parts_are_too_small_is_exchanged_by_rank_unless_hosts_wer
                 kinds.append(type(error).__name__)
         return kinds
 
-    assert InProcessGroup(8, hosts=[0, 0, 0, 0, 1, 1, 1, 1]).run(body) == [["TopKExchange", "NothingGainedError"]] * 8
+    kinds = ["TopKExchange", "TopKExchange", "NothingGainedError"]
+    assert InProcessGroup(8, hosts=[0, 0, 0, 0, 1, 1, 1, 1]).run(body) == [kinds] * 8
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])

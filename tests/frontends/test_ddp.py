@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -19,18 +19,16 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.nn.parallel import DistributedDataParallel
 
 import hvd_sketch as hvd
 from hvd_sketch import Anticipate, Compression, ConfigurationError, SavedMemory
 from hvd_sketch.comm import Communicator
 from hvd_sketch.comm.in_process import run_in_process
+from tests.support import ddp as scripts
+from tests.support.ddp import AHEAD, PLAIN, RATE, SIZE, STEPS, Balance, balance, local_gradient, sgd, step, wrapped
 from tests.support.ranks import ranks
 from tests.support.training import flat, flat_gradient, loss, net
 
-SIZE, STEPS, RATE = 2, 6, 0.125  # a power of two: no product with it is rounded
-AHEAD: dict[str, Any] = {"ratio": 8.0, "warmup_steps": 0, "dense_below": 100, "clip_norm": None}
-PLAIN: dict[str, Any] = {**AHEAD, "anticipate": False}
 COMPRESSORS: Mapping[str, Callable[[], Any]] = {
     "topk": lambda: Compression.topk(**PLAIN),
     "sharded": lambda: Compression.sharded(**AHEAD),
@@ -45,20 +43,6 @@ WRAPPINGS: Mapping[str, dict[str, Any]] = {
     "static graph": {"static_graph": True},
     "unused looked for": {"find_unused_parameters": True},
 }
-
-
-def sgd(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), RATE, **settings)
-
-
-def wrapped(model: nn.Module, **settings: Any) -> DistributedDataParallel:
-    return DistributedDataParallel(model, **settings)
-
-
-def step(model: nn.Module, optimizer: Any, number: int) -> None:
-    optimizer.zero_grad()
-    loss(model, dist.get_rank(), number).backward()
-    optimizer.step()
 
 
 def trained(make: Callable[[], Any], **settings: Any) -> Tensor:
@@ -105,38 +89,6 @@ class Branches(nn.Module):
     def forward(self, inputs: Tensor, both: bool = True) -> Tensor:
         result: Tensor = self.always(inputs)
         return result + self.sometimes(inputs) if both else result
-
-
-class Balance(NamedTuple):
-    """What all ranks computed, on the mean, and what became of it: the difference of the two, and the sizes."""
-
-    difference: float
-    computed: float
-    kept: float
-
-
-def balance(model: nn.Module, start: Tensor, state: Any, computed: Tensor) -> Balance:
-    """``computed``: the sum of this rank's gradients that count; plain SGD has stepped with what was sent."""
-    kept = torch.zeros(computed.numel())
-    names = [name.removeprefix("module.") for name, _ in model.named_parameters()]
-    sizes = [parameter.numel() for parameter in model.parameters()]
-    places = dict(zip(names, torch.tensor([0, *sizes]).cumsum(0).tolist(), strict=False))
-    for slot in state.exchange.layout.slots:
-        place = places[slot.name]
-        kept[place : place + slot.numel] = state.exchange.memory.residual[slot.offset : slot.stop]
-    both = torch.stack([computed, kept])
-    dist.all_reduce(both)
-    both /= SIZE
-    sent = (start - flat(model)) / RATE
-    return Balance(float((both[0] - both[1] - sent).norm()), float(both[0].norm()), float(both[1].norm()))
-
-
-def local_gradient(model: nn.Module, value: Tensor) -> Tensor:
-    parameters = list(model.parameters())
-    parts = torch.autograd.grad(value, parameters, allow_unused=True)
-    return torch.cat(
-        [(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(parameters, parts, strict=True)]
-    )
 
 
 def branching(buckets: int, **settings: Any) -> Balance:
@@ -243,7 +195,7 @@ def void(*, scales: bool = False, closure: bool = False) -> tuple[bool, bool, fl
 def scaled() -> tuple[Tensor, Tensor]:
     """With a scaler and without: powers of two round nothing."""
     ends = []
-    for scaler in (torch.amp.GradScaler("cpu", init_scale=1024.0), None):
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
         model = wrapped(net())
         optimizer = sgd(model)
         hvd.ddp.register(model, optimizer, COMPRESSORS["topk"](), grad_scaler=scaler)
@@ -357,14 +309,34 @@ def alone() -> str:
         return refused(lambda: hvd.ddp.register(net(), sgd(net()), COMPRESSORS["topk"]()))
 
 
+def alone_in_its_group() -> str:
+    """Under horovodrun, where a script makes a process group of each process."""
+    model = wrapped(net())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOROVOD_SIZE", "2")
+        patch.setattr(dist, "get_world_size", lambda group=None: 1)
+        return refused(lambda: hvd.ddp.register(model, sgd(model), COMPRESSORS["topk"]()))
+
+
+def registered_twice() -> None:
+    model = wrapped(net())
+    for _ in range(2):
+        hvd.ddp.register(model, sgd(model), COMPRESSORS["topk"]())
+
+
 def errors() -> dict[str, str]:
     model = wrapped(net())
     none: Any = Compression.none
+    insisting = Compression.topk(**{**PLAIN, "anticipate": True})
     return {
         "ranks differ": refused(mismatched),
         "a parameter that State does not know": refused(unknown),
         "sparse": refused(sparse),
         "alone": alone(),
+        "alone in its group": alone_in_its_group(),
+        "twice": refused(registered_twice),
+        "of another model": refused(lambda: hvd.ddp.register(model, sgd(net()), COMPRESSORS["topk"]())),
+        "of a part": refused(lambda: hvd.ddp.register(model, sgd(model.module[0]), insisting)),
         "not wrapped": refused(lambda: hvd.ddp.register(net(), sgd(model), COMPRESSORS["topk"]())),
         "no compressor": refused(lambda: hvd.ddp.register(model, sgd(model), none)),
         "mixed by hosts": refused(lambda: hvd.ddp.State(Compression.mixed(ratio=8.0), sgd(model), hierarchical=True)),
@@ -407,6 +379,7 @@ def on_a_rank(folder: str) -> dict[str, Any]:
         "compiled": compiled(),
         "plain hook": plain_hook(),
         "resumed": resumed(folder),
+        "scripts": scripts.seen(),
         "errors": errors(),
     }
 
@@ -461,11 +434,34 @@ def test_passes_that_accumulate_and_steps_ahead_are_those_of_the_optimizer(seen:
 
 
 def test_what_was_sent_and_what_is_kept_is_what_was_computed(seen: list[dict[str, Any]]) -> None:
-    """Unused parameters, accumulation without ``no_sync``, gradients cleared in between, and ranks without data."""
+    """Unused parameters, accumulation without ``no_sync``, gradients cleared in between, and ranks without data.
+
+    Several optimizers of a model, one that takes another's place, gradients taken around the model, and another
+    model's scaler.
+    """
     for one in seen:
-        for balance in (*one["balances"], one["uneven"][0]):
-            assert balance.difference < 1e-5 * balance.computed
-            assert balance.kept > 0.1 * balance.computed
+        for difference, computed, kept in (*one["balances"], one["uneven"][0], *one["scripts"]["balances"]):
+            assert difference < 1e-5 * computed
+            assert kept > 0.1 * computed
+
+
+def test_optimizers_around_others_and_in_their_place(seen: list[dict[str, Any]]) -> None:
+    for one in seen:
+        assert torch.equal(one["scripts"]["another"], seen[0]["scripts"]["another"])
+        for end in one["scripts"]["around"]:
+            assert torch.equal(end, seen[0]["trained, sharded"])
+
+
+def test_memories_of_a_script_that_saves_loads_and_copies_where_it_likes(seen: list[dict[str, Any]]) -> None:
+    for one in seen:
+        for what, held in one["scripts"]["true"].items():
+            assert held is True or set(held) == {True}, what
+
+
+def test_values_may_lie_in_memory_as_they_like(seen: list[dict[str, Any]]) -> None:
+    """In every order the same is anticipated, but for the rounding of convolutions."""
+    for one in seen:
+        torch.testing.assert_close(*one["scripts"]["images"], rtol=1e-4, atol=1e-6)
 
 
 def test_cleared_gradients_leave_no_trace(seen: list[dict[str, Any]]) -> None:
@@ -511,6 +507,10 @@ def test_a_saved_run_continues_as_if_never_saved(seen: list[dict[str, Any]]) -> 
         ("sparse", "rank 1: parameter 'weight' has a sparse gradient; make its embedding with sparse=False"),
         ("not wrapped", "needs a torch.nn.parallel.DistributedDataParallel model, got Sequential"),
         ("alone", "HOROVOD_SIZE of horovodrun has started 2 processes.*start with torchrun"),
+        ("alone in its group", "at least 2 processes were started together \\(HOROVOD_SIZE of horovodrun=2\\)"),
+        ("twice", "has a communication hook already, 'hook', and can have one only: wrap model.module in"),
+        ("of another model", "the optimizer holds none of the model's parameters; give the one that steps them"),
+        ("of a part", "anticipate=True needs one optimizer of all parameters, and this one does not hold '2.weight'"),
         ("no compressor", "PyTorch's own fp16_compress_hook"),
         ("mixed by hosts", "hierarchical=True divides a compressor's exchange.*does not work with Mixed"),
         ("no groups", "hierarchical must be True, False, None or a number of ranks, got 0"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -152,6 +153,32 @@ def voided(mesh: DeviceMesh) -> tuple[bool, int]:
     return torch.equal(before, mine(model)), optimizer.exchange.stats.skipped
 
 
+def scaled(mesh: DeviceMesh, order: str) -> tuple[bool, float, int]:
+    """Trained with a scaler, of whose gradients a shard of rank 0 alone overflows in the last step.
+
+    Returns:
+        whether it ends where a training without one does that lacks that step, the scale, and how many were skipped.
+    """
+    ends = []
+    for scaler in (torch.amp.GradScaler("cpu", enabled=False), torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        model = sharded(mesh)
+        optimizer = distributed(model, "AdamW", Compression.topk(**SPARSE), mesh["replicate"])
+        for number in range(STEPS + scaler.is_enabled()):
+            optimizer.zero_grad()
+            scaler.scale(loss(model, dist.get_rank(), number)).backward()
+            if number == STEPS and dist.get_rank() == 0:
+                local(next(model.parameters()).grad)[0, 0] = torch.inf  # type: ignore[arg-type]
+            if order == "synchronized":
+                optimizer.synchronize()
+            if order != "plain":
+                scaler.unscale_(optimizer)
+            with optimizer.skip_synchronize() if order == "synchronized" else nullcontext():
+                scaler.step(optimizer)
+            scaler.update()
+        ends.append((mine(model), scaler.get_scale(), optimizer.exchange.stats.skipped))
+    return torch.equal(ends[0][0], ends[1][0]), *ends[1][1:]
+
+
 def resumed(mesh: DeviceMesh) -> bool:
     """Whether a training that was saved in the middle, on every rank its own part, ends where it would have."""
     saved: dict[str, Any] = {}
@@ -256,6 +283,7 @@ def on_4_ranks(folder: str) -> dict[str, Any]:
         "ends": ends,
         "conserved": {name: conserved(mesh, make) for name, make in COMPRESSORS.items()},
         "voided": voided(mesh),
+        "scaled": [scaled(mesh, order) for order in ("plain", "unscaled", "synchronized")],
         "resumed": resumed(mesh),
         "looks": looks(mesh),
         "flushed": flushed(mesh, folder),
@@ -299,6 +327,11 @@ def test_nothing_is_lost(told: list[dict[str, Any]]) -> None:
 
 def test_a_step_is_void_for_all_shards(told: list[dict[str, Any]]) -> None:
     assert [each["voided"] for each in told] == [(True, 1)] * SIZE
+
+
+def test_scalers_find_an_overflow_of_one_shard_on_all_ranks(told: list[dict[str, Any]]) -> None:
+    for each in told:
+        assert each["scaled"] == [(True, 512.0, 1)] * 3
 
 
 def test_a_checkpoint_of_each_ranks_part(told: list[dict[str, Any]]) -> None:

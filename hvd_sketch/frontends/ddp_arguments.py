@@ -1,0 +1,79 @@
+"""What `State` is given, and what of it cannot work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_sketch.compatibility import check_momentum, check_steps_once
+from hvd_sketch.compressors import Compressor
+from hvd_sketch.error_feedback.base import ErrorFeedback
+from hvd_sketch.error_feedback.default import Default, settle
+from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.methods.wrapper import HOROVODS_MODULE
+
+
+def innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """The one that frameworks, and optimizers that are none of PyTorch's making, put their own around.
+
+    Raises:
+        ConfigurationError: for one that exchanges by itself.
+    """
+    if type(optimizer).__module__ == HOROVODS_MODULE:
+        raise ConfigurationError(
+            "the optimizer is a DistributedOptimizer, which exchanges by itself; give the plain one to the hook, or "
+            "leave DistributedDataParallel away"
+        )
+    inside = [getattr(optimizer, "optimizer", None)]
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):  # PyTorch's own initialisation makes them
+        inside += vars(optimizer).values()
+    inner = next((each for each in inside if isinstance(each, torch.optim.Optimizer)), None)
+    return optimizer if inner is None else innermost(inner)
+
+
+def check(compression: Any, optimizer: torch.optim.Optimizer, trained: Mapping[str, Tensor]) -> None:
+    """What is wrong with a compressor and an optimizer of these parameters.
+
+    Raises:
+        ConfigurationError: with the remedy.
+    """
+    if not isinstance(compression, Compressor):
+        raise ConfigurationError(
+            f"compression={compression!r} is none that sparsifies: use hvd_sketch.Compression.auto() or another; for "
+            "plain averages register no hook, and for half precision PyTorch's own fp16_compress_hook"
+        )
+    check_steps_once(optimizer)
+    check_momentum(compression.momentum, optimizer)
+    if trained and not _held_by(optimizer) & set(trained.values()):
+        raise ConfigurationError("the optimizer holds none of the model's parameters; give the one that steps them")
+
+
+def settled(
+    compression: Compressor, optimizer: torch.optim.Optimizer, trained: Mapping[str, Tensor]
+) -> tuple[Compressor, ErrorFeedback | None]:
+    """See `settle`; nothing is anticipated unless the optimizer holds all parameters.
+
+    Raises:
+        ConfigurationError: when a compressor demands what is not possible.
+    """
+    foreign = [name for name, parameter in trained.items() if parameter not in _held_by(optimizer)]
+    if foreign and compression.anticipate:
+        raise ConfigurationError(
+            f"anticipate=True needs one optimizer of all parameters, and this one does not hold {foreign[0]!r}; "
+            "leave anticipate away to have it where possible"
+        )
+    asked = None if foreign else Default.OF_COMPRESSION
+    return settle(compression, optimizer, asked, averages=True, corrects=False)
+
+
+def numbered(optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, Tensor]]:
+    """An optimizer's parameters, by group and number."""
+    for i, group in enumerate(optimizer.param_groups):
+        yield from ((f"{i}.{j:04d}", parameter) for j, parameter in enumerate(group["params"]))
+
+
+def _held_by(optimizer: torch.optim.Optimizer) -> set[Tensor]:
+    return {parameter for group in optimizer.param_groups for parameter in group["params"]}
