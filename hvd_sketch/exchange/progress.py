@@ -128,6 +128,15 @@ class Progress(ABC):
 
         return restore
 
+    def succeed(self, other: Progress) -> None:
+        """Take the place of another exchange of this process: its memory, and which ranks it knew.
+
+        Raises:
+            ConfigurationError: see `load_state_dict`.
+        """
+        self.stats.departed, self._ranks = other.stats.departed, other._ranks
+        self.load_state_dict(other.state_dict())
+
     def meet_others(self, name: str) -> None:
         """Collective, when ranks have come or gone: all take over step, schedule and scales of the first one.
 
