@@ -81,6 +81,10 @@ class Progress(ABC):
         """
         return self._setting.plan(step, self.comm.size)
 
+    def sizes(self) -> str:
+        """The coming step's plan as text that all ranks compare."""
+        return repr(self.plan)
+
     @property
     def agreed(self) -> bool:
         """Whether the ranks, as many as there are now, have compared what they train."""
@@ -239,7 +243,7 @@ class Progress(ABC):
             "compressed": str(self.layout.compressed),
             "values": self.drift.describe_values(),
         }
-        contributors = agree(self.comm, mine, self.rounds.name_of, self._welcome)
+        contributors = agree(self.comm, mine, self._welcome)
         self.stats.departed += max(0, self._ranks - self.comm.size)
         self._ranks = self.comm.size
         self._agreed_size = self.comm.size if contributors == self.comm.size else 0

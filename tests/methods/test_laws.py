@@ -99,6 +99,23 @@ def test_ranks_of_different_settings_are_told_alike(method: Method) -> None:
     assert "rank 1 has" in told[0]
 
 
+@pytest.mark.parametrize("other", ["local sgd", "dmsgd", "step ahead"])
+def test_ranks_of_different_methods_are_told_alike(other: str) -> None:
+    """Whether they compare when they are made or in the first step."""
+
+    def body(comm: Communicator) -> str:
+        try:
+            model, optimizer = fresh(METHODS[other if comm.rank == 1 else "exchange"], comm)
+            train(optimizer, model, comm.rank, range(1))
+        except RankMismatchError as error:
+            return str(error)
+        return "no error"
+
+    told = run_in_process(SIZE, body)
+    assert len(set(told)) == 1
+    assert "rank 1 has" in told[0]
+
+
 def stored(state: dict[str, Any]) -> Any:
     """What a file gives back."""
     file = io.BytesIO()
