@@ -18,6 +18,7 @@ from hvd_sketch.comm.in_process import run_in_process
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.exchange import Exchange, progress
 from hvd_sketch.memory import Momentum
+from hvd_sketch.sketch import geometry
 from tests.support.compressors import BUCKETS, EVERY, HALF, PLAIN, SINGLE, TOTAL, conserved
 from tests.support.simulation import SHAPES, Run, heavy_tailed, make, simulate, step, submit
 
@@ -106,7 +107,7 @@ class OfThisRank(threading.local):
 
 @pytest.mark.parametrize(
     ("module", "name", "what"),
-    [(progress, "VERSION", "version"), (native, "identity", "kernel"), (progress.geometry, "VERSION", "geometry")],
+    [(progress, "VERSION", "version"), (native, "identity", "kernel"), (geometry, "VERSION", "geometry")],
 )
 def test_other_software_is_told_on_all_ranks(
     module: Any, name: str, what: str, monkeypatch: pytest.MonkeyPatch
