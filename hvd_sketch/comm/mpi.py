@@ -27,13 +27,24 @@ _HALF_SUM = MPI.Op.Create(_add_halves, commute=True)  # MPI itself has no half p
 _HALF = MPI.BYTE.Create_contiguous(2).Commit()
 
 
+_forsaken: dict[int, tuple[MPI.Request, Tensor, Tensor]] = {}
+"""Collectives that nobody waits for any more, as when an optimizer is dropped; MPI still reads and writes there."""
+
+
 class _Request(Pending):
-    """MPI may move a message only while it is called, hence the polling. Keeps what is sent alive."""
+    """MPI may move a message only while it is called, hence the polling. Keeps what is sent alive until it has."""
 
     def __init__(self, request: MPI.Request, sent: Tensor, result: Tensor, roll_call: RollCall, what: str) -> None:
         super().__init__(result)
         self._request, self._sent = request, sent
         self._roll_call, self._number, self._what = roll_call, roll_call.begin(), what
+        for number, forsaken in list(_forsaken.items()):
+            if forsaken[0].Test():
+                del _forsaken[number]
+
+    def __del__(self) -> None:
+        if self._request:  # a null request, which is what one becomes in the end, is false
+            _forsaken[id(self._request)] = self._request, self._sent, self._result
 
     def poll(self) -> None:
         self._request.Test()

@@ -21,7 +21,7 @@ from hvd_sketch.exchange.tensor_scales import TensorScales
 from hvd_sketch.layout import Layout, small_or_named
 from hvd_sketch.memory import Momentum
 from hvd_sketch.mixing import check_mixing
-from hvd_sketch.schedules.base import AdaptiveSchedule, Schedule, warmup
+from hvd_sketch.schedules.base import AdaptiveSchedule, Schedule, sampled, warmup
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -226,6 +226,8 @@ class Sparsifier(Compressor):
             TensorScales(self.tensor_power).attach(exchange)
         if isinstance(self.schedule, AdaptiveSchedule):
             self.schedule.attach(exchange)
+        elif self.schedule is not None:
+            exchange.agree_on(sampled(self.schedule))
         if self.schedule is not None:
             kind = getattr(self.schedule, "__name__", type(self.schedule).__name__)
             exchange.log.notes.append(f"the ratio of a step is that of schedule={kind}")

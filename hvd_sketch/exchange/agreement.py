@@ -22,15 +22,15 @@ _START = (
 def agree(
     comm: Communicator,
     answers: Answers,
-    name: Callable[[str], str],
     settle: Callable[[Sequence[Answers]], bool] = lambda told: False,
 ) -> int:
     """How many ranks took part and gave the same answers: sums 47 floats, if they are the same.
 
+    Whatever a rank trains with, its collectives are called the same here, or ranks that differ in that would wait.
+
     Args:
         comm: the ranks.
         answers: of this rank, by question.
-        name: of a collective.
         settle: given the answers of all ranks where they differ; whether it has removed the difference, alike on all.
 
     Raises:
@@ -40,10 +40,10 @@ def agree(
     wire.write_header(message)
     content = torch.frombuffer(bytearray(repr(answers).encode()), dtype=torch.uint8)
     wire.write_digest(message[wire.DIGEST], content)
-    comm.allreduce(message, name("agree"))
+    comm.allreduce(message, f"hvd_sketch.{comm.group}.agree")
     header = wire.read_header(message)
     if not header.agreed:
-        gathered = comm.allgather_object(dict(answers), name("differences"))
+        gathered = comm.allgather_object(dict(answers), f"hvd_sketch.{comm.group}.differences")
         told = [told or next(filter(None, gathered)) for told in gathered]  # a rank that has joined differs from none
         if not settle(told):
             raise RankMismatchError(differences(told, "the ranks disagree, and nothing was exchanged", _START))
@@ -52,8 +52,8 @@ def agree(
 
 def newcomers(told: Sequence[Answers], question: str, new: str) -> list[int]:
     """Ranks that answer this one question with ``new`` where all others answer alike; none if more differs."""
-    ranks = [rank for rank, answers in enumerate(told) if answers[question] == new]
-    known = {answers[question] for answers in told} - {new}
+    ranks = [rank for rank, answers in enumerate(told) if answers.get(question) == new]
+    known = {answers.get(question) for answers in told} - {new}
     rest = {tuple(answer for key, answer in answers.items() if key != question) for answers in told}
     return ranks if len(known) == len(rest) == 1 else []
 

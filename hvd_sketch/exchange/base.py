@@ -274,7 +274,7 @@ class Exchange(Progress):
                 self.comm.look_at_links()
             self.log.begin_step(self.stats)
         if self.comm.size > 1:
-            self.rounds.digest = self.drift.lanes(self.step, self.own_state(), self.gradient.device)
+            self.rounds.digest = self.drift.lanes(self.step, self.own_state(), self.sizes(), self.gradient.device)
 
     def _note_step(self) -> None:
         """A step of all ranks was taken."""

@@ -24,9 +24,10 @@ PERIOD = 100
 Groups = Sequence[Mapping[str, Any]]
 
 _REMEDY = (
-    "Numbers: let a scheduler see what all ranks see, such as the mean of their losses. Parameters: change them alike "
-    "on all ranks, and train on processors of one kind with one build of PyTorch. Otherwise a message was damaged, or "
-    "a kernel differs. Go on from a checkpoint, or from broadcast_optimizer_state and then broadcast_parameters."
+    "Numbers and sizes: let a scheduler see what all ranks see, such as the mean of their losses. Parameters: change "
+    "them alike on all ranks, and train on processors of one kind with one build of PyTorch. Otherwise a message was "
+    "damaged, or a kernel differs. Go on from a checkpoint, or from broadcast_optimizer_state and then "
+    "broadcast_parameters."
 )
 
 
@@ -34,9 +35,9 @@ class Drift:
     """What must be equal on all ranks before a step, and what to tell them if it is not.
 
     In the digest of step t are the update of the step before, or what it was computed from, the numbers of the
-    optimizer's groups that the step will be made with, the ``t mod 100``-th hundredth of the parameters, and what an
-    algorithm keeps in common. It costs one pass over these, waits for no device, and is 32 lanes of a message that is
-    sent anyway.
+    optimizer's groups that the step will be made with, the ``t mod 100``-th hundredth of the parameters, what an
+    algorithm keeps in common, and the sizes that a schedule gives its messages. It costs one pass over these, waits
+    for no device, and is 32 lanes of a message that is sent anyway.
 
     Args:
         layout: of the parameters.
@@ -57,6 +58,7 @@ class Drift:
         self.describe_values: Callable[[], str] = str
         self._noted: list[Tensor] = []
         self._state: Any = None
+        self._sizes = ""
         self.step = 0
 
     def forget(self) -> None:
@@ -71,10 +73,10 @@ class Drift:
         """What else all ranks received alike since then."""
         self._noted.append(wire.fold(content))
 
-    def lanes(self, step: int, state: Any, device: torch.device) -> Tensor:
-        """The digest for the header of a step; ``state`` is what the algorithm keeps in common."""
-        self.step, self._state = step, state
-        tensors, text = _taken_apart([state, _numbers(self.groups())])
+    def lanes(self, step: int, state: Any, sizes: str, device: torch.device) -> Tensor:
+        """The digest for the header of a step; ``state`` is what the algorithm keeps in common, ``sizes`` its plan."""
+        self.step, self._state, self._sizes = step, state, sizes
+        tensors, text = _taken_apart([state, sizes, _numbers(self.groups())])
         parts = [*self._noted, *map(wire.words, tensors), *map(wire.words, self._sample(step))]
         begin = torch.zeros(1, dtype=torch.int32, device=device)  # content also where there is none
         content = torch.cat([begin, *(part.to(device, non_blocking=True) for part in parts)])
@@ -97,6 +99,7 @@ class Drift:
             "parameters": self.describe_values() if self.samples else "",
             f"update of step {self.step - 1}": noted,
             "state": state,
+            "sizes of messages": self._sizes.replace(" ", ""),
         }
 
     def _sample(self, step: int) -> Iterator[Tensor]:

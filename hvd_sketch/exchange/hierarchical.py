@@ -90,6 +90,10 @@ class HierarchicalExchange(Exchange):
         plans = [self._plan_of(layout, step, self.part.comm.size) for layout in self._division.layouts]
         return plans[self._local.rank]
 
+    def sizes(self) -> str:
+        """Nothing: each part has its own."""
+        return ""
+
     def send(self, plan: Any, clip: Factor, finite: Finite) -> bool:
         """Never called: the part sends."""
         raise NotImplementedError("HierarchicalExchange sends by its part")

@@ -87,6 +87,10 @@ class Progress(ABC):
         """
         return self._setting.plan(step, self.comm.size)
 
+    def sizes(self) -> str:
+        """The coming step's plan as text that all ranks compare."""
+        return repr(self.plan)
+
     @property
     def agreed(self) -> bool:
         """Whether the ranks, as many as there are now, have compared what they train."""
@@ -145,6 +149,15 @@ class Progress(ABC):
         for slot in (self.layout.slots[position] for position in positions):
             where = slice(slot.offset, slot.stop)
             self.memory.part(where).load_state_dict({name: values[where] for name, values in memory.items()})
+
+    def succeed(self, other: Progress) -> None:
+        """Take the place of another exchange of this process: its memory, and which ranks it knew.
+
+        Raises:
+            ConfigurationError: see `load_state_dict`.
+        """
+        self.stats.departed, self._ranks = other.stats.departed, other._ranks
+        self.load_state_dict(other.state_dict())
 
     def meet_others(self, name: str) -> None:
         """Collective, when ranks have come or gone: all take over step, schedule and scales of the first one.
@@ -248,7 +261,7 @@ class Progress(ABC):
             "compressed": str(self.layout.compressed),
             "values": self.drift.describe_values(),
         }
-        contributors = agree(self.comm, mine, self.rounds.name_of, self._welcome)
+        contributors = agree(self.comm, mine, self._welcome)
         self.stats.departed += max(0, self._ranks - self.comm.size)
         self._ranks = self.comm.size
         self._agreed_size = self.comm.size if contributors == self.comm.size else 0

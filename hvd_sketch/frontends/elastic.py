@@ -16,6 +16,7 @@ from hvd_sketch.error_feedback.step_ahead import StepAheadOptimizer
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.methods.exchanging import ExchangingOptimizer
+from hvd_sketch.methods.wrapper import WrappedOptimizer
 from hvd_sketch.scope import begin_generation
 
 _NAME = "hvd_sketch.elastic"
@@ -63,8 +64,13 @@ class OptimizerHandler:
         exchange.meet_others(_NAME)
 
     def set_value(self, value: Any) -> None:
-        """Another optimizer takes the place, with what is unsent if that fits it."""
+        """Another optimizer takes the place, with what is unsent if that fits it.
+
+        Raises:
+            ConfigurationError: for one that cannot.
+        """
         if value is not self.value:
+            _check_new(self.value, value)
             _hand_over(_exchange_of(self.value), _exchange_of(value))
         self.value = value
         self.save()
@@ -78,6 +84,10 @@ class OptimizerHandler:
 
 
 _OURS = (ExchangingOptimizer, StepAheadOptimizer)
+_NOT_ELASTIC = (
+    "a TorchState handles what DistributedOptimizer gives; methods with a model of their own on every rank, such as "
+    "LocalSGD or a swarm, are not made for ranks that come and go in Horovod"
+)
 
 
 def _client_of(optimizer: Any) -> stock.Client:
@@ -88,9 +98,29 @@ def _exchange_of(optimizer: Any) -> Exchange:
     return optimizer.exchange if isinstance(optimizer, _OURS) else _client_of(optimizer).exchange
 
 
+def _is_handled(optimizer: Any) -> bool:
+    compresses = isinstance(vars(optimizer).get("_compression"), Compressor)
+    return compresses or isinstance(optimizer, _OURS)
+
+
+def _check_new(old: Any, new: Any) -> None:
+    """Horovod's hooks of an optimizer stay with its parameters, and two of them would reduce under one name."""
+    if not _is_handled(new):
+        raise ConfigurationError(f"what takes the place of a compressing optimizer must compress, got {new!r}")
+    if not isinstance(old, _OURS) and not isinstance(new, _OURS) and not _held(old).isdisjoint(_held(new)):
+        raise ConfigurationError(
+            "stock Horovod's optimizer cannot be wrapped anew, because its hooks stay with the parameters; keep the "
+            "old one, make the model anew as well, or use hvd_sketch.DistributedOptimizer"
+        )
+
+
+def _held(optimizer: torch.optim.Optimizer) -> set[torch.Tensor]:
+    return {parameter for group in optimizer.param_groups for parameter in group["params"]}
+
+
 def _hand_over(old: Exchange, new: Exchange) -> None:
     try:
-        new.load_state_dict(old.state_dict())
+        new.succeed(old)
     except ConfigurationError as problem:
         new.reset()
         _logger.warning("hvd_sketch: what was unsent is lost, for it does not fit the new optimizer: %s", problem)
@@ -104,8 +134,9 @@ def _prepare() -> None:
         return
 
     def handler(optimizer: torch.optim.Optimizer) -> Any:
-        compresses = isinstance(vars(optimizer).get("_compression"), Compressor)
-        return OptimizerHandler(optimizer) if compresses or isinstance(optimizer, _OURS) else of_horovod(optimizer)
+        if isinstance(optimizer, WrappedOptimizer) and not isinstance(optimizer, _OURS):
+            raise ConfigurationError(_NOT_ELASTIC)
+        return OptimizerHandler(optimizer) if _is_handled(optimizer) else of_horovod(optimizer)
 
     of_horovod = next(make for kind, make in registry if kind is torch.optim.Optimizer)
     state.set_handler_registry([(torch.optim.Optimizer, handler), *registry])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hvd_sketch.comm import chosen_backend
 from hvd_sketch.comm.hosts import Asked
+from hvd_sketch.comm.launcher import check_not_alone
 from hvd_sketch.compatibility import check_groups, correction_of
 from hvd_sketch.compressors import Compression, Compressor, HalfPrecision, NoCompression
 from hvd_sketch.error_feedback.ahead import AheadOptimizer
@@ -249,6 +250,7 @@ def _stock_optimizer(
         raise ConfigurationError(
             "resync_every needs a compressor of ours: with Compression.none and fp16 this is Horovod's own optimizer"
         )
+    check_not_alone(hvd.size())
     process_set = hvd.global_process_set if process_set is None else process_set
     # the runner of unmodified scripts may have put this function in place of Horovod's
     stock = getattr(hvd.DistributedOptimizer, "stock", hvd.DistributedOptimizer)

@@ -71,7 +71,7 @@ class Decentralized(Method):
         self._buffers = [buffer for _, buffer in sorted(buffers.items()) if buffer.is_floating_point()]
         tensors = sorted([*model.named_parameters(), *buffers.items()], key=lambda item: item[0])
         shapes = " ".join(f"{name}{list(tensor.shape)}" for name, tensor in tensors)
-        agree(comm, {"method": self._method, "parameters": shapes, **settings}, "hvd_sketch.{}".format)
+        agree(comm, {"method": self._method, "parameters": shapes, **settings})
         self._log: MethodLog | None = None
         if same_start:
             self._start_alike([tensor.detach() for _, tensor in tensors])

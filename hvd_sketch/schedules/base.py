@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from hvd_sketch.errors import ConfigurationError
@@ -12,6 +13,16 @@ from hvd_sketch.saved import Form
 
 Schedule = Callable[[int], float]
 """Maps the step (0, 1, …) to a ratio; 1 means dense. Must be the same function on every rank."""
+_SAMPLED = (0, 1, 10, 100, 1000, 10000, 100000)
+
+
+def sampled(schedule: Schedule) -> str:
+    """The ratios of some steps, as text that ranks compare; of fewer, where the schedule ends."""
+    ratios: list[str] = []
+    with suppress(Exception):  # it is the user's, and may know no more steps than there will be
+        for step in _SAMPLED:
+            ratios.append(f"ratio_of_step_{step}={schedule(step):g}")
+    return " ".join(ratios)
 
 
 def constant(ratio: float) -> Schedule:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from hvd_sketch.comm import SingleProcess, default_communicator, launcher
 from hvd_sketch.errors import ConfigurationError
+from tests.support.ranks import run
 
 LAUNCHED = [
     ({"OMPI_COMM_WORLD_SIZE": "3"}, 3),
@@ -49,6 +52,28 @@ def test_mpi_is_asked_for_the_size_and_not_the_environment(monkeypatch: pytest.M
     monkeypatch.setenv("PMIX_NAMESPACE", "job")
     with pytest.raises(ConfigurationError, match=r"at least 2 processes were started together \(PMIX_RANK of"):
         default_communicator()
+
+
+TRIES = """
+import hvd_sketch as hvd, torch
+
+hvd.init()
+for compression in (hvd.Compression.none, hvd.Compression.fp16, hvd.Compression.topk(ratio=2.0)):
+    model = torch.nn.Linear(30, 40)
+    try:
+        optimizer = hvd.DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), 0.1), model.named_parameters(), compression
+        )
+        model(torch.ones(2, 30)).sum().backward()
+        optimizer.step()
+    except hvd.ConfigurationError as error:
+        print(f"<told: {error}>")
+"""
+
+
+def test_a_process_with_horovod_is_told_as_well() -> None:
+    ended = run((sys.executable, "-c", TRIES), env={"SLURM_STEP_NUM_TASKS": "3"}, timeout=60)
+    assert ended.output.count("<told: at least 3 processes were started together (SLURM_STEP_NUM_TASKS") == 3, ended
 
 
 def test_a_host_has_the_ranks_that_its_launcher_says() -> None:

@@ -25,6 +25,7 @@ SRUN = """#!/bin/sh
 [ "$1" = --mpi=list ] && { echo "MPI plugin types are... $PLUGINS"; exit; }
 echo "srun $1 $2"
 shift 2
+[ "$PLUGINS" = "pmix of another MPI" ] && exec env SLURM_STEP_NUM_TASKS=2 "$@"
 exec mpirun -np 2 --oversubscribe "$@"
 """
 SCONTROL = """#!/bin/sh
@@ -77,7 +78,7 @@ def test_what_far_sets_is_known_to_open_mpi() -> None:
     assert "btl_tcp_eager_limit:value:1048576" in told.output
 
 
-@pytest.mark.parametrize("plugins", ["pmix", "none"])
+@pytest.mark.parametrize("plugins", ["pmix", "pmix of another MPI", "none"])
 def test_slurm(training: Path, plugins: str) -> None:
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         training.with_name(name).write_text(text)
@@ -87,6 +88,7 @@ def test_slurm(training: Path, plugins: str) -> None:
     env = environment(training, **job, SLURM_CPUS_PER_TASK="3", PLUGINS=plugins, PATH=path)
     completed = run(("bash", str(SCRIPTS / "slurm.sbatch"), str(training), "--its", "own args"), env=env)
     assert ("srun --mpi=pmix --cpus-per-task=3" in completed.output) == (plugins == "pmix")
+    assert ("srun --mpi=pmix connects no ranks here" in completed.output) == (plugins == "pmix of another MPI")
     two_ranks_ran(completed, training, threads=3)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from hvd_sketch import Compression, ConfigurationError, RankMismatchError, wire
+from hvd_sketch import Compression, ConfigurationError, RankMismatchError, native, wire
 from hvd_sketch.comm import Communicator
 from hvd_sketch.comm.base import Pending
 from hvd_sketch.comm.in_process import run_in_process
 from hvd_sketch.compressors import Compressor
-from hvd_sketch.exchange import Exchange
+from hvd_sketch.exchange import Exchange, progress
 from hvd_sketch.memory import Momentum
+from hvd_sketch.sketch import geometry
 from tests.support.compressors import BUCKETS, EVERY, HALF, PLAIN, SINGLE, TOTAL, conserved
 from tests.support.simulation import SHAPES, Run, heavy_tailed, make, simulate, step, submit
 
@@ -89,6 +92,56 @@ def test_parameters_that_differ_are_told_on_all_ranks() -> None:
     assert len(set(messages)) == 1
     for part in ("parameters: rank 0 has", "b.weight[30x100]", "rank 2 has", "c.weight[30x100]"):
         assert part in messages[0]
+
+
+class OfThisRank(threading.local):
+    """A text of each thread's own."""
+
+    text = "one"
+
+    def __str__(self) -> str:
+        return self.text
+
+    __call__ = __str__
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "what"),
+    [(progress, "VERSION", "version"), (native, "identity", "kernel"), (geometry, "VERSION", "geometry")],
+)
+def test_other_software_is_told_on_all_ranks(
+    module: Any, name: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_rank = OfThisRank()
+    monkeypatch.setattr(module, name, of_rank)
+
+    def body(comm: Communicator) -> str:
+        of_rank.text = "other" if comm.rank == 1 else "one"
+        exchange = make(HALF, comm)
+        submit(exchange, heavy_tailed(TOTAL))
+        return run_or_error(exchange)
+
+    messages = run_in_process(3, body)
+    assert len(set(messages)) == 1
+    assert re.search(f"software: rank 0 has '.*{what}=one', rank 1 has '.*{what}=other'", messages[0]), messages[0]
+
+
+def test_a_schedule_of_its_own_is_told_in_the_step_that_it_would_be_used_in() -> None:
+    """One that follows something of the rank itself."""
+
+    def body(comm: Communicator) -> list[str]:
+        own = [10.0, 10.0, 20.0 if comm.rank == 1 else 10.0]
+        told: list[str] = []
+        exchange = make(Compression.topk(schedule=lambda step: own[step] if told else 10.0, clip_norm=None), comm)
+        for _ in own:
+            submit(exchange, heavy_tailed(TOTAL))
+            told.append(run_or_error(exchange))
+        return told
+
+    told = run_in_process(3, body)
+    assert told[0] == told[1] == told[2]
+    assert [bool(each) for each in told[0]] == [False, False, True]
+    assert "sizes of messages: rank 0 has" in told[0][2]
 
 
 @EVERY

@@ -238,8 +238,9 @@ def differently(first: dict[str, Any], second: dict[str, Any]) -> tuple[nn.Seque
     model = net(keywords.pop("start", 0))
     op, renamed = keywords.pop("op", hvd.Average), keywords.pop("renamed", "")
     named = [(renamed + name, parameter) for name, parameter in model.named_parameters()]
-    make = keywords.pop("make", Compression.sketch)
-    return model, DistributedOptimizer(torch.optim.SGD(model.parameters(), 0.1), named, make(**keywords), op=op)
+    make, kind = keywords.pop("make", Compression.sketch), keywords.pop("kind", torch.optim.SGD)
+    more = {name: keywords.pop(name) for name in ("error_feedback", "resync_every") if name in keywords}
+    return model, DistributedOptimizer(kind(model.parameters(), 0.1), named, make(**keywords), op=op, **more)
 
 
 MISMATCHES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -247,6 +248,18 @@ MISMATCHES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "seed": ({"seed": 3}, {"seed": 4}, r"settings: rank 0 has .*seed=3.* rank 1 has .*seed=4"),
     "op": ({"op": 0}, {"op": 1}, r"settings: rank 0 has .*average=True.* rank 1 has .*average=False"),
     "compressor": ({}, {"make": Compression.topk}, r"settings: rank 0 has .*Sketch.* rank 1 has .*TopK"),
+    "error_feedback": (
+        {"error_feedback": hvd.StepAhead()},
+        {"error_feedback": None},
+        r"settings: rank 0 has .*StepAhead.* rank 1 has .*error_feedback=None",
+    ),
+    "schedule": (
+        {"schedule": lambda step: 8.0 + step // 100},
+        {"schedule": lambda step: 8.0 + step // 1000},
+        r"settings: rank 0 has .*ratio_of_step_100=9.* rank 1 has .*ratio_of_step_100=8",
+    ),
+    "optimizer": ({}, {"kind": torch.optim.RMSprop}, r"settings: rank 0 has .*=SGD.* rank 1 has .*=RMSprop"),
+    "resync_every": ({}, {"resync_every": 5}, r"settings: rank 0 has .*resync_every=0.* rank 1 has .*resync_every=5"),
     "values": ({}, {"start": 1}, r"values: rank 0 has .*0\.weight=.* rank 1 has .*0\.weight="),
     "parameters": ({}, {"renamed": "other."}, r"parameters: rank 0 has .*0\.weight\[60x30\].* rank 1 has .*'other\.0"),
 }

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hvd_sketch import Compression, RankMismatchError
+from hvd_sketch import Compression, RankLostError, RankMismatchError
 from hvd_sketch.comm import Communicator
-from hvd_sketch.comm.in_process import run_in_process
+from hvd_sketch.comm.in_process import InProcessGroup, run_in_process
 from tests.support.methods import EVERY, EXACT, METHODS, Method, exchanging, fresh, shared, train
 from tests.support.training import flat
 
@@ -89,6 +89,44 @@ def test_ranks_of_different_settings_are_told_alike(method: Method) -> None:
     def body(comm: Communicator) -> str:
         try:
             model, optimizer = fresh(other if comm.rank == 1 else method, comm)
+            train(optimizer, model, comm.rank, range(1))
+        except RankMismatchError as error:
+            return str(error)
+        return "no error"
+
+    told = run_in_process(SIZE, body)
+    assert len(set(told)) == 1
+    assert "rank 1 has" in told[0]
+
+
+@EVERY
+def test_a_rank_that_ends_is_told_to_all_others(method: Method) -> None:
+    """Nobody waits for ever for it; the limit is only that of this test."""
+    told = [""] * SIZE
+
+    def body(comm: Communicator) -> None:
+        model, optimizer = fresh(method, comm)
+        try:
+            for step in range(8):
+                if comm.rank == 1 and step == 4:
+                    raise ValueError("this rank cannot go on")
+                train(optimizer, model, comm.rank, range(step, step + 1))
+            getattr(optimizer, "finish", lambda: None)()
+        except RankLostError as error:
+            told[comm.rank] = str(error)
+
+    with pytest.raises(ValueError, match="cannot go on"):
+        InProcessGroup(SIZE, timeout=60).run(body)
+    assert all("rank 1, which ended by ValueError" in told[rank] for rank in range(SIZE) if rank != 1), told
+
+
+@pytest.mark.parametrize("other", ["local sgd", "dmsgd", "step ahead"])
+def test_ranks_of_different_methods_are_told_alike(other: str) -> None:
+    """Whether they compare when they are made or in the first step."""
+
+    def body(comm: Communicator) -> str:
+        try:
+            model, optimizer = fresh(METHODS[other if comm.rank == 1 else "exchange"], comm)
             train(optimizer, model, comm.rank, range(1))
         except RankMismatchError as error:
             return str(error)

@@ -1,6 +1,7 @@
 """A script for elastic Horovod; its ranks keep a ledger of what was computed, sent and kept.
 
-Arguments: the way in, a folder, and what happens in turn: ``add`` or ``remove`` a rank, ``kill`` it, ``end``.
+Arguments: the way in (ours, ahead, stock or runner), a folder, and what happens in turn: ``add`` or ``remove`` a rank,
+``kill`` it, ``end``.
 The gradients do not depend on the parameters, so what every rank has sent can be told from what it has kept.
 """
 
@@ -21,12 +22,16 @@ STEPS, LR = 4, 0.5
 HOSTS = {"add": "localhost:2\n127.0.0.1:1\n", "remove": "localhost:2\n", "kill": ""}
 SETTINGS: dict[str, Any] = {"ratio": 8.0, "warmup_steps": 0, "clip_norm": None}
 
-hvd: Any = importlib.import_module("hvd_sketch" if WAY == "ours" else "horovod.torch")
+hvd: Any = importlib.import_module("hvd_sketch" if WAY in ("ours", "ahead") else "horovod.torch")
 wrapping: dict[str, Any] = {}
 if WAY != "runner":
-    from hvd_sketch import Compression
+    from hvd_sketch import Compression, StepAhead
 
-    wrapping["compression"] = Compression.sharded(**SETTINGS) if WAY == "ours" else Compression.topk(**SETTINGS)
+    wrapping["compression"] = Compression.topk(**SETTINGS) if WAY == "stock" else Compression.sharded(**SETTINGS)
+if WAY == "ahead":
+    wrapping["error_feedback"] = StepAhead(averaging_period=3)
+UNIT = LR if WAY == "ahead" else 1.0
+"""What is kept of a gradient of one."""
 
 hvd.init()
 torch.set_num_threads(1)
@@ -106,7 +111,7 @@ def train(state: Any) -> None:
         state.optimizer.zero_grad()
         inputs, targets = torch.randn(8, 60, generator=generator), torch.randn(8, 40, generator=generator)
         (state.model(inputs) * targets).sum().backward()
-        before = vector(p.grad for p in model.parameters()) + (unsent(state.optimizer) if state.step else 0.0)
+        before = UNIT * vector(p.grad for p in model.parameters()) + (unsent(state.optimizer) if state.step else 0.0)
         state.optimizer.step()
         ledger.applied += (before - unsent(state.optimizer)) / hvd.size()
         state.step += 1
@@ -130,7 +135,7 @@ def changed() -> None:
 state.register_reset_callbacks([changed])
 hvd.elastic.run(train)(state)
 parts = sorted(FOLDER.glob("*.applied"))
-expected = -LR * sum(torch.load(part) for part in parts)
+expected = -LR / UNIT * sum(torch.load(part) for part in parts)
 off = float((vector(model.parameters()) - expected).abs().max() / expected.abs().max())
 same = torch.equal(*hvd.allgather(vector(model.parameters()).unsqueeze(0)))
 departed = exchange_of(state.optimizer).stats.departed

@@ -81,7 +81,7 @@ def connect(
 def _agree(settings: Settings, parameters: FlatParameters, model: torch.nn.Module, here: Place) -> dict[int, int]:
     """Collective: the workers' samples, by rank."""
     collectives = as_communicator(here.comm)
-    agree(collectives, settings.agreed(parameters, model), _name)
+    agree(collectives, settings.agreed(parameters, model))
     _share_buffers(model, collectives, settings.server)
     own = torch.tensor([settings.samples], dtype=torch.int64, device="cpu")
     told = majority(collectives.allgather(thrice(own), _name("samples")).t().flatten().tolist())
