@@ -97,6 +97,9 @@ NORMALISED: dict[str, Callable[[float], Wrap]] = {
     "sharded, anticipate, mixed by hadamard": lambda ratio: exchanged(
         Compression.sharded(ratio=ratio, warmup_steps=0, mixing="hadamard"), Anticipate()
     ),
+    "sketch, anticipate, mixed by dct": lambda ratio: exchanged(
+        Compression.sketch(ratio=ratio, warmup_steps=0, in_turn=0.75, dense_below=0, mixing="dct"), Anticipate()
+    ),
     "sketch, soft sign, mixed by hadamard": lambda ratio: soft_sign(
         Compression.sketch(
             ratio=ratio,
