@@ -112,6 +112,7 @@ class Client:
         # nothing that sends is to be compiled where a script compiles its step
         self.settle = torch.compiler.disable(self._settle)
         watch(self, self._order)
+        optimizer.synchronize = _filling(weakref.ref(self), held)  # type: ignore[attr-defined]
         optimizer.register_step_pre_hook(_hook_of(weakref.ref(self), 1))
         optimizer.register_step_post_hook(_hook_of(weakref.ref(self), -1))
 
@@ -174,8 +175,6 @@ class Client:
         self._depth += change
         if self._companion is not None:
             self._companion.finish()
-        if change > 0 and self._depth == 1:
-            self._fill()
         if change < 0 or self._depth < 2:
             return
         self._undo = None
@@ -184,7 +183,7 @@ class Client:
             if parameter.grad is not None and not parameter.grad.is_sparse:
                 parameter.grad = None
 
-    def _fill(self) -> None:
+    def fill(self) -> None:
         """Horovod is about to write into gradients: one that was set to None since becomes zeros that do not count."""
         for ticket in self.tickets:
             if ticket.parameter.grad is None:
@@ -244,6 +243,18 @@ def _is_stepping(optimizer: torch.optim.Optimizer) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _filling(client_of: Callable[[], Client | None], optimizer_of: Callable[[], Any]) -> Callable[[], None]:
+    """Horovod's ``synchronize`` of an optimizer, by hand or in its step, once there is what it writes into."""
+
+    def synchronize() -> None:
+        client, optimizer = client_of(), optimizer_of()
+        if client is not None:
+            client.fill()
+        type(optimizer).synchronize(optimizer)
+
+    return synchronize
 
 
 def _hook_of(reference: weakref.ref[Client], change: int) -> Callable[..., None]:

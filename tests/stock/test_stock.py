@@ -296,6 +296,22 @@ def changed_before_the_step(wrap: Wrap, rank: int) -> Tensor:
     return train(optimizer, model, range(5, 7), rank)
 
 
+def changed_before_synchronizing_by_hand(wrap: Wrap, rank: int) -> Tensor:
+    """Set to None on rank 1, then on both ranks."""
+    model = net()
+    optimizer = wrap(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.01), model)
+    for step in range(5):
+        optimizer.zero_grad()
+        loss(model, rank, step).backward()
+        if step == 3 or (step == 1 and rank == 1):
+            model[2].weight.grad = None
+        optimizer.synchronize()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        with optimizer.skip_synchronize():
+            optimizer.step()
+    return flat(model)
+
+
 def thrown_away(wrap: Wrap, rank: int) -> Tensor:
     """Synchronized, and cleared: as if it had never been."""
     model = net()
@@ -372,6 +388,7 @@ SCENARIOS: list[Callable[[Wrap, int], Tensor]] = [
     one_model_after_another_with_equal_names,
     cloudpickled_compressor,
     changed_before_the_step,
+    changed_before_synchronizing_by_hand,
     thrown_away,
     void_steps,
     scaled_in_horovods_order,
