@@ -196,7 +196,9 @@ class State:
             if not self._added_to:
                 self._unstepped.settle()
             if self._steps.inside:
-                self._clear_after_backward()
+                _after_backward(self._clear)
+        if not self._joined:
+            _after_backward(self._unstepped.note)
         for future, buffer in opened:
             future.set_result(buffer)
 
@@ -317,10 +319,11 @@ class State:
         for parameter in self._parameters:
             parameter.grad = None
 
-    def _clear_after_backward(self) -> None:
-        """The same for backward inside of a step's closure, once the model has put the gradients in their place."""
-        queue = Variable._execution_engine.queue_callback
-        queue(lambda: queue(self._clear))  # behind the model's own, which is queued after its last hook
+
+def _after_backward(call: Callable[[], None]) -> None:
+    """Call this at the end of this backward pass, once the model has put the gradients in their place."""
+    queue = Variable._execution_engine.queue_callback
+    queue(lambda: queue(call))  # behind the model's own, which is queued after its last hook
 
 
 def _as_laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:

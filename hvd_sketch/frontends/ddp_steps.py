@@ -29,6 +29,8 @@ class Unstepped:
         self._undo: Undo | None = None
         self._rest: set[int] = set()
         """Positions of the parameters that nobody has stepped."""
+        self._noted: tuple[int, Tensor, int] | None = None
+        """A parameter's position, and its gradient and that one's version, as backward has left them."""
 
     @property
     def pending(self) -> bool:
@@ -37,11 +39,16 @@ class Unstepped:
 
     def begin(self) -> None:
         """Remember what there is before another update."""
-        self._undo, self._rest = self._exchange.snapshot(), set(range(len(self._parameters)))
+        self._undo, self._rest, self._noted = self._exchange.snapshot(), set(range(len(self._parameters))), None
+
+    def note(self) -> None:
+        """Backward has just put the update in its place; as long as nobody writes to it, nobody has to look at it."""
+        gradients = ((at, self._parameters[at].grad) for at in range(len(self._parameters) - 1, -1, -1))
+        self._noted = next(((at, grad, grad._version) for at, grad in gradients if grad is not None), None)
 
     def settle(self) -> None:
         """What was exchanged counts."""
-        self._undo = None
+        self._undo = self._noted = None
 
     def step(self, positions: Iterable[int]) -> None:
         """These parameters are stepped with it."""
@@ -52,7 +59,7 @@ class Unstepped:
     def take_back_cleared(self) -> bool:
         """Undo what was exchanged of the rest, if its update is gone; as long as it is there, it counts."""
         rest = (self._parameters[position].grad for position in self._rest)
-        if self._undo is None or any(grad is not None and bool(grad.any()) for grad in rest):
+        if self._undo is None or self._is_as_noted() or any(grad is not None and bool(grad.any()) for grad in rest):
             return False
         self._go_back(self._undo)
         self._undo = None
@@ -67,6 +74,14 @@ class Unstepped:
         state = self._exchange.state_dict()
         now()
         return state
+
+    def _is_as_noted(self) -> bool:
+        """Told without waiting for a GPU."""
+        if self._noted is None:
+            return False
+        position, gradient, version = self._noted
+        now = self._parameters[position].grad
+        return position in self._rest and now is gradient and now._version == version
 
     def _go_back(self, undo: Undo) -> None:
         undo(None if self.pending else self._rest)
