@@ -37,7 +37,7 @@ class _Request(Pending):
     def __init__(self, request: MPI.Request, sent: Tensor, result: Tensor, roll_call: RollCall, what: str) -> None:
         super().__init__(result)
         self._request, self._sent = request, sent
-        self._roll_call, self._number, self._what = roll_call, roll_call.begin(), what
+        self._roll_call, self._number, self._what = roll_call, roll_call.begin(request), what
         for number, forsaken in list(_forsaken.items()):
             if forsaken[0].Test():
                 del _forsaken[number]

@@ -6,6 +6,7 @@ import atexit
 import json
 import time
 import weakref
+from contextlib import suppress
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -60,13 +61,16 @@ class RollCall:
         self._waiting: dict[int, Fact] = {}
         self._ended: dict[int, Fact] = {}
         self._leaving: list[MPI.Request] = []
+        self._open: list[tuple[MPI.Request, int]] = []
         if self._size > 1:
             _roll_calls.add(self)
             ending.tell(_set_status)
 
-    def begin(self) -> int:
-        """The number of the collective that this rank begins now."""
+    def begin(self, request: MPI.Request) -> int:
+        """The number of the collective that this rank has just begun."""
         self._begun += 1
+        self._open = [open_ for open_ in self._open if open_[0]]  # one that is through is false
+        self._open.append((request, self._begun))
         return self._begun
 
     def wait(self, request: MPI.Request, number: int, what: str) -> None:
@@ -96,6 +100,13 @@ class RollCall:
         while ending.failure and ending.aborts and len(self._ended) < self._size and time.monotonic() < deadline:
             self._hear()
             time.sleep(1e-3)
+
+    def finish(self) -> None:
+        """Let come to its end what is under way and nobody waits for: MPI crashes or hangs if it ends before."""
+        for request, number in self._open:
+            if request and not MPI.Is_finalized():
+                with suppress(RankLostError):
+                    self.wait(request, number, "the last collective before its end")
 
     def _say(self, kind: Kind, number: int, text: str) -> None:
         self._note(Fact(kind, self._rank, number, text))
@@ -156,3 +167,6 @@ def _set_status(error: BaseException) -> None:
 def _leave() -> None:
     for roll_call in list(_roll_calls):
         roll_call.leave()
+    if not ending.failure:
+        for roll_call in list(_roll_calls):
+            roll_call.finish()

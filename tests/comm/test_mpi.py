@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from hvd_sketch.comm import as_communicator
-from tests.support.ranks import ranks
+from tests.support.ranks import launch, ranks
 
 COUNT = 2**20
 """Floats; so many do not arrive at once."""
@@ -33,3 +35,22 @@ def dropped() -> tuple[int, int]:
 def test_a_collective_that_nobody_waits_for_writes_into_no_others_memory() -> None:
     """As after an optimizer was dropped while its messages were under way."""
     assert ranks(2, dropped) == [(0, 0)] * 2
+
+
+ENDING = """
+import torch
+from mpi4py import MPI
+from hvd_sketch.comm import as_communicator
+
+comm = as_communicator(MPI.COMM_WORLD)
+comm.allreduce(torch.ones(1), "first")
+under_way = comm.start_allreduce(torch.ones(2**20), "last")
+print("through", flush=True)
+"""
+
+
+def test_a_rank_that_ends_with_a_collective_under_way_ends_well() -> None:
+    """As after the last step of `OverlapLocalSGD`; MPI would crash, or never end."""
+    completed = launch(2, [sys.executable, "-c", ENDING], timeout=60)
+    assert completed.returncode == 0, completed.output
+    assert completed.output.count("through") == 2
