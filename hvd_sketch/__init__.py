@@ -105,6 +105,11 @@ __all__ = [
     "size",
 ]
 __version__ = VERSION
+_OURS = {
+    "broadcast_optimizer_state": "hvd_sketch.frontends.world",
+    "broadcast_parameters": "hvd_sketch.frontends.with_horovod",
+}
+"""What Horovod has, and does for fewer models; where ours is."""
 
 if not TYPE_CHECKING:  # a type checker would take any name for one of ours
 
@@ -115,8 +120,8 @@ if not TYPE_CHECKING:  # a type checker would take any name for one of ours
         if name == "ddp":  # not every PyTorch has it
             return importlib.import_module("hvd_sketch.ddp")
         horovod = chosen_backend() == "horovod"
-        if horovod and name in ("broadcast_optimizer_state", "broadcast_parameters"):
-            return getattr(importlib.import_module("hvd_sketch.frontends.with_horovod"), name)
+        if horovod and name in _OURS:
+            return getattr(importlib.import_module(_OURS[name]), name)
         source = importlib.import_module("horovod.torch" if horovod else "hvd_sketch.frontends.without_horovod")
         try:
             return getattr(source, name)

@@ -104,10 +104,15 @@ def without_momentum(optimizer: torch.optim.Optimizer, correction: Momentum | No
             group.update(own)
 
 
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """What it steps, group by group."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 @contextmanager
 def parameters_kept(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Inside, the optimizer steps for its state alone: what it does to parameters is taken back."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = parameters_of(optimizer)
     values = [parameter.detach().clone() for parameter in parameters]
     try:
         yield

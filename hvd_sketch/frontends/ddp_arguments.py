@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_sketch.compatibility import check_momentum, check_steps_once
+from hvd_sketch.compatibility import check_momentum, check_steps_once, parameters_of
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.error_feedback.base import ErrorFeedback
 from hvd_sketch.error_feedback.default import Default, settle
@@ -47,7 +47,7 @@ def check(compression: Any, optimizer: torch.optim.Optimizer, trained: Mapping[s
         )
     check_steps_once(optimizer)
     check_momentum(compression.momentum, optimizer)
-    if trained and not _held_by(optimizer) & set(trained.values()):
+    if trained and set(trained.values()).isdisjoint(parameters_of(optimizer)):
         raise ConfigurationError("the optimizer holds none of the model's parameters; give the one that steps them")
 
 
@@ -59,7 +59,8 @@ def settled(
     Raises:
         ConfigurationError: when a compressor demands what is not possible.
     """
-    foreign = [name for name, parameter in trained.items() if parameter not in _held_by(optimizer)]
+    held = set(parameters_of(optimizer))
+    foreign = [name for name, parameter in trained.items() if parameter not in held]
     if foreign and compression.anticipate:
         raise ConfigurationError(
             f"anticipate=True needs one optimizer of all parameters, and this one does not hold {foreign[0]!r}; "
@@ -73,7 +74,3 @@ def numbered(optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, Tensor]]:
     """An optimizer's parameters, by group and number."""
     for i, group in enumerate(optimizer.param_groups):
         yield from ((f"{i}.{j:04d}", parameter) for j, parameter in enumerate(group["params"]))
-
-
-def _held_by(optimizer: torch.optim.Optimizer) -> set[Tensor]:
-    return {parameter for group in optimizer.param_groups for parameter in group["params"]}

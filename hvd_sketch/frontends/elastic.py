@@ -11,6 +11,7 @@ import torch
 
 from hvd_sketch import stock
 from hvd_sketch.comm.states import broadcast_state
+from hvd_sketch.compatibility import parameters_of
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.error_feedback.step_ahead import StepAheadOptimizer
 from hvd_sketch.errors import ConfigurationError
@@ -107,15 +108,15 @@ def _check_new(old: Any, new: Any) -> None:
     """Horovod's hooks of an optimizer stay with its parameters, and two of them would reduce under one name."""
     if not _is_handled(new):
         raise ConfigurationError(f"what takes the place of a compressing optimizer must compress, got {new!r}")
-    if not isinstance(old, _OURS) and not isinstance(new, _OURS) and not _held(old).isdisjoint(_held(new)):
+    if (
+        not isinstance(old, _OURS)
+        and not isinstance(new, _OURS)
+        and not set(parameters_of(old)).isdisjoint(parameters_of(new))
+    ):
         raise ConfigurationError(
             "stock Horovod's optimizer cannot be wrapped anew, because its hooks stay with the parameters; keep the "
             "old one, make the model anew as well, or use hvd_sketch.DistributedOptimizer"
         )
-
-
-def _held(optimizer: torch.optim.Optimizer) -> set[torch.Tensor]:
-    return {parameter for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _hand_over(old: Exchange, new: Exchange) -> None:

@@ -1,4 +1,4 @@
-"""What Horovod has as well, for whatever PyTorch trains: of every type, in every order of memory, by any optimizer."""
+"""What Horovod has as well, for whatever PyTorch trains: of every type, in every order of memory."""
 
 from __future__ import annotations
 
@@ -6,14 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import horovod.torch as hvd
-import torch
 
-from hvd_sketch.comm import default_communicator
 from hvd_sketch.comm.horovod import as_carried
-from hvd_sketch.comm.states import broadcast_state
 from hvd_sketch.frontends.world import tensors_of
-
-__all__ = ["broadcast_optimizer_state", "broadcast_parameters"]
 
 
 def broadcast_parameters(params: Mapping[str, Any] | Iterable[Any], root_rank: int = 0) -> None:
@@ -30,15 +25,3 @@ def broadcast_parameters(params: Mapping[str, Any] | Iterable[Any], root_rank: i
     for (_, tensor), value in zip(named, values, strict=True):
         if tensor.data_ptr() != value.data_ptr():
             tensor.detach().copy_(value)
-
-
-def broadcast_optimizer_state(
-    optimizer: torch.optim.Optimizer, root_rank: int = 0, model: torch.nn.Module | None = None
-) -> None:
-    """Load the root's optimizer state on every rank; the memory of unsent gradients starts empty.
-
-    Not as Horovod does, which has a rank without a state make one by a step, and fails where groups have other
-    entries, as of a scheduler that one rank alone has. Takes the memory of one more state, on the ranks that get it.
-    """
-    state = broadcast_state(default_communicator(), optimizer.state_dict(), root_rank, "hvd_sketch.optimizer")
-    optimizer.load_state_dict(state)

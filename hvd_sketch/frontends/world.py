@@ -113,7 +113,9 @@ def broadcast_optimizer_state(
 ) -> None:
     """Load the root's optimizer state on every rank; the memory of unsent gradients starts empty.
 
-    Takes the memory of one more state, on the ranks that get it.
+    With Horovod as well, and not as Horovod does, which has a rank without a state make one by a step, and fails
+    where groups have other entries, as of a scheduler that one rank alone has. Takes the memory of one more state, on
+    the ranks that get it.
     """
     state = broadcast_state(world(), optimizer.state_dict(), root_rank, "hvd_sketch.optimizer")
     optimizer.load_state_dict(state)

@@ -79,12 +79,8 @@ def test_a_bad_gradient_on_one_rank_spoils_no_model(method: Method) -> None:
     assert sum(count for _, count in seen) >= 1
 
 
-@EVERY
-def test_ranks_of_different_settings_are_told_alike(method: Method) -> None:
-    """Rank 1 uses another method of the same kind."""
-    other = METHODS["local sgd" if method is not METHODS["local sgd"] else "overlap"]
-    if method.make in EXCHANGING:
-        other = method._replace(make=exchanging(Compression.sharded(ratio=9.0)))
+def check_told_alike(method: Method, other: Method) -> None:
+    """Where rank 1 uses the other one."""
 
     def body(comm: Communicator) -> str:
         try:
@@ -97,6 +93,16 @@ def test_ranks_of_different_settings_are_told_alike(method: Method) -> None:
     told = run_in_process(SIZE, body)
     assert len(set(told)) == 1
     assert "rank 1 has" in told[0]
+
+
+@EVERY
+def test_ranks_of_different_settings_are_told_alike(method: Method) -> None:
+    """Rank 1 uses another method of the same kind."""
+    other = METHODS["local sgd" if method is not METHODS["local sgd"] else "overlap"]
+    if method.make in EXCHANGING:
+        other = method._replace(make=exchanging(Compression.sharded(ratio=9.0)))
+
+    check_told_alike(method, other)
 
 
 @EVERY
@@ -123,18 +129,7 @@ def test_a_rank_that_ends_is_told_to_all_others(method: Method) -> None:
 @pytest.mark.parametrize("other", ["local sgd", "dmsgd", "step ahead"])
 def test_ranks_of_different_methods_are_told_alike(other: str) -> None:
     """Whether they compare when they are made or in the first step."""
-
-    def body(comm: Communicator) -> str:
-        try:
-            model, optimizer = fresh(METHODS[other if comm.rank == 1 else "exchange"], comm)
-            train(optimizer, model, comm.rank, range(1))
-        except RankMismatchError as error:
-            return str(error)
-        return "no error"
-
-    told = run_in_process(SIZE, body)
-    assert len(set(told)) == 1
-    assert "rank 1 has" in told[0]
+    check_told_alike(METHODS["exchange"], METHODS[other])
 
 
 def stored(state: dict[str, Any]) -> Any:
