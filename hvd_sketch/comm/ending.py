@@ -23,10 +23,14 @@ class Ending:
         self._previous: Hook | None = None
         self._told: list[Callable[[BaseException], None]] = []
 
-    def tell(self, on_failure: Callable[[BaseException], None]) -> None:
-        """Call this when an exception ends the process, behind what prints it."""
+    def watch(self) -> None:
+        """Note from now on what ends the process."""
         if self._previous is None:
             self._previous, sys.excepthook = sys.excepthook, self._hook
+
+    def tell(self, on_failure: Callable[[BaseException], None]) -> None:
+        """Call this when an exception ends the process, behind what prints it."""
+        self.watch()
         if on_failure not in self._told:
             self._told.append(on_failure)
 

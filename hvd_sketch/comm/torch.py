@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cached_property
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from hvd_sketch.comm.base import Communicator, Pending
 from hvd_sketch.comm.delay import agreed_crossing
+from hvd_sketch.comm.ending import ending
 from hvd_sketch.comm.patience import VARIABLE, limit_of
 from hvd_sketch.errors import ConfigurationError, RankLostError
 
@@ -41,6 +44,8 @@ def initialize() -> None:
     with_gpus = torch.cuda.is_available() and dist.is_nccl_available()
     limit = timedelta(seconds=limit_of(None)) if VARIABLE in os.environ else None
     dist.init_process_group("cpu:gloo,cuda:nccl" if with_gpus else "gloo", timeout=limit)
+    if not with_gpus:
+        _end_with_the_process(dist.group.WORLD)
 
 
 def group_of(comm: Any) -> Any:
@@ -80,6 +85,8 @@ class TorchCommunicator(Communicator):
         self._rank, self._size = dist.get_rank(self._group), dist.get_world_size(self._group)
         config = str(dist.get_backend_config(self._group)) if self.included else ""
         self._backends = dict(entry.split(":") for entry in config.split(",") if entry)
+        if group is None:
+            self._end_with_the_process()
 
     @property
     def rank(self) -> int:
@@ -112,7 +119,9 @@ class TorchCommunicator(Communicator):
             backend=str(dist.get_backend_config(self._group)),
             use_local_synchronization=True,
         )
-        return TorchCommunicator(group)
+        made = TorchCommunicator(group)
+        made._end_with_the_process()
+        return made
 
     @property
     def included(self) -> bool:
@@ -173,6 +182,14 @@ class TorchCommunicator(Communicator):
                 f"in time; look for the first error of all ranks. torch.distributed says: {error}"
             ) from error
 
+    def leave(self) -> None:
+        """Let go of the group; no operation can follow."""
+        self._group = None
+
+    def _end_with_the_process(self) -> None:
+        if set(self._backends.values()) == {"gloo"}:
+            _end_with_the_process(self._group, self)
+
     def _within_reach(self, tensor: Tensor) -> Tensor:
         """The tensor, or a copy where the group has a backend for."""
         if tensor.device.type in self._backends:
@@ -216,3 +233,28 @@ def _timeout() -> timedelta | None:
             timeout: timedelta = options._timeout
             return timeout
     return None
+
+
+_made: list[tuple[Any, weakref.ref[TorchCommunicator] | None]] = []
+"""Groups of Gloo that the script has not made, and by whom they are used."""
+
+
+def _end_with_the_process(group: Any, user: TorchCommunicator | None = None) -> None:
+    _made.append((group, None if user is None else weakref.ref(user)))
+    ending.watch()
+
+
+@atexit.register
+def _leave() -> None:
+    """Join Gloo's threads: one that lets go of a tensor when Python has ended aborts the process.
+
+    Not after a failure, when it may wait for others that never come.
+    """
+    while _made and ending.failure is None:
+        group, user = _made.pop()
+        communicator = None if user is None else user()
+        if communicator is not None:
+            communicator.leave()
+        with suppress(ValueError):  # the script has ended it
+            dist.destroy_process_group(group)
+        del group  # the last of it, which joins its threads

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +18,7 @@ from hvd_sketch.comm import Communicator, SingleProcess, as_communicator, chosen
 from hvd_sketch.comm.in_process import run_in_process
 from hvd_sketch.comm.torch import TorchCommunicator
 from hvd_sketch.errors import ConfigurationError, RankLostError
-from tests.support.ranks import Launcher, ranks
+from tests.support.ranks import Launcher, ranks, run
 
 DTYPES = (torch.float32, torch.float16, torch.float64, torch.int32, torch.int64, torch.uint8)
 LENGTH = 37
@@ -141,6 +143,35 @@ def test_a_rank_that_ends_ends_the_others() -> None:
     assert [one.split(": ")[0] for one in others] == [
         f"rank {rank} of 3 lost the others in allreduce alone" for rank in (0, 1)
     ]
+
+
+ENDS = """
+import atexit, os
+
+threads = lambda: len(os.listdir("/proc/self/task"))
+atexit.register(lambda: print("in the end", threads()))  # called last
+
+import torch, hvd_sketch as hvd
+from hvd_sketch.comm import default_communicator
+
+before = threads()
+hvd.init()
+world = default_communicator()
+dropped = world.subgroup([0])
+for comm in (world, dropped):
+    comm.allreduce(torch.ones(3), "ones")
+del dropped
+print("before", before, "more", threads() > before + 6)
+"""
+
+
+def test_no_thread_of_gloo_outlives_python() -> None:
+    """One that lets go of a tensor when Python has ended would abort the process."""
+    one = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    ended = run((sys.executable, "-c", ENDS), env=one, timeout=60)
+    before = re.search(r"before (\d+) more True", ended.output)
+    assert before, ended
+    assert f"in the end {before[1]}\n" in ended.output
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
