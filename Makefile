@@ -55,7 +55,7 @@ accuracy: env ## train dense and with every method on three tasks, 8 simulated r
 
 faults: env ## let a rank fail in every way, ten minutes, and flip bits in 1000 messages, an hour, resumable
 	python -m benchmarks.faults
-	python -m benchmarks.faults.flips 1000
+	python -m benchmarks.faults.flips 1040
 
 clean: ## remove what was built, except for the environment
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis hvd_sketch/native/_kernel.so

@@ -33,6 +33,9 @@ MOST_PACKED = 255
 _ODD = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 """The constants of splitmix64 (Steele, Lea and Flood 2014), as int64."""
 
+_MARK = 0x5A17C0DE
+"""In every checksum, so that a row of zeros has another one than zero."""
+
 _SUMS = 64
 _HALF_LIMIT = 32768.0
 _HEADROOM = 8.0
@@ -231,8 +234,22 @@ def open_sealed(rows: Tensor) -> tuple[Tensor, Tensor]:
     return content, (checksums == _checksums(content)).all(dim=1)
 
 
+def seal_lanes(rows: Tensor) -> None:
+    """Replace the last lane of each row of float32 by a checksum of the others."""
+    rows.view(torch.int32)[:, -1] = _checksums_of_lanes(rows)
+
+
+def lanes_intact(rows: Tensor) -> Tensor:
+    """Whether all rows of `seal_lanes` came as they were sent: a bool of their device."""
+    return (rows.view(torch.int32)[:, -1] == _checksums_of_lanes(rows)).all()
+
+
+def _checksums_of_lanes(rows: Tensor) -> Tensor:
+    return rows.view(torch.int32)[:, :-1].sum(dim=1, dtype=torch.int32) ^ _MARK
+
+
 def _checksums(rows: Tensor) -> Tensor:
     missing = -rows.shape[1] % 4
     padded = torch.nn.functional.pad(rows, (0, missing)) if missing else rows.contiguous()
-    sums = padded.view(torch.int32).sum(dim=1, dtype=torch.int32) ^ 0x5A17C0DE
+    sums = padded.view(torch.int32).sum(dim=1, dtype=torch.int32) ^ _MARK
     return sums.view(torch.uint8).view(len(rows), SEAL)

@@ -8,10 +8,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.faults.worker import ALONE, FAULTS, VICTIM, in_process
+from benchmarks.faults.flips import METHODS
+from benchmarks.faults.worker import ALONE, BEFORE, FAULTS, VICTIM, in_process
 from benchmarks.faults.worker import THROUGH_DDP as THROUGH_DDP
 
 RANKS, LIMIT, HUNG = 3, 10.0, 120.0
@@ -27,6 +30,7 @@ LAUNCHERS: dict[str, tuple[str, ...]] = {
     THROUGH_DDP: TORCHRUN,
 }
 IN_PROCESS = "in process"
+BETWEEN = "Methods of their own, over mpi4py, struck before a step:"
 
 
 class Outcome(NamedTuple):
@@ -60,7 +64,7 @@ def run(backend: str, fault: str) -> Outcome:
         times = [each["time"] for each in said]
         return Outcome(max(times) - said[VICTIM]["time"], said)
     with tempfile.TemporaryDirectory() as name:
-        command = [*LAUNCHERS[backend], sys.executable, "-m", "benchmarks.faults.worker"]
+        command = [*LAUNCHERS.get(backend, MPIRUN), sys.executable, "-m", "benchmarks.faults.worker"]
         environment = {**os.environ, "HVD_SKETCH_TIMEOUT": str(LIMIT), "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
             [*command, backend, fault, str(LIMIT), name],
@@ -83,11 +87,10 @@ def run(backend: str, fault: str) -> Outcome:
         return Outcome(ended - struck if ended is not None and struck is not None else None, said)
 
 
-def table(outcomes: dict[tuple[str, str], Outcome]) -> str:
+def table(outcomes: dict[tuple[str, str], Outcome], faults: Iterable[str], backends: Sequence[str]) -> str:
     """Faults by backends."""
-    backends = [*LAUNCHERS, IN_PROCESS]
     lines = [f"| one rank of {RANKS} | {' | '.join(backends)} |", "|---" * (len(backends) + 1) + "|"]
-    for fault in FAULTS:
+    for fault in faults:
         cells = [outcomes[fault, backend].in_words() if (fault, backend) in outcomes else "" for backend in backends]
         lines.append(f"| {fault} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -96,15 +99,14 @@ def table(outcomes: dict[tuple[str, str], Outcome]) -> str:
 def main() -> None:
     """Run all of it, and write the page."""
     outcomes: dict[tuple[str, str], Outcome] = {}
-    for fault in FAULTS:
-        for backend in [*LAUNCHERS, IN_PROCESS]:
-            if backend == IN_PROCESS and fault not in ALONE:
-                continue
-            outcomes[fault, backend] = run(backend, fault)
-            told = next((said["error"] for said in outcomes[fault, backend].said if "error" in said), "")
-            print(f"{fault} | {backend} | {outcomes[fault, backend].in_words()} | {told}", flush=True)
+    cells = [*product(FAULTS, LAUNCHERS), *product(ALONE, [IN_PROCESS]), *product(BEFORE, METHODS)]
+    for fault, backend in cells:
+        outcome = outcomes[fault, backend] = run(backend, fault)
+        told = next((said["error"] for said in outcome.said if "error" in said), "")
+        print(f"{fault} | {backend} | {outcome.in_words()} | {told}", flush=True)
     page = PAGE.read_text() if PAGE.exists() else f"{MARK}\n"
-    PAGE.write_text(f"{page[: page.index(MARK)]}{MARK}\n\n{table(outcomes)}\n")
+    by_backend, by_method = table(outcomes, FAULTS, [*LAUNCHERS, IN_PROCESS]), table(outcomes, BEFORE, [*METHODS])
+    PAGE.write_text(f"{page[: page.index(MARK)]}{MARK}\n\n{by_backend}\n\n{BETWEEN}\n\n{by_method}\n")
 
 
 if __name__ == "__main__":

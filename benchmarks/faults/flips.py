@@ -27,8 +27,8 @@ from hvd_sketch.methods.swarm import message as swarm
 from hvd_sketch.methods.swarm.lattice import Lattice
 from hvd_sketch.methods.swarm.node import Node
 
-RANKS, STEPS, LAST = 3, 7, 5
-"""Bits are flipped before step `LAST`, so that there is a step left to tell of it."""
+RANKS, ON_HOSTS, STEPS, LAST = 3, 4, 7, 5
+"""Ranks, and those of two hosts. Bits are flipped before step `LAST`, so that there is a step left to tell of it."""
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "flips.json"
@@ -66,6 +66,14 @@ WAYS: Mapping[str, Callable[[], dict[str, Any]]] = {
 }
 """Arguments of `hvd_sketch.DistributedOptimizer`, by name."""
 
+HOSTS: Mapping[str, Callable[[], dict[str, Any]]] = {
+    "two ranks a host": lambda: {
+        "compression": Compression.sharded(clip_norm=0.2, **PLAIN),
+        "error_feedback": None,
+        "hierarchical": 2,
+    },
+}
+"""The same, of two hosts."""
 
 METHODS: Mapping[str, Callable[[torch.optim.Optimizer, nn.Module, Communicator], Any]] = {
     "local SGD": lambda inner, model, comm: hvd.LocalSGD(
@@ -116,8 +124,15 @@ class Receiver:
 
     def __init__(self, comm: Communicator, flip: Flip | None) -> None:
         self.count, self._flip = 0, flip if flip is not None and flip.rank == comm.rank else None
+        self._listen(comm)
+
+    def _listen(self, comm: Communicator) -> Communicator:
+        """To a communicator, and to those that are made of it."""
         for name in ("post_allreduce", "post_allgather", "post_alltoall", "run_broadcast"):
             setattr(comm, name, partial(self._received, getattr(comm, name)))
+        subgroup = comm.subgroup
+        comm.subgroup = lambda ranks: self._listen(subgroup(ranks))  # type: ignore[method-assign]
+        return comm
 
     def _received(self, post: Callable[..., Pending | None], tensor: Tensor, *arguments: Any) -> Pending:
         pending = post(tensor, *arguments)
@@ -133,7 +148,7 @@ def optimizer_of(way: str, model: nn.Module, comm: Communicator) -> Any:
     inner = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     if way in METHODS:
         return METHODS[way](inner, model, comm)
-    return hvd.DistributedOptimizer(inner, model.named_parameters(), comm=comm, **WAYS[way]())
+    return hvd.DistributedOptimizer(inner, model.named_parameters(), comm=comm, **{**WAYS, **HOSTS}[way]())
 
 
 def train(way: str, flip: Flip | None, comm: Communicator) -> End:
@@ -155,7 +170,7 @@ def train(way: str, flip: Flip | None, comm: Communicator) -> End:
             part(inputs).square().mean().backward()
         optimizer.step()
     parameters = [parameter.detach().reshape(-1) for parameter in model.parameters()]
-    if way in WAYS:
+    if way not in METHODS:
         return End(torch.cat(parameters), optimizer.exchange.memory.residual.clone(), messages)
     own = torch.cat(parameters)
     optimizer.finish()
@@ -163,9 +178,14 @@ def train(way: str, flip: Flip | None, comm: Communicator) -> End:
         return End(own, torch.cat(parameters), messages)
 
 
+def ranks_of(way: str) -> int:
+    """How many train."""
+    return ON_HOSTS if way in HOSTS else RANKS
+
+
 def run(way: str, flip: Flip | None) -> list[End | BaseException]:
     """Every rank's end, or its error."""
-    ends: list[End | BaseException] = [RuntimeError("never ended")] * RANKS
+    ends: list[End | BaseException] = [RuntimeError("never ended")] * ranks_of(way)
 
     def body(comm: Communicator) -> None:
         try:
@@ -175,7 +195,7 @@ def run(way: str, flip: Flip | None) -> list[End | BaseException]:
             raise
 
     try:
-        InProcessGroup(RANKS, timeout=LIMIT).run(body)
+        InProcessGroup(len(ends), timeout=LIMIT).run(body)
     except Exception:
         return ends
     return ends
@@ -196,7 +216,7 @@ def draw(way: str, seed: int) -> Flip:
     generator = random.Random(f"{way} {seed}")
     if way in LETTERS:
         return Flip(0, generator.randrange(len(LETTERS[way]())), generator.random())
-    clean, rank = undisturbed(way), generator.randrange(RANKS)
+    clean, rank = undisturbed(way), generator.randrange(ranks_of(way))
     return Flip(rank, generator.randrange(clean[rank].messages), generator.random())
 
 
@@ -214,7 +234,7 @@ def outcome(way: str, flip: Flip) -> str:
     if late:
         return f"hang: {late[0]}"
     if errors:
-        return "told" if len(errors) == RANKS else "told to some ranks only"
+        return "told" if len(errors) == len(ends) else "told to some ranks only"
     pairs = [(end, its) for end, its in zip(ends, clean, strict=True) if isinstance(end, End)]
     if not all(torch.equal(end.parameters, its.parameters) for end, its in pairs):
         return "silent: parameters"
@@ -262,7 +282,7 @@ def measure(runs: int, results: Path) -> dict[str, list[str]]:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "hvd_sketch: step 3 is void")
     known: list[str] = json.loads(results.read_text()) if results.exists() else []
-    ways = [*WAYS, *METHODS, *LETTERS]
+    ways = [*WAYS, *HOSTS, *METHODS, *LETTERS]
     for number in range(len(known), runs):
         way = ways[number % len(ways)]
         known.append(outcome(way, draw(way, number)))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import hvd_sketch as hvd
-from hvd_sketch.comm import Communicator
+from benchmarks.faults.flips import METHODS
+from hvd_sketch.comm import Communicator, default_communicator
 
 STEPS, STEP, VICTIM = 6, 3, 1
 SHORT = 0.4  # of the limit
@@ -67,10 +69,15 @@ FAULTS: dict[str, tuple[Callable[[float], object], str]] = {
 ALONE = ("an exception", "sys.exit(0)", "one step() fewer")
 """Those that a thread can suffer while others go on."""
 
+BEFORE = [name for name, (_, point) in FAULTS.items() if point == "before"] + list(FAULTS)[-2:]
+"""Those of a method of its own, which need no place inside a step."""
 
-def train(comm: Any, rank: int, fault: Callable[[], object] | None, point: str, *, fewer: bool = False) -> list[float]:
+
+def train(
+    way: str, comm: Communicator | None, rank: int, fault: Callable[[], object] | None, point: str, *, fewer: bool
+) -> list[float]:
     """A few steps; on the victim the fault at a point of one of them. The parameters at the end."""
-    model, optimizer, exchange_of = prepared(comm)
+    model, optimizer, exchange_of = prepared(way, comm)
     for step in range(STEP if fewer else STEPS):
         optimizer.zero_grad()
         inputs = torch.randn(8, 40, generator=torch.Generator().manual_seed(100 * step + rank))
@@ -79,29 +86,32 @@ def train(comm: Any, rank: int, fault: Callable[[], object] | None, point: str, 
             strike(exchange_of(), fault, point)
         loss.backward()
         optimizer.step()
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).tolist()
+    with optimizer.average_model() if way in METHODS and not fewer else nullcontext():
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).tolist()
 
 
-def prepared(comm: Any) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], Any]]:
-    """The model, the optimizer to step, and what gives the exchange; by DistributedDataParallel's hook on demand."""
+def prepared(way: str, comm: Communicator | None) -> tuple[nn.Module, Any, Callable[[], Any]]:
+    """The model, the optimizer to step, and what gives the exchange: a method's, the hook's, or the optimizer's."""
     model = nn.Sequential(nn.Linear(40, 60), nn.Tanh(), nn.Linear(60, 40))
     for number, parameter in enumerate(model.parameters()):
         generator = torch.Generator().manual_seed(number)
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 8)
     compression = hvd.Compression.sharded(ratio=4, warmup_steps=0)
     sgd = torch.optim.SGD(model.parameters(), 0.1)
-    if comm == THROUGH_DDP:
+    if way in METHODS:
+        method = METHODS[way](sgd, model, default_communicator())
+        return model, method, lambda: None
+    if way == THROUGH_DDP:
         parallel = nn.parallel.DistributedDataParallel(model)
         state = hvd.ddp.register(parallel, sgd, compression)
         return parallel, sgd, lambda: state.exchange
-    keywords = {} if comm is None else {"comm": comm}
-    optimizer = hvd.DistributedOptimizer(sgd, model.named_parameters(), compression, **keywords)
+    optimizer = hvd.DistributedOptimizer(sgd, model.named_parameters(), compression, comm=comm)
     return model, optimizer, lambda: optimizer.exchange
 
 
 def strike(exchange: Any, fault: Callable[[], object], point: str) -> None:
-    """Let the fault happen now, or when the coming step gets to the point."""
-    if point == "before":
+    """Let the fault happen now, or when the coming step gets to the point; a method has no exchange: now."""
+    if point == "before" or exchange is None:
         fault()
         return
     place, name = {
@@ -130,7 +140,7 @@ def tell(folder: Path, rank: int, **what: Any) -> None:
 
 def main(backend: str, name: str, limit: float, folder: Path) -> None:
     """One rank of a run of its own processes."""
-    if backend == "mpi4py":
+    if backend == "mpi4py" or backend in METHODS:
         sys.modules["horovod"] = None  # type: ignore[assignment]
     hvd.init()
     rank, (fault, point) = hvd.rank(), FAULTS[name]
@@ -143,8 +153,7 @@ def main(backend: str, name: str, limit: float, folder: Path) -> None:
     victim = rank == VICTIM and name != "nothing"
     fewer = victim and name == "one step() fewer"
     try:
-        comm = backend if backend == THROUGH_DDP else None
-        end = train(comm, rank, struck if victim and not fewer else None, point, fewer=fewer)
+        end = train(backend, None, rank, struck if victim and not fewer else None, point, fewer=fewer)
     except BaseException as error:
         if not victim:
             tell(folder, rank, error=f"{type(error).__name__}: {' '.join([str(error), *error_notes(error)])}")
@@ -176,7 +185,7 @@ def in_process(name: str, limit: float, ranks: int) -> list[dict[str, Any]]:
             fault(limit)
 
         try:
-            train(comm, comm.rank, struck if victim and not fewer else None, point, fewer=fewer)
+            train("", comm, comm.rank, struck if victim and not fewer else None, point, fewer=fewer)
             said[comm.rank] = {"time": time.time(), "struck": fewer}
         except BaseException as error:
             if not victim:

@@ -165,9 +165,14 @@ class Communicator(ABC):
         self.bytes_sent += (self.size - 1) * tensor.nbytes // self.size
         return self._post(self.post_alltoall, tensor, name)
 
-    def reduce_scatter(self, rows: Tensor, name: str) -> Tensor:
-        """The sum over the ranks of this rank's row of ``rows``, shape ``(size, n)``; sends as an alltoall of them."""
-        return self.alltoall(rows, name).sum(dim=0)
+    def reduce_scatter(self, rows: Tensor, name: str, look: Callable[[Tensor], None]) -> Tensor:
+        """The sum over the ranks of this rank's row of ``rows``, shape ``(size, n)``; sends as an alltoall of them.
+
+        ``look`` is called with the rows that came before they are added, where they were sent.
+        """
+        received = self.alltoall(rows, name)
+        look(received)
+        return received.sum(dim=0)
 
     def broadcast(self, tensor: Tensor, root: int, name: str) -> None:
         """Replace ``tensor`` (contiguous) by the root's."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import json
 import time
-import weakref
 from contextlib import suppress
 from enum import StrEnum
 from typing import NamedTuple
@@ -63,7 +62,7 @@ class RollCall:
         self._leaving: list[MPI.Request] = []
         self._open: list[tuple[MPI.Request, int]] = []
         if self._size > 1:
-            _roll_calls.add(self)
+            _roll_calls.append(self)
             ending.tell(_set_status)
 
     def begin(self, request: MPI.Request) -> int:
@@ -154,7 +153,8 @@ class RollCall:
         return f"{text}. Where steps may take longer, raise timeout= or HVD_SKETCH_TIMEOUT (seconds)"
 
 
-_roll_calls: weakref.WeakSet[RollCall] = weakref.WeakSet()
+_roll_calls: list[RollCall] = []
+"""Of dropped communicators as well: others may wait there for this rank, and messages be under way."""
 
 
 def _set_status(error: BaseException) -> None:
@@ -165,8 +165,8 @@ def _set_status(error: BaseException) -> None:
 
 @atexit.register
 def _leave() -> None:
-    for roll_call in list(_roll_calls):
+    for roll_call in _roll_calls:
         roll_call.leave()
     if not ending.failure:
-        for roll_call in list(_roll_calls):
+        for roll_call in _roll_calls:
             roll_call.finish()

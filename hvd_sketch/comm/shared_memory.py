@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -58,11 +59,11 @@ class SharedMemory(Communicator):
         """As far as the other."""
         return self._inner.reaches(device)
 
-    def reduce_scatter(self, rows: Tensor, name: str) -> Tensor:
+    def reduce_scatter(self, rows: Tensor, name: str, look: Callable[[Tensor], None]) -> Tensor:
         """As for every communicator; summed where it was written."""
         table = self._table(rows)
         if table is None:
-            return super().reduce_scatter(rows, name)
+            return super().reduce_scatter(rows, name, look)
         self.bytes_sent += (self.size - 1) * rows.nbytes // self.size
         self._write(table, rows, name)
         return table.view(self.size, *rows.shape)[:, self.rank].sum(dim=0)

@@ -13,6 +13,9 @@ from hvd_sketch.layout import Layout, Slot
 
 LayoutOf = Callable[[Iterable[tuple[str, Tensor]]], Layout]
 
+SPARE = 3
+"""Elements at the end of a row that belong to no part."""
+
 _NEAR = 1 / 16
 """Of a part: so far a cut may be from an even one, to come to the edge of a parameter, or of a row of it."""
 
@@ -74,7 +77,7 @@ class Division:
 
     Attributes:
         layouts: of the parts.
-        width: coordinates of the largest, and one to spare.
+        width: coordinates of the largest, and `SPARE` more.
     """
 
     def __init__(self, layout: Layout, count: int, layout_of: LayoutOf) -> None:
@@ -82,7 +85,7 @@ class Division:
         divided = divide(layout, count)
         for pieces in divided:
             self.layouts.append(layout_of((piece.name, _stand_in(piece)) for piece in pieces))
-        self.width = 1 + max(part.total for part in self.layouts)
+        self.width = SPARE + max(part.total for part in self.layouts)
         for pieces, part in zip(divided, self.layouts, strict=True):
             starts = {piece.name: piece.start for piece in pieces}
             self._places += [(starts[slot.name], slot.numel) for slot in part.slots]

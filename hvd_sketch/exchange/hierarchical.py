@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch import wire
+from hvd_sketch.comm.copies import COPIES, majority, thrice
 from hvd_sketch.comm.hosts import Hosts
 from hvd_sketch.errors import ConfigurationError, RankMismatchError
 from hvd_sketch.exchange.base import Exchange, Factor, Finite
@@ -122,19 +123,27 @@ class HierarchicalExchange(Exchange):
     def _sum_inside(self) -> float:
         """Sum the gradients of this host, give the part its own, and return its norm."""
         torch._foreach_copy_(self._division.of_rows(self._rows), self._division.of_vector(self.gradient))
-        mine = self._local.reduce_scatter(self._rows, self.rounds.name_of("gradient"))
+        wire.seal_lanes(self._rows)
+        mine = self._local.reduce_scatter(self._rows, self.rounds.name_of("gradient"), self._check)
         self.part.staging.put_all(mine[: self.part.layout.total])
         return self.part.staging.norm()
 
+    def _check(self, received: Tensor) -> None:
+        """Note it if what came of a gradient is not what was sent."""
+        self.rounds.note_damage(
+            ~wire.lanes_intact(received), "what came of the gradients of this host is not what was sent"
+        )
+
     def _tell(self, norm: float, finite: bool) -> float:
         """Sum inside what the ranks have to say of the step; the norm of the host's mean gradient."""
-        message = torch.zeros(wire.HEADER + 1, dtype=torch.float64, device="cpu")
+        norms = torch.zeros(self._local.size, dtype=torch.float64, device="cpu")
+        norms[self._local.rank] = norm
+        message = torch.cat([torch.zeros(wire.HEADER, dtype=torch.float64, device="cpu"), thrice(norms)])
         if not self.comm.muted:
-            self.rounds.write_header(message, finite and math.isfinite(norm))
-        message[-1] = norm * norm
+            self.rounds.write_header(message[: wire.HEADER], finite and math.isfinite(norm))
         self._local.allreduce(message, self.rounds.name_of("header"))
         self._header.speak_for_host(message)
-        return math.sqrt(float(message[-1])) / self._local.size
+        return math.hypot(*majority(message[wire.HEADER :].tolist())) / self._local.size
 
     def _gather_inside(self, problem: Exception | None) -> None:
         """The whole update, and the whole memory if somebody follows it.
@@ -154,10 +163,10 @@ class HierarchicalExchange(Exchange):
         """Collective inside: every part of a vector; whether some rank said that it failed."""
         row = self._rows[self._local.rank]
         row[: mine.numel()] = mine
-        row[-1] = failed
+        row[-COPIES:] = failed
         gathered = self._local.allgather(row, self.rounds.name_of(what))
         torch._foreach_copy_(into, self._division.of_rows(gathered))
-        return bool(gathered[:, -1].any())
+        return any(majority(gathered[:, -COPIES:].T.reshape(-1).tolist()))
 
     def follow_memory(self) -> None:
         """Have ``memory`` hold what this host has not sent after every step; what is owned there, by its share."""

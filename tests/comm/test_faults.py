@@ -99,6 +99,8 @@ def test_torchrun_ends_the_others_when_a_rank_is_killed() -> None:
             "SIGSTOP, longer than the limit",
             "waited 10 s in alltoall hvd_sketch.all.1.up0 of step 3 for rank 1",
         ),
+        ("CSER", "Ctrl-C", "for rank 1, which ended by KeyboardInterrupt"),
+        ("overlap", "one step() fewer", "for rank 1, which ended without an error"),
         ("Horovod over MPI", "an exception", "was in allreduce hvd_sketch.0.1.dense of step 3"),
         (
             "Horovod over Gloo",

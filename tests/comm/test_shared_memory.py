@@ -30,7 +30,7 @@ def messages(comm: Communicator) -> list[Tensor]:
     for number, size in enumerate(SIZES):
         for kind in (torch.float32, torch.float64, torch.int32):
             rows = (1000 * torch.randn(comm.size, size, generator=generator)).to(kind)
-            found.append(comm.reduce_scatter(rows, "sum"))
+            found.append(comm.reduce_scatter(rows, "sum", lambda came: None))
             for _ in range(1 + number % 2):
                 found.append(comm.allgather(rows[0], "gather").clone())
                 rows += 1
