@@ -18,7 +18,7 @@ from hvd_sketch.errors import ConfigurationError, NothingGainedError
 from hvd_sketch.exchange import Exchange, HierarchicalExchange, Setting
 from hvd_sketch.exchange.decay import Decay
 from hvd_sketch.exchange.tensor_scales import TensorScales
-from hvd_sketch.layout import Layout, small_or_named
+from hvd_sketch.layout import DensePredicate, Layout, small_or_named
 from hvd_sketch.memory import Momentum
 from hvd_sketch.mixing import check_mixing
 from hvd_sketch.schedules.base import AdaptiveSchedule, Schedule, sampled, warmup
@@ -89,13 +89,22 @@ class Compressor(ABC):
             return 0 if self.anticipate else 1024
         return self.dense_below
 
-    def layout(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Layout:
+    @property
+    def wants_whole_tensors(self) -> bool:
+        """Whether ranks of a host that divide its exchange do so between tensors, rather than every tensor."""
+        return False
+
+    def layout(self, named_parameters: Iterable[tuple[str, Tensor]], is_dense: DensePredicate | None = None) -> Layout:
         """Which coordinates of these parameters are compressed and which are sent whole.
+
+        Args:
+            named_parameters: or stand-ins for parts of them.
+            is_dense: decides in place of `is_dense`.
 
         Raises:
             ConfigurationError: when the parameters are unfit, or none is left to compress.
         """
-        layout = Layout.of(named_parameters, self.is_dense, self.parts())
+        layout = Layout.of(named_parameters, is_dense or self.is_dense, self.parts())
         if layout.compressed == 0:
             raise NothingGainedError(
                 f"nothing to compress: all {layout.total} parameters are 1-D, smaller than "
@@ -137,7 +146,7 @@ class Compressor(ABC):
         )
         if hosts is None:
             return self.build(setting)
-        return HierarchicalExchange(setting, hosts, self.layout, self.plan, self.build)
+        return HierarchicalExchange(setting, hosts, self)
 
     @abstractmethod
     def plan(self, layout: Layout, step: int, ranks: int) -> Any:

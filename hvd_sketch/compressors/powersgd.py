@@ -65,6 +65,11 @@ class PowerSGD(Compressor):
         n, m = matrix_shape(tuple(parameter.shape))
         return self.rank * (n + m) >= n * m
 
+    @property
+    def wants_whole_tensors(self) -> bool:
+        """Factors of a matrix are smaller than those of its parts together."""
+        return True
+
     def plan(self, layout: Layout, step: int, ranks: int) -> int | None:
         """The rank, from ``start_step`` on."""
         return None if step < self.start_step else self.rank

@@ -30,6 +30,11 @@ class TensorTopK(Sparsifier):
     Source: the top-k of Agarwal et al., "Accordion" (MLSys 2021), with error feedback.
     """
 
+    @property
+    def wants_whole_tensors(self) -> bool:
+        """It chooses by tensor."""
+        return True
+
     def plan(self, layout: Layout, step: int, ranks: int) -> list[int] | None:
         """k of every tensor that is not sent whole, in the layout's order."""
         if not isinstance(self.schedule, Accordion):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from hvd_sketch.layout import Layout, Slot
-
-LayoutOf = Callable[[Iterable[tuple[str, Tensor]]], Layout]
+from hvd_sketch.layout import DensePredicate, Layout, Slot
 
 SPARE = 3
 """Elements at the end of a row that belong to no part."""
@@ -29,12 +27,30 @@ class Piece(NamedTuple):
     numel: int
 
 
-def divide(layout: Layout, count: int) -> list[list[Piece]]:
+def divide(layout: Layout, count: int, *, whole_tensors: bool) -> list[list[Piece]]:
     """Cut compressed and dense coordinates alike into so many parts of about equal size.
 
-    A cut is at the edge of a parameter if one is near, else between two rows of a matrix if they are small enough, so
-    that the pieces are matrices; else, and in vectors, anywhere.
+    A part has a share of every parameter, rows of a matrix if there are enough, so that all parts are alike: where
+    each may send equally much, a part of the parameters with the largest gradients would get too little through.
     """
+    return _between(layout, count) if whole_tensors else _across(layout, count)
+
+
+def _across(layout: Layout, count: int) -> list[list[Piece]]:
+    """Of every parameter a part to each, the larger ones in turn."""
+    parts: list[list[Piece]] = [[] for _ in range(count)]
+    for position, slot in enumerate(slot for slot in layout.slots if slot.numel):
+        row = slot.numel // slot.shape[0] if len(slot.shape) > 1 and slot.shape[0] >= count else 1
+        rows = slot.numel // row
+        cuts = [slot.offset + row * (rows * number // count) for number in range(count + 1)]
+        for number, (first, last) in enumerate(pairwise(cuts)):
+            if first < last:
+                parts[(number + position) % count].append(_piece(slot, first, last))
+    return parts
+
+
+def _between(layout: Layout, count: int) -> list[list[Piece]]:
+    """At the edge of a parameter if one is near, else between two rows of a matrix if they are small enough."""
     parts: list[list[Piece]] = [[] for _ in range(count)]
     for start, stop in ((0, layout.compressed), (layout.compressed, layout.total)):
         slots = [slot for slot in layout.slots if start <= slot.offset < stop and slot.numel]
@@ -67,24 +83,37 @@ def _piece(slot: Slot, first: int, last: int) -> Piece:
     return Piece(slot.name, (numel // row, *slot.shape[1:]) if whole else (1, numel), start, numel)
 
 
+class LaysOut(Protocol):
+    """What a `Division` needs of a compressor; see `hvd_sketch.compressors.base.Compressor`."""
+
+    @property
+    def wants_whole_tensors(self) -> bool: ...
+
+    def layout(
+        self, named_parameters: Iterable[tuple[str, Tensor]], is_dense: DensePredicate | None = None
+    ) -> Layout: ...
+
+
 class Division:
     """The parts of a layout, one for each of ``count`` ranks, every one with a layout of its own.
 
     Args:
         layout: of the whole vector.
         count: of the ranks.
-        layout_of: lays out the pieces of a part; a piece stands for a parameter of its name and shape.
+        compressor: lays out the pieces of a part; a piece stands for a parameter of its name and shape.
 
     Attributes:
         layouts: of the parts.
         width: coordinates of the largest, and `SPARE` more.
     """
 
-    def __init__(self, layout: Layout, count: int, layout_of: LayoutOf) -> None:
+    def __init__(self, layout: Layout, count: int, compressor: LaysOut) -> None:
         self.layouts, self._places, self._sizes = list[Layout](), list[tuple[int, int]](), list[int]()
-        divided = divide(layout, count)
+        divided = divide(layout, count, whole_tensors=compressor.wants_whole_tensors)
+        compressed = {slot.name for slot in layout.slots if slot.offset < layout.compressed}
+        is_dense = None if compressor.wants_whole_tensors else lambda name, _: name not in compressed
         for pieces in divided:
-            self.layouts.append(layout_of((piece.name, _stand_in(piece)) for piece in pieces))
+            self.layouts.append(compressor.layout([(piece.name, _stand_in(piece)) for piece in pieces], is_dense))
         self.width = SPARE + max(part.total for part in self.layouts)
         for pieces, part in zip(divided, self.layouts, strict=True):
             starts = {piece.name: piece.start for piece in pieces}

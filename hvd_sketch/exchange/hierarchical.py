@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from hvd_sketch.comm.copies import COPIES, majority, thrice
 from hvd_sketch.comm.hosts import Hosts
 from hvd_sketch.errors import ConfigurationError, RankMismatchError
 from hvd_sketch.exchange.base import Exchange, Factor, Finite
-from hvd_sketch.exchange.division import Division, LayoutOf
+from hvd_sketch.exchange.division import Division, LaysOut
 from hvd_sketch.exchange.progress import Undo
 from hvd_sketch.exchange.rounds import Rounds
 from hvd_sketch.exchange.setting import Setting
@@ -25,10 +25,18 @@ from hvd_sketch.memory import Memory
 from hvd_sketch.saved import Form
 
 
+class Divides(LaysOut, Protocol):
+    """What the exchange needs of a compressor; see `hvd_sketch.compressors.base.Compressor`."""
+
+    def plan(self, layout: Layout, step: int, ranks: int) -> Any: ...
+
+    def build(self, setting: Setting) -> Exchange: ...
+
+
 class HierarchicalExchange(Exchange):
     """An exchange between hosts of L ranks each, with the compressor unchanged and one memory a host.
 
-    With g_hl the gradient of the l-th rank on host h of H, cut into L parts::
+    With g_hl the gradient of the l-th rank on host h of H, cut into L parts, see `Division`::
 
         inside    s_hl = sum_j g_hj on part l              reduce-scatter of float32
         across    u_l = the compressor's update of c_h s_hl / L over h = 1 … H, with a memory of part l alone
@@ -52,7 +60,7 @@ class HierarchicalExchange(Exchange):
     Args:
         setting: of all ranks.
         hosts: the ranks of this host, and this one's peers.
-        layout_of, plan_of, build: the compressor's ``layout``, ``plan`` and ``build``.
+        compressor: what each rank sends its part with.
 
     Attributes:
         part: the exchange across hosts.
@@ -67,20 +75,19 @@ class HierarchicalExchange(Exchange):
         self,
         setting: Setting,
         hosts: Hosts,
-        layout_of: LayoutOf,
-        plan_of: Callable[[Layout, int, int], Any],
-        build: Callable[[Setting], Exchange],
+        compressor: Divides,
     ) -> None:
         super().__init__(replace(setting, momentum=None, plan=lambda step, ranks: self.part.plan))
         self.memory = Memory(0, setting.device)
         self.agree_on(f"{hosts} momentum_correction={setting.momentum}")
         self.log.notes.append(str(hosts))
         local = self._local = hosts.local
-        division = self._division = Division(setting.layout, local.size, layout_of)
-        self._plan_of, mine = plan_of, division.layouts[local.rank]
+        division = self._division = Division(setting.layout, local.size, compressor)
+        self._compressor, mine = compressor, division.layouts[local.rank]
         self._rows = torch.zeros(local.size, division.width, dtype=torch.float32, device=setting.device)
-        self.part = build(
-            replace(setting, layout=mine, comm=hosts.across, plan=partial(plan_of, mine), label="", clip_norm=None)
+        plan = partial(compressor.plan, mine)
+        self.part = compressor.build(
+            replace(setting, layout=mine, comm=hosts.across, plan=plan, label="", clip_norm=None)
         )
         self.part.stats, self.part._told_void = self.stats, True  # which rank is not finite, the whole tells
         self._header = self.part.rounds = HostRounds(self.part, self.rounds, local.size)
@@ -88,7 +95,7 @@ class HierarchicalExchange(Exchange):
 
     def plan_at(self, step: int) -> Any:
         """As for every `Exchange`; raises alike, for the plans of all parts are solved."""
-        plans = [self._plan_of(layout, step, self.part.comm.size) for layout in self._division.layouts]
+        plans = [self._compressor.plan(layout, step, self.part.comm.size) for layout in self._division.layouts]
         return plans[self._local.rank]
 
     def sizes(self) -> str:

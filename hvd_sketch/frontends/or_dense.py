@@ -15,7 +15,7 @@ from hvd_sketch.comm.hosts import Hosts
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.errors import NothingGainedError
 from hvd_sketch.exchange import DenseExchange, Exchange, Setting
-from hvd_sketch.layout import Layout
+from hvd_sketch.layout import DensePredicate, Layout
 from hvd_sketch.memory import Momentum
 
 _logger = logging.getLogger("hvd_sketch")
@@ -46,11 +46,11 @@ class OrDense(Compressor):
         """The other one, which knows what this one was told."""
         return replace(self.wanted, anticipate=self.anticipate)
 
-    def layout(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Layout:
+    def layout(self, named_parameters: Iterable[tuple[str, Tensor]], is_dense: DensePredicate | None = None) -> Layout:
         """The other's; of a model that is too small, one of which everything is sent whole."""
         named = list(named_parameters)
         try:
-            return self._told.layout(named)
+            return self._told.layout(named, is_dense)
         except NothingGainedError:
             return Layout.of(named, lambda name, parameter: True)
 

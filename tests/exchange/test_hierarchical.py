@@ -22,7 +22,7 @@ from hvd_sketch.comm.shared_memory import SharedMemory
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.error_feedback.common_share import CommonShare
 from hvd_sketch.exchange import HierarchicalExchange
-from hvd_sketch.exchange.division import divide
+from hvd_sketch.exchange.division import Division, Piece, divide
 from hvd_sketch.exchange.joining import stand_in
 from hvd_sketch.frontends.or_dense import OrDense
 from hvd_sketch.layout import Layout
@@ -78,9 +78,14 @@ def by_hosts(gradients: Tensor, local: int) -> Tensor:
     return torch.stack([host.sum(dim=0) / local for host in gradients.split(local)])
 
 
+def pieces_of(exchange: HierarchicalExchange, local: int) -> list[list[Piece]]:
+    """The parts that it is cut into."""
+    return divide(exchange.layout, local, whole_tensors=exchange._compressor.wants_whole_tensors)
+
+
 def places(exchange: HierarchicalExchange, number: int, local: int) -> Tensor:
     """Where in the whole vector the coordinates of a part are, in the part's order."""
-    starts = {piece.name: piece.start for piece in divide(exchange.layout, local)[number]}
+    starts = {piece.name: piece.start for piece in pieces_of(exchange, local)[number]}
     return torch.cat([torch.arange(slot.numel) + starts[slot.name] for slot in exchange.part.layout.slots])
 
 
@@ -114,7 +119,7 @@ def test_what_a_host_sends_and_keeps_is_what_its_ranks_computed(compressor: Comp
 def test_a_part_is_the_exchange_of_as_many_ranks_as_there_are_hosts(compressor: Compressor, local: int) -> None:
     gradients = heavy_tailed(SIZE, 5, TOTAL)
     runs = exchanged(compressor, gradients, local)
-    for number, pieces in enumerate(divide(runs[0][1].layout, local)):
+    for number, pieces in enumerate(pieces_of(runs[0][1], local)):
         where = places(runs[number][1], number, local)
         shapes = {piece.name: piece.shape for piece in pieces}
         flat_runs = simulate(compressor, by_hosts(gradients, local)[..., where], shapes)
@@ -147,7 +152,7 @@ def test_momentum_is_a_hosts() -> None:
     gradients, momentum = heavy_tailed(SIZE, 4, TOTAL), Momentum(0.5)
     runs = exchanged(TOPK, gradients, 2, momentum=momentum)
     where = places(runs[1][1], 1, 2)
-    shapes = {piece.name: piece.shape for piece in divide(runs[0][1].layout, 2)[1]}
+    shapes = {piece.name: piece.shape for piece in pieces_of(runs[0][1], 2)[1]}
     flat_runs = simulate(TOPK, by_hosts(gradients, 2)[..., where], shapes, momentum=momentum)
     assert torch.equal(runs[0][0][:, where], flat_runs[0].updates)
 
@@ -482,7 +487,7 @@ def test_a_model_whose_parts_are_too_small_is_exchanged_by_rank_unless_hosts_wer
 
     def body(comm: Communicator) -> list[str]:
         model = net()
-        topk = Compression.topk(ratio=20.0, dense_below=1200, anticipate=False, **PLAIN)
+        topk = Compression.topk(ratio=30.0, anticipate=False, **PLAIN)
         asked: list[tuple[Asked, Compressor]] = [(None, topk), (None, OrDense(wanted=topk)), (True, topk)]
         kinds = []
         for each, compression in asked:
@@ -498,13 +503,16 @@ def test_a_model_whose_parts_are_too_small_is_exchanged_by_rank_unless_hosts_wer
     assert InProcessGroup(8, hosts=[0, 0, 0, 0, 1, 1, 1, 1]).run(body) == [kinds] * 8
 
 
+@pytest.mark.parametrize("whole_tensors", [False, True])
 @pytest.mark.parametrize("count", [2, 3, 8])
 @pytest.mark.parametrize(
     "shapes", [SHAPES, {"flat": (1000,)}, {"wide": (2, 3001), "thin": (700, 3)}, {"tiny": (2,), "none": (0, 3)}]
 )
-def test_parts_cover_every_coordinate_once_and_are_about_even(shapes: dict[str, Any], count: int) -> None:
+def test_parts_cover_every_coordinate_once_and_are_about_even(
+    shapes: dict[str, Any], count: int, whole_tensors: bool
+) -> None:
     layout = Layout.of(parameters(shapes).items(), lambda name, parameter: parameter.dim() == 1)
-    parts = divide(layout, count)
+    parts = divide(layout, count, whole_tensors=whole_tensors)
     covered = torch.zeros(layout.total, dtype=torch.int64)
     for pieces in parts:
         for piece in pieces:
@@ -513,6 +521,18 @@ def test_parts_cover_every_coordinate_once_and_are_about_even(shapes: dict[str, 
     assert bool((covered == 1).all())
     sizes = [sum(piece.numel for piece in pieces) for pieces in parts]
     assert max(sizes) - min(sizes) <= layout.total / count / 4 + 2
+
+
+def test_every_part_has_its_share_of_what_is_compressed_and_of_what_is_sent_whole() -> None:
+    """However small it is there: a matrix that is compressed has no part that is sent whole."""
+    compressor = Compression.topk(ratio=10.0, dense_below=600, **PLAIN)
+    shapes = {"a": (41, 30), "b": (30,), "c": (700,), "d": (8, 100)}
+    layout = compressor.layout(parameters(shapes).items())
+    for part in Division(layout, 4, compressor).layouts:
+        assert {slot.name for slot in part.slots[:2]} == {"a", "d"}
+        assert {slot.name for slot in part.slots[2:]} == {"b", "c"}
+        for slot, whole in zip(part.slots, layout.slots, strict=True):
+            assert abs(slot.numel - whole.numel / 4) <= whole.numel / whole.shape[0]
 
 
 def trained(comm: Any, rank: int, resume: Callable[[Any, Any], Any] | None = None) -> tuple[Tensor, dict[str, Any]]:

@@ -13,7 +13,7 @@ from hvd_sketch.compressors.sketch.exchange import SketchExchange
 from hvd_sketch.compressors.sketch.plan import Shares, SketchPlan, sketch_plan
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange, Setting
-from hvd_sketch.layout import Layout
+from hvd_sketch.layout import DensePredicate, Layout
 
 _SHARE, _SHARE_IN_TURN = 0.75, 0.2
 _IN_TURN_AHEAD = 0.75
@@ -66,9 +66,9 @@ class Sketch(Bucketed):
         if not self.oversampling >= 1.0:
             raise ConfigurationError(f"oversampling must be at least 1, got {self.oversampling}")
 
-    def layout(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Layout:
+    def layout(self, named_parameters: Iterable[tuple[str, Tensor]], is_dense: DensePredicate | None = None) -> Layout:
         """As for every `Compressor`; sizes and ratio must fit it."""
-        layout = super().layout(named_parameters)
+        layout = super().layout(named_parameters, is_dense)
         if self.k is not None and self.k > layout.compressed:
             raise ConfigurationError(f"k={self.k} exceeds the {layout.compressed} compressed parameters; lower k")
         if self.k is None:
