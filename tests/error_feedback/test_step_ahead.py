@@ -17,7 +17,7 @@ from hvd_sketch.compressors import Compressor
 from hvd_sketch.error_feedback.step_ahead import StepAhead, StepAheadOptimizer
 from tests.support import training
 from tests.support.heterogeneous import Model, Seen, loss, momenta, simulate, vector
-from tests.support.ranks import ranks
+from tests.support.ranks import ranks, several
 
 PLAIN: dict[str, Any] = {"warmup_steps": 0, "clip_norm": None, "dense_below": 100}
 TOPK, SHARDED = Compression.topk(ratio=10.0, half=False, **PLAIN), Compression.sharded(ratio=10.0, half=False, **PLAIN)
@@ -314,15 +314,15 @@ def overflow(kind: str, scaled: bool) -> tuple[list[tuple[Any, Any]], torch.Tens
     return pairs, training.flat(model)
 
 
-@pytest.mark.parametrize("kind", list(INNER))
-def test_a_step_that_overflows_on_one_rank_leaves_every_ranks_state(kind: str) -> None:
+def test_a_step_that_overflows_on_one_rank_leaves_every_ranks_state() -> None:
     """Also momentum and step counts, with a gradient scaler and without; its powers of two change no bit."""
-    plain, scaled = (ranks(2, overflow, kind, with_scaler) for with_scaler in (False, True))
-    for pairs, end in [*plain, *scaled]:
-        for before, after in pairs:
-            assert identical(before, after)
-        assert pairs[1][0][1]["state"]
-        assert torch.equal(end, plain[0][1])
+    seen = ranks(2, several, overflow, [(kind, scaled) for kind in INNER for scaled in (False, True)])
+    for number in range(0, 2 * len(INNER), 2):
+        for pairs, end in (told[number + scaled] for told in seen for scaled in (0, 1)):
+            for before, after in pairs:
+                assert identical(before, after)
+            assert pairs[1][0][1]["state"]
+            assert torch.equal(end, seen[0][number][1])
 
 
 def identical(one: Any, other: Any) -> bool:
@@ -401,10 +401,17 @@ def real(compression: str) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in told.items()}
 
 
-@pytest.mark.parametrize("compression", ["topk", "sharded", "sketch"])
-def test_real_ranks(compression: str) -> None:
+@pytest.fixture(scope="module")
+def real_ranks() -> dict[str, list[dict[str, torch.Tensor]]]:
+    """What two ranks have to tell, by compressor."""
+    seen = ranks(2, several, real, [(name,) for name in REAL], timeout=240)
+    return {name: [told[number] for told in seen] for number, name in enumerate(REAL)}
+
+
+@pytest.mark.parametrize("compression", list(REAL))
+def test_real_ranks(compression: str, real_ranks: dict[str, list[dict[str, torch.Tensor]]]) -> None:
     """Move by the mean momentum; resume to the bit; after a flush the model alone serves any number of ranks."""
-    seen = ranks(2, real, compression, timeout=240)
+    seen = real_ranks[compression]
     for told in seen:
         torch.testing.assert_close(told["distances"], told["expected"], rtol=0, atol=1e-6)
         assert torch.equal(told["whole"], seen[0]["whole"])

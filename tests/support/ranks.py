@@ -127,8 +127,8 @@ def ranks(
         raise ValueError(f"{body.__qualname__}: ranks can only import a top-level function of a test module")
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         folder = Path(name)
-        patience = max(timeout - 5, timeout / 2)
-        (folder / "call").write_bytes(pickle.dumps((body.__module__, body.__qualname__, patience, args)))
+        deadline = time.time() + max(timeout - 5, timeout / 2)
+        (folder / "call").write_bytes(pickle.dumps((body.__module__, body.__qualname__, deadline, args)))
         command = (sys.executable, "-m", "tests.support.ranks", name)
         try:
             completed = launch(count, command, launcher=launcher, env=env, timeout=timeout)
@@ -139,6 +139,11 @@ def ranks(
             status = f"the launcher's exit status is {completed.returncode}; output of all ranks:"
             raise RanksFailed(f"{told(folder, count, 'traceback')}\n{status}\n{completed.output}")
         return [pickle.loads(result.read_bytes()) for result in results]
+
+
+def several(body: Callable[..., Result], each: Sequence[tuple[Any, ...]]) -> list[Result]:
+    """For `ranks`: what a body returns for each of these arguments, in one launch, for to start costs the most."""
+    return [body(*args) for args in each]
 
 
 def told(folder: Path, count: int, kind: str) -> str:
@@ -165,9 +170,9 @@ def rank_main(folder: Path) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # the words of a rank that is killed are not lost
     rank = next(os.environ[name] for name in RANK_VARIABLES if name in os.environ)
-    module, name, patience, args = pickle.loads((folder / "call").read_bytes())
+    module, name, deadline, args = pickle.loads((folder / "call").read_bytes())
     with (folder / f"stack.{rank}").open("w") as stack:
-        faulthandler.dump_traceback_later(patience, file=stack)
+        faulthandler.dump_traceback_later(max(0.1, deadline - time.time()), file=stack)
         try:
             result = pickle.dumps(getattr(importlib.import_module(module), name)(*args))
         except BaseException:

@@ -15,7 +15,7 @@ from hvd_sketch.error_feedback.step_ahead import StepAhead
 from hvd_sketch.methods.local.local_sgd import LocalSGD
 from tests.support import training
 from tests.support.heterogeneous import Model, Seen, loss, momenta, simulate
-from tests.support.ranks import ranks
+from tests.support.ranks import ranks, several
 
 PLAIN: dict[str, Any] = {"warmup_steps": 0, "clip_norm": None, "dense_below": 100}
 TOPK, SHARDED = Compression.topk(ratio=10.0, half=False, **PLAIN), Compression.sharded(ratio=10.0, half=False, **PLAIN)
@@ -285,10 +285,16 @@ def real(compression: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in told.items()}
 
 
-@pytest.mark.parametrize("compression", ["topk", "sharded"])
-def test_real_ranks(compression: str) -> None:
+@pytest.fixture(scope="module")
+def real_ranks() -> list[list[dict[str, torch.Tensor]]]:
+    """What two ranks have to tell, of both compressors."""
+    return ranks(2, several, real, [(TOPK,), (SHARDED,)], timeout=240)
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["topk", "sharded"])
+def test_real_ranks(number: int, real_ranks: list[list[dict[str, torch.Tensor]]]) -> None:
     """Resume to the bit in the middle of a round; after a flush one model is all there is, for any number of ranks."""
-    seen = ranks(2, real, {"topk": TOPK, "sharded": SHARDED}[compression], timeout=240)
+    seen = [told[number] for told in real_ranks]
     for told in seen:
         assert torch.equal(told["whole"], seen[0]["whole"])
         assert torch.equal(told["whole"], told["resumed"])
@@ -327,10 +333,10 @@ def rounds(compression: Any, period: int) -> tuple[torch.Tensor, torch.Tensor, l
     return torch.stack(moved), torch.stack(walked), models
 
 
-@pytest.mark.parametrize("compression", ["topk", "sharded", "none"])
-def test_real_ranks_move_by_the_mean_of_their_local_moves(compression: str) -> None:
-    members = {"topk": TOPK, "sharded": SHARDED, "none": Compression.none}
-    for moved, walked, models in (seen := ranks(2, rounds, members[compression], 3)):
-        torch.testing.assert_close(moved, walked, rtol=0, atol=1e-6)
-        assert walked.any()
-        assert all(map(torch.equal, models, seen[0][2]))
+def test_real_ranks_move_by_the_mean_of_their_local_moves() -> None:
+    seen = ranks(2, several, rounds, [(TOPK, 3), (SHARDED, 3), (Compression.none, 3)])
+    for told in seen:
+        for (moved, walked, models), (_, _, those_of_rank_0) in zip(told, seen[0], strict=True):
+            torch.testing.assert_close(moved, walked, rtol=0, atol=1e-6)
+            assert walked.any()
+            assert all(map(torch.equal, models, those_of_rank_0))
