@@ -99,7 +99,7 @@ class Compressor(ABC):
 
         Args:
             named_parameters: or stand-ins for parts of them.
-            is_dense: decides in place of `is_dense`.
+            is_dense: decides in place of the compressor's own rule.
 
         Raises:
             ConfigurationError: when the parameters are unfit, or none is left to compress.

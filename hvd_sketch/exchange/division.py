@@ -9,9 +9,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from hvd_sketch.comm.copies import COPIES
 from hvd_sketch.layout import DensePredicate, Layout, Slot
 
-SPARE = 3
+SPARE = COPIES
 """Elements at the end of a row that belong to no part."""
 
 _NEAR = 1 / 16
