@@ -69,7 +69,7 @@ FAULTS: dict[str, tuple[Callable[[float], object], str]] = {
 ALONE = ("an exception", "sys.exit(0)", "one step() fewer")
 """Those that a thread can suffer while others go on."""
 
-BEFORE = [name for name, (_, point) in FAULTS.items() if point == "before"] + list(FAULTS)[-2:]
+BEFORE = [name for name, (fault, point) in FAULTS.items() if point == "before" or fault in (_stop, _pause)]
 """Those of a method of its own, which need no place inside a step."""
 
 

@@ -181,9 +181,8 @@ def rank_main(folder: Path) -> None:
             os._exit(1)  # an orderly exit would wait in Horovod's shutdown for ranks that hang
         faulthandler.cancel_dump_traceback_later()
     (folder / f"result.{rank}").write_bytes(result)
-    from torch import distributed
-
-    if distributed.is_initialized():
+    distributed = sys.modules.get("torch.distributed")  # not imported for a body that does without PyTorch
+    if distributed is not None and distributed.is_initialized():
         distributed.destroy_process_group()  # as PyTorch wants it of a script
 
 
