@@ -39,6 +39,7 @@ ENVIRONMENT = {
     "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "20",
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_mpi_yield_when_idle": "1",  # tests run side by side: a rank that waits leaves its core to others
     "PYTHONUNBUFFERED": "",  # unbuffered, the words of two ranks mix within a line
 }
 quick = False
