@@ -257,7 +257,7 @@ class Exchange(Progress):
         self.memory.reset()
         self.staging.forget()
         self.rounds.fail_together(None)
-        self._refused = False
+        self._refused, self._loaded_at = False, None
 
     def _begin(self) -> None:
         """What comes before the messages: nothing is held, what is missing is known, and the ranks agree."""

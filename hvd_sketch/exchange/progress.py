@@ -70,7 +70,13 @@ class Progress(ABC):
         self._setting, self._agreed = setting, setting.name
         self._agreed_size, self._loaded, self._refused = 0, False, False
         self._resync_every = self._ranks = 0
+        self._loaded_at: int | None = None
         self._plans: list[Any] = []
+
+    @property
+    def is_as_loaded(self) -> bool:
+        """Whether a saved memory was loaded, and no step was taken since."""
+        return self._loaded_at == self.stats.steps
 
     @property
     def plan(self) -> Any:
@@ -211,6 +217,7 @@ class Progress(ABC):
             raise ConfigurationError(f"rank {self.comm.rank}: {problem}")
         self.memory.load_state_dict(state["memory"])
         self._load_common_state(state)
+        self._loaded_at = self.stats.steps
 
     def _identity(self) -> dict[str, Any]:
         """What a saved state belongs to."""

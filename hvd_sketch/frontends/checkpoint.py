@@ -27,7 +27,7 @@ class SavedMemory:
         dcp.save({"model": …, "optimizer": …, "memory": SavedMemory(optimizer)}, checkpoint_id=folder)
 
     Every rank saves and loads its own, on as many ranks. For another number ``flush()`` one step before saving, and
-    load the checkpoint without this entry. Load it after the optimizer's state.
+    load the checkpoint without this entry.
 
     Args:
         keeper: whose memory.

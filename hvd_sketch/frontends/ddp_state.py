@@ -101,7 +101,7 @@ class State:
         self._open: list[tuple[torch.futures.Future[Tensor], Tensor]] = []
         self._steps = Steps(optimizer, self._positions)
         self._unstepped = Unstepped(self.exchange, self._parameters)
-        self._fresh = self._added_to = self._joined = self._just_loaded = False
+        self._fresh = self._added_to = self._joined = False
         self._compare(trained)
         self._passes: Passes | None = None
         if isinstance(feedback, Anticipate):
@@ -125,7 +125,6 @@ class State:
         """Restore this rank's memory, before or after the optimizer's state; see `Exchange.load_state_dict`."""
         self._unstepped.settle()
         self.exchange.load_state_dict(state)
-        self._just_loaded = True
 
     @torch.no_grad()
     def receive(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -163,7 +162,7 @@ class State:
         self._added_to = self._unstepped.pending  # gradients that were exchanged before: they count with these
         if not (self._joined or self._steps.inside or self._added_to):
             self._unstepped.begin()
-        self._fresh, self._just_loaded = not self._joined, False
+        self._fresh = not self._joined
 
     def _take(self, gradients: Mapping[int, Tensor]) -> None:
         """Hand in what was used on this rank; the rest is zero, or left over from an earlier pass and comes last."""
@@ -311,7 +310,7 @@ class State:
         """The optimizer has loaded a state: what is unsent belongs to what was before, unless it was just loaded."""
         self._back_at_the_model()
         self._unstepped.settle()
-        if not self._just_loaded:
+        if not self.exchange.is_as_loaded:
             self.exchange.reset()
 
     def _clear(self) -> None:

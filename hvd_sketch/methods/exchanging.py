@@ -165,7 +165,9 @@ class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
         self.optimizer.zero_grad(*arguments, **keywords)
 
     def restart(self) -> None:
-        """Forget the memory of unsent gradients, which belongs to one rank and has its own state."""
+        """Forget the memory of unsent gradients, unless it was just loaded: it belongs to one rank."""
+        if self._parts is not None and self._parts[0].is_as_loaded:
+            return
         self._own(_synchronized=False, _should_synchronize=True, _undo=None, _memory=None)
         if self._parts is not None:
             self._parts[0].reset()
@@ -176,7 +178,7 @@ class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
         return self.exchange.state_dict()
 
     def load_memory_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore this rank's memory, after ``load_state_dict``; see `Exchange.load_state_dict`."""
+        """Restore this rank's memory, before or after ``load_state_dict``; see `Exchange.load_state_dict`."""
         self.exchange.load_state_dict(state)
 
     def shared_state(self) -> dict[str, Any]:
