@@ -119,7 +119,8 @@ def packed() -> list[Cell]:
 def ddp() -> list[Cell]:
     """DistributedDataParallel with every hook there is, beside Horovod."""
     hooked = [method for method in METHODS if method.startswith("ddp")]
-    cells = grid((2, 4), RATES, ("transformer-1M",), ("horovod", "horovod-fp16", "sketch-40", "sharded-40", *hooked))
+    methods = ("horovod", "horovod-fp16", "sketch-40", "sharded-40", *hooked)
+    cells = grid((2, 4), RATES, ("transformer-1M", "transformer-10M"), methods)
     return [replace(cell, series="ddp") for cell in cells]
 
 
