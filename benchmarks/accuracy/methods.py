@@ -38,11 +38,14 @@ def exchanged(
     return wrap
 
 
-def local(compression: Any, period: int) -> Wrap:
-    """Models are exchanged after every ``period`` steps."""
+def local(ratio: float, period: int, anticipate: float = 0.0) -> Wrap:
+    """Models are exchanged after every ``period`` steps, at so much less of a ratio."""
+    compression = Compression.sharded(ratio=ratio / period, warmup_steps=0, clip_norm=None)
 
     def wrap(optimizer: torch.optim.Optimizer, model: nn.Module, comm: Communicator) -> Any:
-        return hvd_sketch.LocalSGD(optimizer, model, comm, compression=compression, period=period)
+        return hvd_sketch.LocalSGD(
+            optimizer, model, comm, compression=compression, period=period, anticipate=anticipate
+        )
 
     return wrap
 
@@ -71,9 +74,9 @@ METHODS: dict[str, Callable[[float], Wrap]] = {
     FACTORED: lambda ratio: exchanged(
         Compression.sharded(ratio=ratio, warmup_steps=0), Anticipate(second_moments=FactoredMoments())
     ),
-    "local SGD": lambda ratio: local(
-        Compression.sharded(ratio=ratio / LOCAL_PERIOD, warmup_steps=0, clip_norm=None), LOCAL_PERIOD
-    ),
+    "local SGD": lambda ratio: local(ratio, LOCAL_PERIOD),
+    "local SGD, 4 steps": lambda ratio: local(ratio, 4),
+    "local SGD, 4 steps, anticipate": lambda ratio: local(ratio, 4, anticipate=0.6),
 }
 """By name, of the ratio; none has dense steps at first, so that the ratio is that of the whole run."""
 
