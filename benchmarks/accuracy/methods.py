@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import hvd_sketch
+from benchmarks.accuracy.rivals import DeMo, SparseLoCo
 from hvd_sketch import Anticipate, Compression, FactoredMoments
 from hvd_sketch.comm import Communicator
 from hvd_sketch.comm.hosts import Asked
@@ -119,6 +120,12 @@ NORMALISED: dict[str, Callable[[float], Wrap]] = {
 }
 """By name, of the ratio: coefficients in place of entries, and a step to go with them."""
 
+RIVALS: dict[str, Callable[[float], Wrap]] = {
+    "DeMo": lambda ratio: lambda optimizer, model, comm: DeMo(optimizer, comm, ratio),
+    "SparseLoCo, 8 steps": lambda ratio: lambda optimizer, model, comm: SparseLoCo(optimizer, comm, ratio, 8),
+}
+"""By name, of the ratio: of others, see `benchmarks.accuracy.rivals`."""
+
 LOW_RANK: dict[str, Callable[[float], Wrap]] = {
     "powersgd": lambda rank: exchanged(Compression.powersgd(rank=int(rank), start_step=0)),
     "powersgd, anticipate": lambda rank: exchanged(Compression.powersgd(rank=int(rank), start_step=0), Anticipate()),
@@ -134,7 +141,7 @@ DROPPED_IN: dict[str, Callable[[float], Wrap]] = {
 }
 """By name, of the ratio: what one argument brings, but for the dense steps at first."""
 
-BY_RATIO = DROPPED_IN | METHODS | NORMALISED
+BY_RATIO = DROPPED_IN | METHODS | NORMALISED | RIVALS
 
 
 def make(method: str, setting: float) -> Wrap:
