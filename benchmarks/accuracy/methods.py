@@ -135,11 +135,11 @@ LOW_RANKS = (8.0, 4.0, 2.0, 1.0)
 
 
 DROPPED_IN: dict[str, Callable[[float], Wrap]] = {
-    "auto, dropped in": lambda ratio: dropped_in(Compression.auto(ratio=ratio, warmup_steps=0)),
-    "sketch, dropped in": lambda ratio: dropped_in(Compression.sketch(ratio=ratio, warmup_steps=0)),
-    "topk, dropped in": lambda ratio: dropped_in(Compression.topk(ratio=ratio, warmup_steps=0)),
+    "auto, dropped in": lambda ratio: dropped_in(Compression.auto(ratio=ratio)),
+    "sketch, dropped in": lambda ratio: dropped_in(Compression.sketch(ratio=ratio)),
+    "topk, dropped in": lambda ratio: dropped_in(Compression.topk(ratio=ratio)),
 }
-"""By name, of the ratio: what one argument brings, but for the dense steps at first."""
+"""By name, of the ratio: what one argument brings."""
 
 BY_RATIO = DROPPED_IN | METHODS | NORMALISED | RIVALS
 
