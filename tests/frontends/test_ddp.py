@@ -410,7 +410,7 @@ def on_a_rank(folder: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return ranks(SIZE, on_a_rank, str(tmp_path_factory.mktemp("checkpoint")), launcher="torchrun")
+    return ranks(SIZE, on_a_rank, str(tmp_path_factory.mktemp("checkpoint")), launcher="torchrun", timeout=240)
 
 
 def expected(compressor: str, passes: int = 1, momentum: float = 0.0, **feedback: Any) -> Tensor:

@@ -73,15 +73,15 @@ def freezing(register: Register) -> Tensor:
 
 def adversaries(register: Register) -> Tensor:
     """Two models, each with its optimizer, of which one is trained through the other."""
-    models = [wrapped(net()), wrapped(nn.Sequential(nn.Linear(40, 60), nn.Tanh(), nn.Linear(60, 1)), init_sync=True)]
+    models = [wrapped(net(seed)) for seed in range(2)]
     optimizers = [sgd(model) for model in models]
     for model, optimizer in zip(models, optimizers, strict=True):
         register(model, optimizer)
     (generator, critic), generates = models, torch.Generator().manual_seed(dist.get_rank())
     for _ in range(STEPS):
-        made = generator(torch.randn(8, 30, generator=generates))
+        made = generator(torch.randn(8, 30, generator=generates))[:, :30]
         critic.zero_grad()
-        critic(torch.randn(8, 40, generator=generates)).mean().backward()
+        critic(torch.randn(8, 30, generator=generates)).mean().backward()
         critic(made.detach()).square().mean().backward()
         optimizers[1].step()
         generator.zero_grad()
