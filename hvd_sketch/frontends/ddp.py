@@ -131,7 +131,19 @@ def register(
 
 
 def _check_hooks(model: DistributedDataParallel) -> None:
-    """Refuse a second hook before the first one's state is replaced: PyTorch would refuse it afterwards."""
+    """Refuse a second hook before the first one's state is replaced, and a model that brings or will bring its own."""
+    parameters = model.module.parameters()
+    unfit = {
+        "mixed_precision=, which averages by a hook of its own; use torch.autocast": model.mixed_precision is not None,
+        "an optimizer that steps inside of backward, by a hook of its own; let it step after backward": any(
+            hasattr(parameter, "_in_backward_optimizers") for parameter in parameters
+        ),
+        "torch._dynamo.config.optimize_ddp='python_reducer', which compiles hooks; leave that setting away": getattr(
+            model, "_use_python_reducer", False
+        ),
+    }
+    for what in (what for what, there in unfit.items() if there):
+        raise ConfigurationError(f"the model was wrapped with {what}, and wrap it again")
     for registered, state in getattr(model, "_comm_hooks", ()):
         if registered is not hook or state is not None:  # else it was left behind, and this is a copy
             name = getattr(registered, "__qualname__", repr(registered))

@@ -5,7 +5,7 @@
 import logging
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket  # torch.distributed's own, which it does not export to type checkers
-from torch.autograd import Variable
 
 from hvd_sketch.comm import as_communicator
 from hvd_sketch.comm.hosts import Asked, find_hosts
@@ -22,14 +21,14 @@ from hvd_sketch.compressors import Compressor
 from hvd_sketch.error_feedback.anticipate import Anticipate
 from hvd_sketch.error_feedback.default import follow
 from hvd_sketch.error_feedback.passes import Passes
-from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
-from hvd_sketch.exchange.gradients import shared_state, take_over, watch
+from hvd_sketch.exchange.gradients import shared_state, take_over, watch, watches
 from hvd_sketch.exchange.joining import attend
 from hvd_sketch.exchange.scaling import LossScale
 from hvd_sketch.frontends.arguments import check_hierarchical
 from hvd_sketch.frontends.ddp_arguments import check, innermost, numbered, settled
-from hvd_sketch.frontends.ddp_steps import Steps, Unstepped, listen
+from hvd_sketch.frontends.ddp_buckets import Buckets, after_backward
+from hvd_sketch.frontends.ddp_steps import Steps, Unstepped, listen, teller
 from hvd_sketch.frontends.grouped import grouped
 from hvd_sketch.layout import describe_values
 
@@ -95,10 +94,7 @@ class State:
         self.exchange = grouped(lambda hosts: make(hosts=hosts), hosts, note)
         self._parameters = [trained[slot.name] for slot in layout.slots]
         self._positions = {parameter: position for position, parameter in enumerate(self._parameters)}
-        self._used: set[int] = set()
-        self._stale: dict[int, Tensor] = {}
-        self._views: dict[int, Tensor] = {}
-        self._open: list[tuple[torch.futures.Future[Tensor], Tensor]] = []
+        self._buckets = Buckets(self._positions)
         self._steps = Steps(optimizer, self._positions)
         self._unstepped = Unstepped(self.exchange, self._parameters)
         self._fresh = self._added_to = self._joined = False
@@ -133,17 +129,13 @@ class State:
         Raises:
             ConfigurationError, RankMismatchError: see `Exchange.run`; or for a parameter that is not known.
         """
-        buffer = bucket.buffer()
-        future = torch.futures.Future[Tensor](devices=[] if buffer.device.type == "cpu" else [buffer.device])
-        if not self._open:
+        if not self._buckets.promised:
             self._begin()
-        self._open.append((future, buffer))
-        if buffer.is_sparse:
+        future = self._buckets.promise(bucket)
+        if bucket.buffer().is_sparse:
             self._refuse_sparse(bucket)
         else:
-            parameters = bucket.parameters()
-            gradients = map(_as_laid_out, bucket.gradients(), parameters)
-            self._take(dict(zip(map(self._position_of, parameters), gradients, strict=True)))
+            self.exchange.submit_many(self._buckets.take(bucket), 1.0 / self._factor)
         if bucket.is_last():
             self._finish()
         return future
@@ -155,65 +147,46 @@ class State:
         if self._scale.is_guessed:
             self.exchange.flush()  # nothing is kept that may be of another scale
         self._joined = torch._C._current_graph_task_id() < 0  # there is no backward, the others' buckets are matched
-        if not self._joined and not self._used:
-            self._used = set(self._positions.values())
-        if self._joined or self._steps.inside:
+        if not self._joined and not self._buckets.used:
+            self._buckets.used.update(self._positions.values())
+        if self._joined:
             self._unstepped.settle()
         self._added_to = self._unstepped.pending  # gradients that were exchanged before: they count with these
-        if not (self._joined or self._steps.inside or self._added_to):
+        if not (self._joined or self._added_to):
             self._unstepped.begin()
         self._fresh = not self._joined
 
-    def _take(self, gradients: Mapping[int, Tensor]) -> None:
-        """Hand in what was used on this rank; the rest is zero, or left over from an earlier pass and comes last."""
-        self._views.update(gradients)
-        used = {position: gradient for position, gradient in gradients.items() if position in self._used}
-        unused = {position: gradient for position, gradient in gradients.items() if position not in used}
-        self._stale.update((position, gradient) for position, gradient in unused.items() if bool(gradient.any()))
-        self.exchange.submit_many(used, 1.0 / self._factor)
-
     def _finish(self) -> None:
         """Exchange, write the update into all buckets, and complete them."""
-        exchange = self.exchange
+        exchange, buckets = self.exchange, self._buckets
         self._back_at_the_model()
-        exchange.submit_many(self._stale, 1.0 / self._factor)
-        exchange.only_decay = list(self._stale)
+        exchange.submit_many(buckets.stale, 1.0 / self._factor)
+        exchange.only_decay = list(buckets.stale)
         exchange.frozen = [at for at, parameter in enumerate(self._parameters) if not parameter.requires_grad]
-        opened, self._open = self._open, []
+        promised = buckets.promised
         try:
             if self._joined:
                 attend(exchange)
             else:
                 exchange.run()
-                exchange.write_update(self._views, self._factor)
+                exchange.write_update(buckets.views, self._factor)
         finally:
-            self._used.clear()
-            self._stale.clear()
-            self._views.clear()
+            buckets.close()
             self._told.clear()
         if exchange.void:
             if not self._added_to:
                 self._unstepped.settle()
             if self._steps.inside:
-                _after_backward(self._clear)
+                after_backward(self._clear)
         if not self._joined:
-            _after_backward(self._unstepped.note)
-        for future, buffer in opened:
+            after_backward(self._unstepped.note)
+        for future, buffer in promised:
             future.set_result(buffer)
-
-    def _position_of(self, parameter: Tensor) -> int:
-        position = self._positions.get(parameter)
-        if position is None:
-            raise ConfigurationError(
-                f"the model trains a parameter of shape {tuple(parameter.shape)} that the optimizer does not hold; "
-                "give State named_parameters=model.named_parameters(), or call hvd_sketch.ddp.register"
-            )
-        return position
 
     def _refuse_sparse(self, bucket: GradBucket) -> None:
         """Tell all ranks, in the step, that a gradient is sparse."""
         slots = self.exchange.layout.slots
-        names = ", ".join(slots[self._position_of(parameter)].name for parameter in bucket.parameters())
+        names = ", ".join(slots[position].name for position in self._buckets.positions(bucket))
         self.exchange.fail_together(f"parameter {names!r} has a sparse gradient; make its embedding with sparse=False")
 
     def _watch(self, optimizer: torch.optim.Optimizer) -> None:
@@ -221,8 +194,8 @@ class State:
         watch(self, self._parameters)
         reference = weakref.ref(self)
         for position, parameter in enumerate(self._parameters):
-            parameter.register_hook(_told(reference, State._computed, position))
-        optimizer.register_load_state_dict_post_hook(_told(reference, State._restart))
+            parameter.register_hook(teller(reference, State._computed, position))
+        optimizer.register_load_state_dict_post_hook(teller(reference, State._restart))
         listen(self)
 
     def _compare(self, trained: Mapping[str, Tensor]) -> None:
@@ -263,11 +236,11 @@ class State:
 
     def _computed(self, position: int) -> None:
         """Backward is about to add to a gradient."""
-        if not self._used:
+        if not self._buckets.used:
             self._take_back_what_was_cleared()
             if self.exchange.step + self.exchange.stats.steps == 0 and not self._told:
                 self._told.append(self._describe_values())
-        self._used.add(position)
+        self._buckets.used.add(position)
 
     def _take_back_what_was_cleared(self) -> None:
         """Undo what was exchanged since the last step if the update is gone; as long as it is there, it counts."""
@@ -280,8 +253,7 @@ class State:
 
     def step_begins(self, optimizer: torch.optim.Optimizer) -> None:
         """What was exchanged is stepped with, unless it is void or cleared."""
-        held = self._steps.begin(optimizer)
-        if not held:
+        if not self._steps.begin(optimizer):
             return
         self._back_at_the_model()
         if self._fresh:
@@ -289,18 +261,19 @@ class State:
         if self._fresh and self.exchange.void:
             self._clear()
         self._unstepped.take_back_cleared()
-        self._unstepped.step(held)
         self._fresh = False
 
     def step_ends(self, optimizer: torch.optim.Optimizer) -> None:
         """The step is over, by the optimizer that was given, or by one that has taken its place."""
-        if not self._steps.end(optimizer):
+        stepped = self._steps.end(optimizer)
+        if not stepped:
             return
+        self._unstepped.step(stepped)
         self._back_at_the_model()
         self._fresh = False
         if self._steps.succeeded_by(optimizer):
-            optimizer.register_load_state_dict_post_hook(_told(weakref.ref(self), State._restart))
-            if self._passes is not None:
+            optimizer.register_load_state_dict_post_hook(teller(weakref.ref(self), State._restart))
+            if self._passes is not None and watches(self, self._parameters[0]):
                 self._passes.end(
                     f"{type(optimizer).__name__} steps the model now in place of the optimizer that was registered; "
                     "wrap the model in DistributedDataParallel again and register that one"
@@ -319,32 +292,8 @@ class State:
             parameter.grad = None
 
 
-def _after_backward(call: Callable[[], None]) -> None:
-    """Call this at the end of this backward pass, once the model has put the gradients in their place."""
-    queue = Variable._execution_engine.queue_callback
-    queue(lambda: queue(call))  # behind the model's own, which is queued after its last hook
-
-
-def _as_laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """A bucket's gradient with the strides of its parameter, in which order a bucket has the values of dense ones."""
-    if parameter.is_contiguous() or torch.empty_like(parameter, device="meta").stride() != parameter.stride():
-        return gradient
-    return gradient.as_strided(parameter.shape, parameter.stride(), gradient.storage_offset())
-
-
 def _left_behind() -> None:
     _logger.warning(
-        "hvd_sketch: a copy of a DistributedDataParallel model, or one from a file, averages its gradients densely, "
-        "for PyTorch leaves communication hooks behind; call hvd_sketch.ddp.register for it"
+        "hvd_sketch: a copy of a DistributedDataParallel model, or one from a file, would average its gradients "
+        "densely, for PyTorch leaves communication hooks behind; to train it, call hvd_sketch.ddp.register for it"
     )
-
-
-def _told(reference: "weakref.ref[State]", what: Callable[..., None], *arguments: Any) -> Callable[..., None]:
-    """A hook that tells a state, while it lives."""
-
-    def hook(*_: Any) -> None:
-        state = reference()
-        if state is not None:
-            what(state, *arguments)
-
-    return hook

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -102,6 +102,7 @@ class Steps:
     def __init__(self, given: torch.optim.Optimizer, positions: Mapping[Tensor, int]) -> None:
         self._given, self._positions = weakref.ref(given), positions
         self._outer: weakref.ref[torch.optim.Optimizer] | None = None
+        self._stepped: set[int] = set()
         self._given_too = self.ever = False
         self.groups = given.param_groups
 
@@ -115,21 +116,23 @@ class Steps:
         """Whether a step is under way."""
         return self._outer is not None
 
-    def begin(self, optimizer: torch.optim.Optimizer) -> set[int]:
-        """A step begins, perhaps inside of another one; the positions of the parameters that it steps."""
+    def begin(self, optimizer: torch.optim.Optimizer) -> bool:
+        """A step begins, perhaps inside of another one; whether it is one of these parameters."""
         held = self._held_in(optimizer.param_groups)
         if held and (self._outer is None or self._outer() in (None, optimizer)):
             self._outer, self._given_too, self.ever = weakref.ref(optimizer), False, True
+            self._stepped.clear()
         if optimizer is self._given():
             self._given_too, self.groups = True, optimizer.param_groups
-        return held
+        self._stepped |= held
+        return bool(held)
 
-    def end(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether this was the end of a step of these parameters, not inside of another one."""
+    def end(self, optimizer: torch.optim.Optimizer) -> set[int]:
+        """The positions that were stepped, if this was the end of a step that is not inside of another one."""
         if self._outer is None or self._outer() is not optimizer:
-            return False
+            return set()
         self._outer = None
-        return True
+        return self._stepped
 
     def succeeded_by(self, optimizer: torch.optim.Optimizer) -> bool:
         """After its step: whether it has stepped all that the given one holds, without it, and takes its place."""
@@ -161,6 +164,17 @@ def listen(listener: Listener) -> None:
     if not _installed:
         _installed.append(register_optimizer_step_pre_hook(_begins))
         _installed.append(register_optimizer_step_post_hook(_ends))
+
+
+def teller(reference: weakref.ref[Any], what: Callable[..., None], *arguments: Any) -> Callable[..., None]:
+    """A hook that tells somebody, while he lives."""
+
+    def hook(*_: Any) -> None:
+        listener = reference()
+        if listener is not None:
+            what(listener, *arguments)
+
+    return hook
 
 
 def _alive() -> list[Any]:

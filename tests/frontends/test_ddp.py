@@ -19,12 +19,15 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
+from torch.nn.parallel.distributed import _MixedPrecision
 
 import hvd_sketch as hvd
 from hvd_sketch import Anticipate, Compression, ConfigurationError, SavedMemory
 from hvd_sketch.comm import Communicator
 from hvd_sketch.comm.in_process import run_in_process
 from tests.support import ddp as scripts
+from tests.support import ddp_parity
 from tests.support.ddp import AHEAD, PLAIN, RATE, SIZE, STEPS, Balance, balance, local_gradient, sgd, step, wrapped
 from tests.support.ranks import ranks
 from tests.support.training import flat, flat_gradient, loss, net
@@ -324,6 +327,23 @@ def registered_twice() -> None:
         hvd.ddp.register(model, sgd(model), COMPRESSORS["topk"]())
 
 
+def steps_in_backward() -> None:
+    inner = net()
+    _apply_optimizer_in_backward(torch.optim.SGD, inner.parameters(), {"lr": RATE})
+    hvd.ddp.register(wrapped(inner), sgd(inner), COMPRESSORS["topk"]())
+
+
+def mixed_by_ddp() -> None:
+    model = wrapped(net(), mixed_precision=_MixedPrecision(param_dtype=torch.bfloat16))
+    hvd.ddp.register(model, sgd(model), COMPRESSORS["topk"]())
+
+
+def reduced_by_python() -> None:
+    with torch._dynamo.config.patch(optimize_ddp="python_reducer"):
+        model = wrapped(net())
+    hvd.ddp.register(model, sgd(model), COMPRESSORS["topk"]())
+
+
 def errors() -> dict[str, str]:
     model = wrapped(net())
     none: Any = Compression.none
@@ -335,6 +355,9 @@ def errors() -> dict[str, str]:
         "alone": alone(),
         "alone in its group": alone_in_its_group(),
         "twice": refused(registered_twice),
+        "steps in backward": refused(steps_in_backward),
+        "mixed by ddp": refused(mixed_by_ddp),
+        "reduced by python": refused(reduced_by_python),
         "of another model": refused(lambda: hvd.ddp.register(model, sgd(net()), COMPRESSORS["topk"]())),
         "of a part": refused(lambda: hvd.ddp.register(model, sgd(model.module[0]), insisting)),
         "not wrapped": refused(lambda: hvd.ddp.register(net(), sgd(model), COMPRESSORS["topk"]())),
@@ -380,13 +403,14 @@ def on_a_rank(folder: str) -> dict[str, Any]:
         "plain hook": plain_hook(),
         "resumed": resumed(folder),
         "scripts": scripts.seen(),
+        "parity": {kind: ddp_parity.ends(kind) for kind in ddp_parity.KINDS},
         "errors": errors(),
     }
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return ranks(SIZE, on_a_rank, str(tmp_path_factory.mktemp("checkpoint")), launcher="torchrun")
+    return ranks(SIZE, on_a_rank, str(tmp_path_factory.mktemp("checkpoint")), launcher="torchrun", timeout=240)
 
 
 def expected(compressor: str, passes: int = 1, momentum: float = 0.0, **feedback: Any) -> Tensor:
@@ -443,6 +467,19 @@ def test_what_was_sent_and_what_is_kept_is_what_was_computed(seen: list[dict[str
         for difference, computed, kept in (*one["balances"], one["uneven"][0], *one["scripts"]["balances"]):
             assert difference < 1e-5 * computed
             assert kept > 0.1 * computed
+
+
+@pytest.mark.parametrize("kind", ddp_parity.KINDS)
+def test_everything_sent_is_what_ddp_averages(seen: list[dict[str, Any]], kind: str) -> None:
+    """To the bit, but for float64, which is sent as float32; what is compressed is alike on all ranks."""
+    for one in seen:
+        plain, everything, some = one["parity"][kind]
+        if kind == "several dtypes":
+            torch.testing.assert_close(everything, plain)
+        else:
+            assert torch.equal(everything, plain)
+        assert torch.equal(some, seen[0]["parity"][kind][2])
+        assert not torch.equal(some, plain)
 
 
 def test_optimizers_around_others_and_in_their_place(seen: list[dict[str, Any]]) -> None:
@@ -509,6 +546,9 @@ def test_a_saved_run_continues_as_if_never_saved(seen: list[dict[str, Any]]) -> 
         ("alone", "HOROVOD_SIZE of horovodrun has started 2 processes.*start with torchrun"),
         ("alone in its group", "at least 2 processes were started together \\(HOROVOD_SIZE of horovodrun=2\\)"),
         ("twice", "has a communication hook already, 'hook', and can have one only: wrap model.module in"),
+        ("steps in backward", "an optimizer that steps inside of backward.*step after backward"),
+        ("mixed by ddp", "mixed_precision=.*use torch.autocast"),
+        ("reduced by python", "optimize_ddp='python_reducer'.*leave that setting away"),
         ("of another model", "the optimizer holds none of the model's parameters; give the one that steps them"),
         ("of a part", "anticipate=True needs one optimizer of all parameters, and this one does not hold '2.weight'"),
         ("no compressor", "PyTorch's own fp16_compress_hook"),

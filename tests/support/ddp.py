@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -171,6 +172,42 @@ def looking_around() -> Balance:
     return balance(inner, start, state, computed)
 
 
+class LooksAround(torch.optim.SGD):
+    """Sharpness-aware minimization in one step, given the gradient here and a closure that takes it there."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        parameters = self.param_groups[0]["params"]
+        before = [parameter.clone() for parameter in parameters]
+        for parameter in parameters:
+            parameter.add_(parameter.grad, alpha=0.05)
+        self.zero_grad()
+        with torch.enable_grad():
+            closure()
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.copy_(value)
+        super().step()
+
+
+def looking_around_in_a_step() -> Balance:
+    """What a step throws away, having looked around with it, is as if it had never been exchanged."""
+    inner = net()
+    model = wrapped(inner)
+    optimizer = LooksAround(model.parameters(), RATE)
+    state = hvd.ddp.register(model, optimizer, Compression.topk(**PLAIN))
+    start, computed = flat(model), torch.zeros(flat(model).numel())
+
+    def there(number: int) -> None:
+        computed.add_(local_gradient(inner, loss(inner, dist.get_rank(), number)))
+        loss(model, dist.get_rank(), number).backward()
+
+    for number in range(STEPS):
+        loss(model, dist.get_rank(), number).backward()
+        optimizer.step(partial(there, number))
+        optimizer.zero_grad()
+    return balance(inner, start, state, computed)
+
+
 def scaler_of_another() -> Balance:
     """Another model's training has a scaler in use, whose scale grows; this one has none."""
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
@@ -304,6 +341,7 @@ def balances() -> Iterable[Balance]:
     yield thrown_away(lambda model: model.zero_grad(set_to_none=False))
     yield another_optimizer()
     yield looking_around()
+    yield looking_around_in_a_step()
     yield scaler_of_another()
 
 
