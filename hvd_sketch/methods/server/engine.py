@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import threading
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hvd_sketch.methods.server.client import Client
 from hvd_sketch.methods.server.line import Line
@@ -66,6 +66,12 @@ class Engine:
         """Whether the caller is the thread that serves beside a worker."""
         return threading.current_thread() is self._thread
 
+    def server_state(self) -> dict[str, Any]:
+        """On the server's rank, a copy of its state, between two messages."""
+        assert self._serving is not None
+        with self._serving.between:
+            return self._serving.store.state_dict()
+
     def begin(self) -> None:
         """The block begins."""
         if self.store is not None:
@@ -118,6 +124,8 @@ class Engine:
         self._closed = True
         atexit.unregister(self.leave)
         serving = self._serving
+        if serving is not None:
+            serving.stopped = True
         self._line.close(serving.lost | serving.gone if serving is not None else (), _LAST_WORDS)
 
     def _everybody(self) -> list[int]:

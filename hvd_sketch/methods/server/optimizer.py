@@ -125,10 +125,11 @@ class AsyncSGD(Member, Method):
 
     def memory_state_dict(self) -> dict[str, Any]:
         """A copy of what belongs to this rank: what it has not sent, its optimizer's state, and on the server x."""
-        return self._saved({"optimizer": copy.deepcopy(self.optimizer.state_dict()), **self._work.state_dict()})
+        own = self._work.state_dict(self._set_aside)
+        return self._saved({"optimizer": copy.deepcopy(self.optimizer.state_dict()), **own})
 
     def load_memory_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore this rank's part, before the block begins, all of it or nothing.
+        """Restore this rank's part, before the block begins and after ``load_state_dict``, all of it or nothing.
 
         The server's must be loaded; a worker that loads none begins without unsent work of its own.
 
@@ -141,14 +142,12 @@ class AsyncSGD(Member, Method):
         self._work.load_state_dict(state)
 
     def restart(self) -> None:
-        """Forget what is not sent yet, and begin anew at the model's present parameters.
-
-        On the server's rank, before its block begins, these are the server's model from then on.
-        """
+        """Forget what is not sent yet, and begin anew at the model's present parameters."""
         self._work.restart()
-        store = self._engine.store
-        if store is not None and not self._inside:
-            store.model.copy_(self._work.begun)
+
+    def finish(self) -> None:
+        super().finish()
+        self._work.rest()
 
     def advance(self, **keywords: Any) -> None:
         """One local step, and after every ``period`` of them a push."""

@@ -120,12 +120,14 @@ class Tiers(Rule):
         return [True] * len(pushes)
 
     def answers(self, workers: Sequence[int], present: AbstractSet[int]) -> Sequence[int]:
-        """The tier whose turn it was goes on with some of its workers, drawn at random."""
+        """The tier whose turn it was, and any that had nobody to ask, go on with some workers, drawn at random."""
         busy = set().union(*self._asked)
-        idle = sorted(worker for worker in self._members(self._turn_of) & present if worker not in busy)
-        few = idle if self._clients is None else self._random.sample(idle, min(self._clients, len(idle)))
-        self._asked[self._turn_of] = set(few)
-        return sorted(few)
+        begin = [number for number in range(self._count) if not self._asked[number]]
+        for number in begin:
+            idle = sorted(self._members(number) & present - busy)
+            few = idle if self._clients is None else self._random.sample(idle, min(self._clients, len(idle)))
+            self._asked[number] = set(few)
+        return sorted(set().union(*(self._asked[number] for number in begin)))
 
     def enter(self, worker: int, *, fresh: bool) -> None:
         """Who comes late belongs to the slowest tier; an answer of who was lost counts in its tier's present round."""
