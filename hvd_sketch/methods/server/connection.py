@@ -84,6 +84,10 @@ def _store(
     settings: Settings, parameters: FlatParameters, served: Served, rule: Rule, up: Code, down: Code | None
 ) -> Store:
     """The server's model and its rule, which may refuse."""
+    if not isinstance(rule, Rule):
+        raise ConfigurationError(
+            f"{settings.method}: rule must be one of hvd_sketch.methods.server, such as Mean(), got {rule!r}"
+        )
     changing = [name for name, module in served.model.named_modules() if getattr(module, "track_running_stats", False)]
     if changing and not settings.server_works:
         warnings.warn(

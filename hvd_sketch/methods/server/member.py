@@ -98,8 +98,13 @@ class Member:
             self._serve_changes(self._engine.store)
         self._engine.begin()
         self._inside = True
-        if self._engine.is_worker:
-            self._join()
+        try:
+            if self._engine.is_worker:
+                self._join()
+        except BaseException:
+            self._inside = False
+            self._engine.leave()
+            raise
         return self
 
     def __exit__(
