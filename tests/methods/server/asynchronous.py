@@ -202,9 +202,11 @@ def end_by_errors(comm: Any, ranks: Container[int]) -> str:
 
 def refuse(comm: Any) -> list[str]:
     told = []
-    different = [{"server": comm.rank % 2}, {"up": Compression.topk(ratio=8.0 + comm.rank, **SPARSE)}, {"server": 4}]
-    at_the_server = [{"rule": Krum(1)}, {"rule": "mean"}, {"log": "/no/such/folder/log"}]
-    for arguments in different + at_the_server:
+    settings: list[dict[str, Any]] = [
+        *({"server": comm.rank % 2}, {"up": Compression.topk(ratio=8.0 + comm.rank, **SPARSE)}, {"server": 4}),
+        *({"rule": Krum(1)}, {"rule": "mean"}, {"log": "/no/such/folder/log"}),  # what the server alone finds out
+    ]
+    for arguments in settings:
         try:
             async_sgd(Vector(torch.zeros(COUNT)), comm, **arguments)
         except (RankMismatchError, ConfigurationError, FileNotFoundError) as error:
