@@ -13,10 +13,11 @@ from torch import Tensor
 
 from hvd_sketch import wire
 from hvd_sketch.comm import Communicator
-from hvd_sketch.comm.alike import check_alike, start_alike
+from hvd_sketch.comm.alike import check_alike
 from hvd_sketch.exchange.agreement import agree
 from hvd_sketch.exchange.log import MethodLog
 from hvd_sketch.methods.flat import HOST, FlatModel, LayoutRule, whole
+from hvd_sketch.methods.start import start_alike
 from hvd_sketch.methods.wrapper import Method
 from hvd_sketch.stats import Stats
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 
 from hvd_sketch.comm import Communicator, as_communicator
-from hvd_sketch.comm.alike import start_alike
 from hvd_sketch.comm.copies import majority, thrice
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.agreement import agree
@@ -23,6 +22,7 @@ from hvd_sketch.methods.server.serving import Serving
 from hvd_sketch.methods.server.settings import Settings
 from hvd_sketch.methods.server.store import Store
 from hvd_sketch.methods.server.validation import Served
+from hvd_sketch.methods.start import start_alike
 
 
 class Connection(NamedTuple):

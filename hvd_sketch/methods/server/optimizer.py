@@ -41,8 +41,9 @@ class AsyncSGD(Member, Method):
     Both ways can be compressed. ``up``: what the code leaves out waits at the worker. ``down``: the server
     sends the difference to what it has sent this worker so far, for which it keeps a model a worker.
 
-    Evaluate inside ``with optimizer.server_model():``, and save on the server's rank. Buffers (BatchNorm's
-    statistics) are never sent after the start: use GroupNorm, or take them from one rank.
+    Evaluate inside ``with optimizer.server_model():``, and save on the server's rank. What does not train, frozen
+    parameters and saved buffers, is the server's on all ranks at the construction, and never sent again:
+    for BatchNorm's statistics use GroupNorm, or take them from a worker.
 
     A step whose gradient is not finite is left out on its worker, and counted in ``stats.skipped``;
     a push whose values are not finite is never applied.
@@ -53,7 +54,7 @@ class AsyncSGD(Member, Method):
 
     Args:
         optimizer: takes the local steps; its state stays on its worker. None are taken on a dedicated server.
-        model: what it trains; the server's is what all begin with.
+        model: what it trains; the server's, as it is when its block begins, is what all begin with.
         comm: an mpi4py intracommunicator, ``MPI.COMM_WORLD`` by default, or this process's `place`.
         rule: of the server, see `hvd_sketch.methods.server.rules`; `Plain` by default.
         period: H, in steps; may differ from worker to worker.

@@ -115,7 +115,8 @@ class Tiers(Rule):
         model.zero_()
         for weight, tier in zip(self.weights(), self._models, strict=True):
             model.add_(tier, alpha=weight)
-        if self._retier is not None and sum(self.rounds) % self._retier == 0:
+        due = self._retier is not None and sum(self.rounds) % self._retier == 0
+        if due and self._latencies.keys() >= self._present:
             self._arrange(self._by_latency())
         return [True] * len(pushes)
 
@@ -143,6 +144,7 @@ class Tiers(Rule):
             shares = [1] * len(counted)
         else:
             shares = [sum(self._served.samples[worker] for worker in self._members(m)) for m in counted]
+            shares = shares if any(shares) else [1] * len(counted)
         weights, total = [0.0] * self._count, sum(shares)
         for m, share in zip(counted, shares, strict=True):
             weights[m] = share / total if total else 0.0
