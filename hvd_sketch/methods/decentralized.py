@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +17,7 @@ from hvd_sketch.comm.alike import check_alike
 from hvd_sketch.exchange.agreement import agree
 from hvd_sketch.exchange.log import MethodLog
 from hvd_sketch.methods.flat import HOST, FlatModel, LayoutRule, whole
+from hvd_sketch.methods.start import start_alike
 from hvd_sketch.methods.wrapper import Method
 from hvd_sketch.stats import Stats
 
@@ -74,7 +74,7 @@ class Decentralized(Method):
         agree(comm, {"method": self._method, "parameters": shapes, **settings})
         self._log: MethodLog | None = None
         if same_start:
-            self._start_alike([tensor.detach() for _, tensor in tensors])
+            start_alike(comm, (tensor for _, tensor in tensors), 0, "hvd_sketch.start")
 
     def step(self, closure: Callable[[], Any] | None = None, **keywords: Any) -> Any:
         """One local step and what the method adds to it; a closure is evaluated once, before."""
@@ -157,17 +157,6 @@ class Decentralized(Method):
         self._collectives.allreduce(vector, "hvd_sketch.mean")
         check_alike(self._collectives, wire.checksum(vector.view(torch.uint8)), "the mean of the models", "hvd_sketch")
         vector.div_(self._collectives.size)
-
-    def _start_alike(self, tensors: Sequence[Tensor]) -> None:
-        """Collective: take over rank 0's tensors."""
-        checksums = []
-        for tensor in tensors:
-            value = tensor.contiguous()
-            self._collectives.broadcast(value, 0, "hvd_sketch.start")
-            tensor.copy_(value)
-            checksums.append(wire.checksum(value.view(-1).view(torch.uint8)))
-        checksum = zlib.crc32(repr(checksums).encode())
-        check_alike(self._collectives, checksum, "the model of rank 0", "hvd_sketch.start")
 
 
 def saved_buffers(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import warnings
 from collections.abc import Iterator
@@ -194,8 +195,8 @@ def _rate(smoothness: float | None, rate: float | None) -> float:
     if smoothness is None and rate is None:
         raise ConfigurationError("ADSAGA: give smoothness, the largest curvature of a component, or a rate")
     for name, value in (("smoothness", smoothness), ("rate", rate)):
-        if value is not None and not value > 0.0:
-            raise ConfigurationError(f"ADSAGA: {name} must be above 0, got {value}")
+        if value is not None and not 0.0 < value < math.inf:
+            raise ConfigurationError(f"ADSAGA: {name} must be above 0 and finite, got {value}")
     return rate if rate is not None else 1.0 / (6.0 * float(smoothness or 1.0))
 
 

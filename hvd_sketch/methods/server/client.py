@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 from torch import Tensor
@@ -22,7 +23,7 @@ class Client:
 
     def __init__(self, line: Line, patience: float, check: Callable[[], None]) -> None:
         self._line, self._patience, self._check = line, patience, check
-        self._letter: Letter | None = None
+        self._letters: deque[Letter] = deque()
         self.done = False
         line.to_worker = self._deliver
 
@@ -88,7 +89,7 @@ class Client:
     def _await(self) -> Letter:
         line = self._line
         with line.condition:
-            while self._letter is None:
+            while not self._letters:
                 line.check()
                 self._check()
                 if line.server != line.rank and line.watch.silent([line.server]):
@@ -99,8 +100,7 @@ class Client:
                         "other server: begin again from its checkpoint"
                     )
                 line.condition.wait(line.watch.tick)
-            letter, self._letter = self._letter, None
-            return letter
+            return self._letters.popleft()
 
     def _deliver(self, letter: Letter) -> None:
-        self._letter = letter
+        self._letters.append(letter)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import threading
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from hvd_sketch.methods.server.client import Client
 from hvd_sketch.methods.server.line import Line
@@ -29,6 +29,8 @@ class Engine:
         works: whether the server's rank is a worker as well.
         patience: seconds, to tell of.
     """
+
+    _served: ClassVar[Engine | None] = None  # by this process, without work of its own
 
     def __init__(self, line: Line, serving: Serving | None, *, works: bool, patience: float) -> None:
         self._line, self._serving = line, serving
@@ -66,8 +68,25 @@ class Engine:
         """Whether the caller is the thread that serves beside a worker."""
         return threading.current_thread() is self._thread
 
+    def server_state(self) -> dict[str, Any]:
+        """On the server's rank, a copy of its state, between two messages."""
+        assert self._serving is not None
+        with self._serving.between:
+            return self._serving.store.state_dict()
+
     def begin(self) -> None:
-        """The block begins."""
+        """The block begins.
+
+        Raises:
+            RuntimeError: on a dedicated server in the block of another method, which it could never serve as well.
+        """
+        if not self.is_worker:
+            if Engine._served is not None:
+                raise RuntimeError(
+                    f"rank {self.rank} is the server of another block, which has not ended: it serves one after the "
+                    "other; for two at once let both have server_works=True"
+                )
+            Engine._served = self
         if self.store is not None:
             self.store.begin()
         if self.store is not None and self.is_worker:
@@ -116,8 +135,12 @@ class Engine:
 
     def _close(self) -> None:
         self._closed = True
+        if Engine._served is self:
+            Engine._served = None
         atexit.unregister(self.leave)
         serving = self._serving
+        if serving is not None:
+            serving.stopped = True
         self._line.close(serving.lost | serving.gone if serving is not None else (), _LAST_WORDS)
 
     def _everybody(self) -> list[int]:

@@ -9,12 +9,15 @@ from types import TracebackType
 from typing import Any, ClassVar, Self
 
 import torch
+from torch import Tensor
 
+from hvd_sketch import wire
 from hvd_sketch.errors import ConfigurationError
-from hvd_sketch.methods.flat import FlatParameters
+from hvd_sketch.methods.flat import Flat, FlatParameters
 from hvd_sketch.methods.server.codes import Whole
 from hvd_sketch.methods.server.connection import Connection
 from hvd_sketch.methods.server.stats import ServerStats
+from hvd_sketch.methods.server.store import Store
 from hvd_sketch.saved import Equal, Form, unfit
 
 
@@ -28,7 +31,9 @@ class Member:
         self._engine, self._flat = connection.engine, parameters
         store = self._engine.store
         self._counted = ServerStats() if store is None else store.stats
-        self._inside = self._looking = False
+        self._inside = False
+        self._set_aside: Flat | None = None
+        self._known = 0 if store is None else self._present()[1]
 
     @property
     def stats(self) -> ServerStats:
@@ -62,11 +67,11 @@ class Member:
             _, payload = self._engine.client.pull()
             seen.vector.copy_(Whole(seen.vector.numel(), seen.vector.dtype).values(payload))
         self._flat.write(seen)
-        self._looking = True
+        self._set_aside = own
         try:
             yield self.model
         finally:
-            self._looking = False
+            self._set_aside = None
             self._flat.write(own)
 
     def finish(self) -> None:
@@ -84,17 +89,22 @@ class Member:
         self._engine.finish()
         self._inside = False
         if self._engine.store is not None:
-            last = self._flat.new()
-            last.vector.copy_(self._engine.store.model)
-            self._flat.write(last)
+            self._show(self._engine.store)
 
     def __enter__(self) -> Self:
         if self._engine.is_over:
             raise RuntimeError(f"this {self._name} is finished: make a new one, on all ranks")
+        if self._engine.store is not None:
+            self._serve_changes(self._engine.store)
         self._engine.begin()
         self._inside = True
-        if self._engine.is_worker:
-            self._join()
+        try:
+            if self._engine.is_worker:
+                self._join()
+        except BaseException:
+            self._inside = False
+            self._engine.leave()
+            raise
         return self
 
     def __exit__(
@@ -117,13 +127,22 @@ class Member:
             )
         if not self._inside:
             raise RuntimeError(f"{name}: steps belong inside `with` this optimizer, where the server answers")
-        if self._looking:
+        if self._set_aside is not None:
             raise RuntimeError(f"{name}: a step inside server_model() would be lost when the block ends")
 
     def _saved(self, own: dict[str, Any]) -> dict[str, Any]:
-        """A rank's state, with the server's if this is its rank."""
-        store = self._engine.store
-        return {**self._identity(), **own, **({} if store is None else {"server": store.state_dict()})}
+        """A rank's state, with the server's if this is its rank.
+
+        Raises:
+            RuntimeError: in ``on_change`` beside a worker, which may be in the middle of a step.
+        """
+        if self._engine.beside_worker:
+            raise RuntimeError(
+                "a state saved in on_change would be in the middle of a step of this rank's worker; save between its "
+                "steps, or use a dedicated server"
+            )
+        server = {} if self._engine.store is None else {"server": self._engine.server_state()}
+        return {**self._identity(), **own, **server}
 
     def _load_saved(self, state: dict[str, Any], own: dict[str, Form]) -> None:
         """Look at the whole of a saved state, of which a rank's own part has this form; load the server's."""
@@ -136,6 +155,26 @@ class Member:
             raise ConfigurationError(f"rank {self._engine.rank}: {problem}")
         if store is not None:
             store.load_state_dict(state["server"])
+            self._show(store)
+
+    def _show(self, store: Store) -> None:
+        """Put the server's model into this rank's."""
+        shown = self._flat.new()
+        shown.vector.copy_(store.model)
+        self._flat.write(shown)
+        self._known = self._present()[1]
+
+    def _serve_changes(self, store: Store) -> None:
+        """Serve what a script has put into this rank's model since the server's was read or loaded, if it has."""
+        present, checksum = self._present()
+        if checksum != self._known:
+            store.model.copy_(present)
+
+    def _present(self) -> tuple[Tensor, int]:
+        """This rank's model, and its checksum."""
+        present = self._flat.new()
+        self._flat.read(present)
+        return present.vector, wire.checksum(present.vector.view(torch.uint8))
 
     def _identity(self) -> dict[str, Any]:
         """What a saved state belongs to."""

@@ -41,8 +41,9 @@ class AsyncSGD(Member, Method):
     Both ways can be compressed. ``up``: what the code leaves out waits at the worker. ``down``: the server
     sends the difference to what it has sent this worker so far, for which it keeps a model a worker.
 
-    Evaluate inside ``with optimizer.server_model():``, and save on the server's rank. Buffers (BatchNorm's
-    statistics) are never sent after the start: use GroupNorm, or take them from one rank.
+    Evaluate inside ``with optimizer.server_model():``, and save on the server's rank. What does not train, frozen
+    parameters and saved buffers, is the server's on all ranks at the construction, and never sent again:
+    for BatchNorm's statistics use GroupNorm, or take them from a worker.
 
     A step whose gradient is not finite is left out on its worker, and counted in ``stats.skipped``;
     a push whose values are not finite is never applied.
@@ -53,7 +54,7 @@ class AsyncSGD(Member, Method):
 
     Args:
         optimizer: takes the local steps; its state stays on its worker. None are taken on a dedicated server.
-        model: what it trains; the server's is what all begin with.
+        model: what it trains; the server's, as it is when its block begins, is what all begin with.
         comm: an mpi4py intracommunicator, ``MPI.COMM_WORLD`` by default, or this process's `place`.
         rule: of the server, see `hvd_sketch.methods.server.rules`; `Plain` by default.
         period: H, in steps; may differ from worker to worker.
@@ -125,10 +126,11 @@ class AsyncSGD(Member, Method):
 
     def memory_state_dict(self) -> dict[str, Any]:
         """A copy of what belongs to this rank: what it has not sent, its optimizer's state, and on the server x."""
-        return self._saved({"optimizer": copy.deepcopy(self.optimizer.state_dict()), **self._work.state_dict()})
+        own = self._work.state_dict(self._set_aside)
+        return self._saved({"optimizer": copy.deepcopy(self.optimizer.state_dict()), **own})
 
     def load_memory_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore this rank's part, before the block begins, all of it or nothing.
+        """Restore this rank's part, before the block begins and after ``load_state_dict``, all of it or nothing.
 
         The server's must be loaded; a worker that loads none begins without unsent work of its own.
 
@@ -141,14 +143,12 @@ class AsyncSGD(Member, Method):
         self._work.load_state_dict(state)
 
     def restart(self) -> None:
-        """Forget what is not sent yet, and begin anew at the model's present parameters.
-
-        On the server's rank, before its block begins, these are the server's model from then on.
-        """
+        """Forget what is not sent yet, and begin anew at the model's present parameters."""
         self._work.restart()
-        store = self._engine.store
-        if store is not None and not self._inside:
-            store.model.copy_(self._work.begun)
+
+    def finish(self) -> None:
+        super().finish()
+        self._work.rest()
 
     def advance(self, **keywords: Any) -> None:
         """One local step, and after every ``period`` of them a push."""

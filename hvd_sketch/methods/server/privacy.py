@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,8 +33,8 @@ class LocalNoise:
     """
 
     def __init__(self, clip: float, sigma: float, seed: int | None = None) -> None:
-        if not clip > 0.0:
-            raise ConfigurationError(f"LocalNoise: clip must be above 0, got {clip}")
+        if not 0.0 < clip < math.inf:
+            raise ConfigurationError(f"LocalNoise: clip must be above 0 and finite, got {clip}")
         if not sigma >= 0.0:
             raise ConfigurationError(f"LocalNoise: sigma must be at least 0, got {sigma}")
         self.clip, self.sigma, self.pushes = clip, sigma, 0

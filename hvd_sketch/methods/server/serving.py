@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 from collections import deque
@@ -43,16 +44,19 @@ class Serving:
         self.done: set[int] = set()
         self.lost: set[int] = set()
         self.gone: set[int] = set()
+        self.between = threading.Lock()
+        """Free between two messages."""
+        self.stopped = False
         line.to_server = self._deliver
 
     def serve(self) -> None:
-        """Answer until every worker has done its part, is lost, has gone, or was turned away.
+        """Answer until every worker has done its part, is lost, has gone, or was turned away, or until `stopped`.
 
         Raises:
             WorkersLost: when none had done its part.
             RuntimeError: for an error of the courier.
         """
-        while self._remaining():
+        while self._remaining() and not self.stopped:
             self._line.check()
             self._give_up_starting()
             for worker in self._line.watch.silent(self._watched()):
@@ -99,11 +103,12 @@ class Serving:
             return
         self.lost.discard(letter.source)
         before = self.store.version
-        try:
-            header, payload, intact = Header.read(letter.message)
-            replies = self._act(letter.source, header, payload, intact, letter.at)
-        except (ProtocolError, Unreadable) as error:
-            replies = self._turn_away(letter.source, str(error), letter.at)
+        with self.between:
+            try:
+                header, payload, intact = Header.read(letter.message)
+                replies = self._act(letter.source, header, payload, intact, letter.at)
+            except (ProtocolError, Unreadable) as error:
+                replies = self._turn_away(letter.source, str(error), letter.at)
         self._send(replies)
         if self._on_change is not None and self.store.version != before:
             self._on_change(self.store.version)
@@ -145,7 +150,9 @@ class Serving:
         )
         self.lost.add(worker)
         self._start_again(worker)
-        self._send(self.store.leave(worker, True, time.monotonic()))
+        with self.between:
+            replies = self.store.leave(worker, True, time.monotonic())
+        self._send(replies)
 
     def _send(self, replies: Replies) -> None:
         for worker, message in replies:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, TypedDict, get_args
 
 import torch
+from torch import Tensor
 
 from hvd_sketch.compressors import Compression, Sparsifier
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.layout import Layout
+from hvd_sketch.methods.decentralized import saved_buffers
 from hvd_sketch.methods.displacement import layout_rule
 from hvd_sketch.methods.flat import FlatParameters, LayoutRule, whole
 from hvd_sketch.methods.server.codes import Code, Whole
@@ -65,7 +67,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         demands = {
-            "period": (self.period >= 1, "at least 1 step"),
+            "period": (self.period >= 1 and float(self.period).is_integer(), "at least 1 step, a whole number"),
+            "samples": (float(self.samples).is_integer(), "a whole number"),
             "proximal": (0.0 <= self.proximal < math.inf, "at least 0"),
             "memory": (self.memory in get_args(MemoryUse), f"one of {get_args(MemoryUse)}"),
             "patience": (0.0 < self.patience < math.inf, "a positive number of seconds"),
@@ -118,11 +121,17 @@ class Settings:
 
     def agreed(self, parameters: FlatParameters, model: torch.nn.Module) -> dict[str, str]:
         """What must be equal on all ranks."""
-        buffers = " ".join(f"{name}{list(buffer.shape)}" for name, buffer in sorted(model.named_buffers()))
+        others = " ".join(f"{name}{list(tensor.shape)}" for name, tensor in self.untrained(parameters, model).items())
         return {
             "method": self.method,
             "server": f"server={self.server} server_works={self.server_works}",
             "compression": f"up={self.up!r} down={self.down!r}",
             "parameters": f"{parameters.layout.describe()} {parameters.dtype}",
-            "buffers": buffers,
+            "what does not train": others,
         }
+
+    def untrained(self, parameters: FlatParameters, model: torch.nn.Module) -> dict[str, Tensor]:
+        """Of a model that with which all begin beside the parameters that train: the others, and saved buffers."""
+        trained = {slot.name for slot in parameters.layout.slots}
+        others = {name: tensor for name, tensor in model.named_parameters() if name not in trained}
+        return dict(sorted({**others, **saved_buffers(model)}.items()))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hvd_sketch.methods.flat import FlatParameters
+from hvd_sketch.methods.flat import Flat, FlatParameters
 from hvd_sketch.methods.server.codes import Code, Whole
 from hvd_sketch.methods.server.message import Header
 from hvd_sketch.saved import Form
@@ -58,6 +58,7 @@ class Work:
         self.errors = torch.zeros_like(self.held.vector)
         self._whole = Whole(self.errors.numel(), self.errors.dtype)
         self._messages = 0
+        self._under_way = False
 
     def update(self, *, whole: bool = False) -> tuple[int, Tensor, bool]:
         """The number of the code and the payload of the coming push; all that is unsent with ``whole``.
@@ -90,20 +91,24 @@ class Work:
             self._live.vector.sub_(self.errors)
         self._flat.write(self._live)
         self._flat.read(self._base)
+        self._under_way = True
 
-    @property
-    def begun(self) -> Tensor:
-        """z_0."""
-        return self._base.vector
+    def rest(self) -> None:
+        """All is done: what the parameters hold from now on is no work of this worker, as before its first model."""
+        self._under_way = False
 
     def restart(self) -> None:
         """Begin anew at the parameters as they are, with nothing unsent."""
         self._flat.read(self._base)
         self.errors.zero_()
 
-    def state_dict(self) -> dict[str, Any]:
-        """What is not sent yet, work under way included, and the number of messages."""
-        return {"errors": self.errors + self._moved(), "messages": self._messages}
+    def state_dict(self, own: Flat | None = None) -> dict[str, Any]:
+        """What is not sent yet, work under way included, and the number of messages.
+
+        Args:
+            own: the worker's model, where the parameters hold another one.
+        """
+        return {"errors": self.errors + self._moved(own), "messages": self._messages}
 
     def state_form(self) -> dict[str, Form]:
         """What a state that can be loaded here looks like; see `hvd_sketch.saved`."""
@@ -114,6 +119,11 @@ class Work:
         self.errors.copy_(state["errors"])
         self._messages = state["messages"]
 
-    def _moved(self) -> Tensor:
-        self._flat.read(self._live)
+    def _moved(self, own: Flat | None = None) -> Tensor:
+        if not self._under_way:
+            return self._live.vector.zero_()
+        if own is None:
+            self._flat.read(self._live)
+        else:
+            self._live.vector.copy_(own.vector)
         return torch.sub(self._base.vector, self._live.vector, out=self._live.vector)

@@ -15,6 +15,7 @@ from hvd_sketch import Compression, ConfigurationError, RankMismatchError
 from hvd_sketch.methods.server import (
     AsyncSGD,
     FedAsync,
+    Krum,
     Polyline,
     ServerLost,
     ServerStats,
@@ -201,13 +202,57 @@ def end_by_errors(comm: Any, ranks: Container[int]) -> str:
 
 def refuse(comm: Any) -> list[str]:
     told = []
-    different = [{"server": comm.rank % 2}, {"up": Compression.topk(ratio=8.0 + comm.rank, **SPARSE)}, {"server": 4}]
-    for arguments in different:
+    settings: list[dict[str, Any]] = [
+        *({"server": comm.rank % 2}, {"up": Compression.topk(ratio=8.0 + comm.rank, **SPARSE)}, {"server": 4}),
+        *({"rule": Krum(1)}, {"rule": "mean"}, {"log": "/no/such/folder/log"}),  # what the server alone finds out
+    ]
+    for arguments in settings:
         try:
             async_sgd(Vector(torch.zeros(COUNT)), comm, **arguments)
-        except (RankMismatchError, ConfigurationError) as error:
+        except (RankMismatchError, ConfigurationError, FileNotFoundError) as error:
             told.append(str(error))
     return told
+
+
+class Begun(NamedTuple):
+    frozen: float
+    seen: float
+    warned: list[str]
+
+
+def begin(comm: Any) -> Begun:
+    """Every rank has other weights, some of which do not train; the server's are loaded late."""
+    model = Vector(torch.full((3,), float(comm.rank)))
+    model.frozen = torch.nn.Parameter(torch.tensor([10.0 + comm.rank]), requires_grad=False)
+    model.norm = torch.nn.BatchNorm1d(3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = async_sgd(model, comm)
+    if comm.rank == 0:
+        model.x.data.fill_(7.0)
+    with optimizer, optimizer.server_model():
+        seen = float(model.x[0].detach())
+    told = [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
+    return Begun(float(model.frozen), seen, told)
+
+
+def save_beside_a_worker(comm: Any) -> bool:
+    """Whether what the server's rank saves after others have gone on is no work of its own."""
+    model = Vector(torch.zeros(COUNT))
+    with async_sgd(model, comm, server_works=True) as optimizer:
+        train(optimizer, 2 if comm.rank == 0 else 8, comm.rank)
+    return not optimizer.memory_state_dict()["errors"].any()
+
+
+def nest(comm: Any) -> str:
+    """Two blocks with one dedicated server, one within the other."""
+    first, second = (async_sgd(Vector(torch.zeros(3)), comm) for _ in range(2))
+    try:
+        with first, second:
+            return "both"
+    except (RuntimeError, ServerLost) as error:
+        second._engine.leave()
+        return str(error)
 
 
 class OnMpi(NamedTuple):
@@ -221,6 +266,9 @@ class OnMpi(NamedTuple):
     without_server: str
     without_workers: str
     refusals: list[str]
+    begun: Begun
+    saved: bool
+    nested: str
 
 
 def on_4_ranks(comm: Any, folder: str) -> OnMpi:
@@ -228,4 +276,4 @@ def on_4_ranks(comm: Any, folder: str) -> OnMpi:
     others = poison(comm), look(comm), misbehave(comm), resume(comm), straggle(comm)
     warnings.simplefilter("ignore", RuntimeWarning)
     ends = flood(comm), end_by_errors(comm, (0,)), end_by_errors(comm, WORKERS)
-    return OnMpi(trained, *others, *ends, refuse(comm))
+    return OnMpi(trained, *others, *ends, refuse(comm), begin(comm), save_beside_a_worker(comm), nest(comm))

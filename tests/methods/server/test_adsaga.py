@@ -136,6 +136,7 @@ def test_tables_and_average_of_one_moment_go_on_and_others_are_refused(results: 
     [
         ({"smoothness": None}, "give smoothness"),
         ({"smoothness": 0.0}, "smoothness must be above 0"),
+        ({"smoothness": math.inf}, "smoothness must be above 0 and finite"),
         ({"rate": -1.0}, "rate must be above 0"),
         ({"on_lost": "forget"}, "on_lost must be"),
     ],

@@ -17,8 +17,13 @@ from hvd_sketch import Compression, ConfigurationError
 from hvd_sketch.methods.server import (
     AsyncSGD,
     Plain,
+    ServerLost,
     ZenoPlus,
+    place,
 )
+from hvd_sketch.methods.server.client import Client
+from hvd_sketch.methods.server.line import Line
+from hvd_sketch.methods.server.message import Kind
 from tests.methods.server.asynchronous import RATE, TOPK, async_sgd
 from tests.methods.server.support import Vector
 from tests.support.methods import train as follow
@@ -73,6 +78,20 @@ class Broken(Plain):
         raise ZeroDivisionError("its own")
 
 
+def test_a_state_is_not_saved_in_the_middle_of_a_step() -> None:
+    def save(version: int) -> None:
+        optimizer.memory_state_dict()
+
+    def step_twice() -> None:
+        optimizer.step()
+        optimizer.step()
+
+    optimizer = alone(on_change=save)
+    with pytest.raises(RuntimeError, match="serving ended by an error") as raised, optimizer:
+        step_twice()
+    assert "in the middle of a step of this rank's worker" in str(raised.value.__cause__)
+
+
 def test_an_error_of_the_rule_is_the_workers_error() -> None:
     with pytest.raises(RuntimeError, match="serving ended by an error") as raised, alone(rule=Broken()) as optimizer:
         optimizer.step()
@@ -104,6 +123,8 @@ def test_the_proximal_term_pulls_back_to_the_servers_model() -> None:
     ("arguments", "message"),
     [
         ({"period": 0}, "period must be at least 1 step"),
+        ({"period": 2.5}, "period must be at least 1 step, a whole number, got 2.5"),
+        ({"samples": 1.5}, "samples must be a whole number"),
         ({"proximal": -1.0}, "proximal must be at least 0"),
         ({"memory": "all"}, "memory must be one of"),
         ({"patience": 0.0}, "patience must be a positive number"),
@@ -194,6 +215,46 @@ def test_a_bad_gradient_spoils_no_model(make: Callable[..., Any]) -> None:
         follow(optimizer, model, 0, range(STEPS), lambda step: step == 4)
     assert flat(model).isfinite().all()
     assert optimizer.stats.skipped == 1
+
+
+def test_what_is_loaded_before_the_block_is_served() -> None:
+    model, optimizer = fresh(METHODS["async"])
+    weights = {name: torch.full_like(value, 7.0) for name, value in model.state_dict().items()}
+    model.load_state_dict(weights)
+    with optimizer, optimizer.server_model():
+        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_a_state_loaded_before_the_block_is_served_whatever_the_model_held() -> None:
+    model, optimizer = fresh(METHODS["async"])
+    with optimizer:
+        follow(optimizer, model, 0, range(3))
+    other, resumed = fresh(METHODS["async"])
+    resumed.load_memory_state_dict(optimizer.memory_state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    with resumed, resumed.server_model():
+        assert torch.equal(flat(other), flat(model))
+
+
+def test_a_state_saved_while_looking_is_the_worker_s_own() -> None:
+    model, optimizer = fresh(METHODS["async, top-k"])
+    with optimizer:
+        follow(optimizer, model, 0, range(5))  # two of them since the last push
+        before = optimizer.memory_state_dict()["errors"]
+        with optimizer.server_model():
+            assert torch.equal(optimizer.memory_state_dict()["errors"], before)
+            assert not torch.equal(optimizer._work.state_dict()["errors"], before)
+
+
+def test_the_last_word_of_a_server_is_heard_whatever_else_has_come() -> None:
+    from mpi4py import MPI
+
+    line = Line(place(MPI.COMM_SELF), nbytes=8, patience=5.0, server=0)
+    client = Client(line, 5.0, lambda: None)
+    line.tell(0, Kind.END)
+    line.tell(0, Kind.MODEL)
+    with pytest.raises(ServerLost, match="the server has ended"):
+        client.pull()
 
 
 def test_a_loaded_optimizer_begins_anew_at_the_present_model() -> None:

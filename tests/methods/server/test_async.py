@@ -112,11 +112,14 @@ def test_what_was_saved_in_the_middle_of_a_period_is_not_lost(results: Results) 
 
 def test_settings_that_differ_are_refused_alike_on_all_ranks(results: Results) -> None:
     for result in results.ranks:
-        assert len(result.refusals) == 3
-        assert result.refusals == results.ranks[0].refusals
+        assert len(result.refusals) == 6
+        assert result.refusals[:4] == results.ranks[0].refusals[:4]
+        assert "rule must be one of hvd_sketch.methods.server" in result.refusals[4]
+        assert "No such file" in result.refusals[5]
     assert "server: rank 0 has 'server=0', rank 1 has 'server=1'" in results.ranks[0].refusals[0]
     assert "ratio=8.0" in results.ranks[0].refusals[1]
     assert "server must be a rank below 4, got 4" in results.ranks[0].refusals[2]
+    assert "Krum needs at least 5 workers, there are 3" in results.ranks[0].refusals[3]
 
 
 def test_a_slow_worker_does_not_hold_up_the_others(results: Results) -> None:
@@ -140,3 +143,23 @@ def test_a_server_that_all_workers_leave_by_errors_ends(results: Results) -> Non
     server, *workers = (result.without_workers for result in results.ranks)
     assert server == "WorkersLost: rank 0: none of the 3 workers is left"
     assert workers == ["ZeroDivisionError: its own"] * 3
+
+
+def test_all_begin_with_what_the_server_has_when_its_block_begins(results: Results) -> None:
+    assert [(result.begun.frozen, result.begun.seen) for result in results.ranks] == [(10.0, 7.0)] * 4
+    told, *others = (result.begun.warned for result in results.ranks)
+    assert ["trains nothing, so the running statistics of its 'norm' stay what they are" in text for text in told] == [
+        True
+    ]
+    assert others == [[]] * 3
+
+
+def test_what_a_server_that_works_saves_is_its_own_work(results: Results) -> None:
+    """Or what others did after its last step would be pushed again when it goes on."""
+    assert all(result.saved for result in results.ranks)
+
+
+def test_a_dedicated_server_serves_one_block_at_a_time(results: Results) -> None:
+    server, *workers = (result.nested for result in results.ranks)
+    assert "rank 0 is the server of another block, which has not ended" in server
+    assert all("the server, rank 0, has ended by an error" in told for told in workers)

@@ -82,7 +82,9 @@ def test_local_noise_differs_from_worker_to_worker() -> None:
     assert not torch.equal(LocalNoise(1.0, 1.0)(vector(0.0)), LocalNoise(1.0, 1.0)(vector(0.0)))
 
 
-@pytest.mark.parametrize(("clip", "sigma", "name"), [(0.0, 1.0, "clip"), (1.0, -1.0, "sigma")])
+@pytest.mark.parametrize(
+    ("clip", "sigma", "name"), [(0.0, 1.0, "clip"), (math.inf, 0.0, "clip"), (1.0, -1.0, "sigma")]
+)
 def test_bad_settings_are_refused(clip: float, sigma: float, name: str) -> None:
     with pytest.raises(ConfigurationError, match=f"LocalNoise: {name}"):
         LocalNoise(clip, sigma)

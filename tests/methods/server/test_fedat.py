@@ -125,6 +125,20 @@ def test_workers_change_tiers_as_their_latencies_do() -> None:
     assert sorted(rule.tier_of.values()) == [0, 0, 1, 1]
 
 
+def test_who_changes_tiers_is_asked_again_where_nobody_else_is() -> None:
+    """Two tiers of one worker each change places: both workers go on, and neither waits for ever."""
+    rule = tiers_of([[1], [2]], retier=2)
+    server = Server(rule, vector(0.0), {1: 1, 2: 1})
+    seconds = {1: iter([1.0, *[50.0] * 99]), 2: iter([10.0, *[1.0] * 999])}
+    due = {worker: next(seconds[worker]) for worker in (1, 2)}
+    for _ in range(400):
+        worker = min(due, key=lambda worker: due[worker])
+        now = due.pop(worker)
+        due |= {asked: now + next(seconds[asked]) for asked in server.push(worker, vector(0.0), now)}
+    assert rule.tier_of == {1: 1, 2: 0}
+    assert sorted(due) == [1, 2]
+
+
 def test_a_round_asks_some_and_the_others_rest() -> None:
     rule = tiers_of([[1, 2, 3, 4]], clients=2)
     server = Server(rule, vector(0.0), dict.fromkeys((1, 2, 3, 4), 1))

@@ -28,6 +28,8 @@ from hvd_sketch.methods.server import (
     Plain,
     Polynomial,
     Rule,
+    Saga,
+    Tiers,
     TrimmedMean,
     Zeno,
     ZenoPlus,
@@ -87,13 +89,20 @@ def train(server: Server, pushes: int) -> None:
         server.push(worker, torch.randn(6, generator=generator, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", RULES)
+METHODS: dict[str, Callable[[], Rule]] = {
+    "FedAT": lambda: Tiers(2, clients=1, retier=4),
+    "ADSAGA": lambda: Saga(0.1, "remove"),
+}
+
+
+@pytest.mark.parametrize("name", [*RULES, *METHODS])
 def test_a_replayed_log_gives_the_same_model_to_the_bit(tmp_path: Path, name: str) -> None:
     start = torch.zeros(6, dtype=torch.float64)
-    recorded = Server(RULES[name](), start, WORKERS, log=Log(tmp_path / "log"))
+    make = {**RULES, **METHODS}[name]
+    recorded = Server(make(), start, WORKERS, log=Log(tmp_path / "log"))
     train(recorded, 60)
     code, workers = Whole(6, torch.float64), served(Vector(start), dict.fromkeys(WORKERS, 1))
-    again = Store(torch.ones_like(start), RULES[name](), workers, up=code, down=None)
+    again = Store(torch.ones_like(start), make(), workers, up=code, down=None)
     for event in read_log(tmp_path / "log"):
         again.repeat(event)
     assert recorded.model.any()
@@ -324,6 +333,11 @@ def test_zeno_ps_asynchronous(update: tuple[float, float], reverse: bool, moved:
         (lambda: MultiKrum(1, 0), "MultiKrum: keep"),
         (lambda: ZenoPS([], rate=0.1), "ZenoPS: validators must be at least one"),
         (lambda: ZenoPSAsync(noisy, rate=0.1, alpha=0.0), "ZenoPSAsync: alpha"),
+        (lambda: ZenoPSAsync(noisy, rate=0.1, max_staleness=-1), "ZenoPSAsync: max_staleness"),
+        (lambda: ZenoPS(noisy, rate=0.1, rho=-1.0), "ZenoPS: rho"),
+        (lambda: Polynomial(-0.5), "Polynomial: exponent"),
+        (lambda: Hinge(slope=-1.0), "Hinge: slope"),
+        (lambda: Plain(rate=float("inf")), "Plain: rate must be above 0 and finite"),
         (lambda: Server(Krum(2), vector(0.0), WORKERS), "Krum needs at least 7 workers, there are 5"),
         (lambda: Server(TrimmedMean(3), vector(0.0), WORKERS), "TrimmedMean needs at least 7 workers"),
         (lambda: Server(Zeno(noisy, 5), vector(0.0), WORKERS), "Zeno needs at least 6 workers"),
@@ -334,20 +348,18 @@ def test_what_cannot_work_is_refused(make: Callable[[], object], message: str) -
         make()
 
 
-def not_a_number(model: torch.nn.Module, number: int) -> Tensor:
-    return model.get_parameter("x").sum() * torch.nan
-
-
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize(
-    "rule",
+    "make",
     [
-        ZenoPlus(not_a_number),
-        ZenoPSAsync(not_a_number, rate=0.1, reverse=True),
-        ZenoPS(not_a_number, rate=0.1),
+        ZenoPlus,
+        lambda trusted: ZenoPSAsync(trusted, rate=0.1, reverse=True),
+        lambda trusted: ZenoPS(trusted, rate=0.1),
     ],
-    ids=lambda rule: type(rule).__name__,
+    ids=["ZenoPlus", "ZenoPSAsync", "ZenoPS"],
 )
-def test_nothing_passes_where_the_trusted_data_give_no_number(rule: Rule) -> None:
+def test_nothing_passes_where_the_trusted_data_give_no_number(make: Callable[[Any], Rule], value: float) -> None:
+    rule = make(lambda model, number: model.get_parameter("x").sum() * value)
     server = Server(rule, vector(1.0, 2.0), (1,))
     assert server.push(1, vector(3.0, 4.0)) == [1]
     assert (server.model.tolist(), server.store.stats.workers[1].refused) == ([1.0, 2.0], 1)

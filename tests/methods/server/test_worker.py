@@ -7,16 +7,23 @@ import torch
 from torch import Tensor
 
 from hvd_sketch import Compression
+from hvd_sketch.compressors import Sparsifier
 from hvd_sketch.methods.flat import FlatParameters
+from hvd_sketch.methods.server import Mean, Rule, ZenoPSAsync
 from hvd_sketch.methods.server.codes import Whole
 from hvd_sketch.methods.server.message import Header, Kind
 from hvd_sketch.methods.server.sparse_codes import sparse_code
 from hvd_sketch.methods.server.worker import MemoryUse, Work
-from tests.methods.server.support import Vector, flat
+from tests.methods.server.support import Server, Vector, flat
 
 COUNT = 64
 WHOLE = Whole(COUNT, torch.float32)
 TOPK = Compression.topk(ratio=4.0, warmup_steps=0, dense_below=0)
+
+
+def slope(model: torch.nn.Module, number: int) -> Tensor:
+    """A loss on trusted data with the same long gradient everywhere."""
+    return 1e3 * model.get_parameter("x").sum()
 
 
 def work_of(parameters: FlatParameters, memory: MemoryUse = "reset", **others: object) -> Work:
@@ -70,6 +77,44 @@ def test_transforms_act_before_the_memory_in_their_order() -> None:
     model.x.data.sub_(1.0)
     sent = sent_by(work)
     assert torch.equal(work.errors + sent, torch.full((COUNT,), 4.0))
+
+
+@pytest.mark.parametrize(
+    ("up", "rule", "weight"),
+    [(TOPK, Mean(), 1 / 3), (None, Mean(), 1 / 3), (TOPK, ZenoPSAsync(slope, rate=1.0), 0.8)],
+    ids=["mean, top-k", "mean, whole: local SGD", "ZenoPS"],
+)
+def test_with_error_reset_nothing_is_lost_by_any_rule(up: Sparsifier | None, rule: Rule, weight: float) -> None:
+    """The server's model, less what workers have not sent by their weights, moves by what they moved."""
+    code = WHOLE if up is None else sparse_code(up, up.layout([("x", torch.zeros(COUNT))]))
+    server, generator = Server(rule, torch.zeros(COUNT), (1, 2, 3), up=code), torch.Generator().manual_seed(0)
+    models = {worker: Vector(torch.zeros(COUNT)) for worker in (1, 2, 3)}
+    works = {worker: Work(flat(model), code, None, memory="reset") for worker, model in models.items()}
+    total = torch.zeros(COUNT)
+    for _ in range(5):
+        for worker, work in works.items():
+            answer(work, server.models[worker])
+            moved = torch.rand(COUNT, generator=generator) - 0.2  # not against the trusted slope
+            models[worker].x.data.sub_(moved)
+            total += moved
+        for worker, work in works.items():
+            number, payload, _ = work.update()
+            header = Header(Kind.PUSH, server.versions.pop(worker), number)
+            server.take(server.store.push(worker, header, payload, True, 0.0))
+    unsent = torch.stack([work.errors for work in works.values()]).sum(0)
+    assert unsent.any() == (up is not None)
+    torch.testing.assert_close(server.model - weight * unsent, -weight * total, rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_model_holds_before_the_first_and_after_the_last_message_is_no_work() -> None:
+    model = Vector(torch.ones(COUNT))
+    work = Work(flat(model), WHOLE, None, memory="reset")
+    assert not work.state_dict()["errors"].any()
+    answer(work, torch.zeros(COUNT))
+    model.x.data.sub_(1.0)
+    assert (work.state_dict()["errors"] == 1.0).all()
+    work.rest()
+    assert not work.state_dict()["errors"].any()
 
 
 def test_a_saved_worker_has_what_was_under_way() -> None:

@@ -5,6 +5,8 @@ from hvd_sketch.methods.server.rules.fedasync import FedAsync, Hinge, Polynomial
 from hvd_sketch.methods.server.rules.krum import Krum, MultiKrum
 from hvd_sketch.methods.server.rules.plain import Plain
 from hvd_sketch.methods.server.rules.robust import Mean, Median, TrimmedMean
+from hvd_sketch.methods.server.rules.saga import Saga
+from hvd_sketch.methods.server.rules.tiers import Tiers
 from hvd_sketch.methods.server.rules.zeno import Zeno
 from hvd_sketch.methods.server.rules.zeno_plus import ZenoPlus
 from hvd_sketch.methods.server.rules.zeno_ps import ZenoPS, ZenoPSAsync
@@ -21,6 +23,8 @@ __all__ = [
     "Polynomial",
     "Push",
     "Rule",
+    "Saga",
+    "Tiers",
     "TrimmedMean",
     "Zeno",
     "ZenoPS",

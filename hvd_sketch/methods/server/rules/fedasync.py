@@ -19,6 +19,9 @@ class Polynomial:
 
     exponent: float = 0.5
 
+    def __post_init__(self) -> None:
+        check("Polynomial", exponent=(self.exponent >= 0.0, "at least 0", self.exponent))
+
     def __call__(self, staleness: int) -> float:
         """The factor."""
         return float((1.0 + staleness) ** -self.exponent)
@@ -30,6 +33,13 @@ class Hinge:
 
     slope: float = 10.0
     after: int = 4
+
+    def __post_init__(self) -> None:
+        check(
+            "Hinge",
+            slope=(self.slope >= 0.0, "at least 0", self.slope),
+            after=(self.after >= 0, "at least 0", self.after),
+        )
 
     def __call__(self, staleness: int) -> float:
         """The factor."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -16,7 +17,7 @@ class Plain(Rule):
     """
 
     def __init__(self, rate: float = 1.0) -> None:
-        check("Plain", rate=(rate > 0.0, "above 0", rate))
+        check("Plain", rate=(0.0 < rate < math.inf, "above 0 and finite", rate))
         self.rate = rate
 
     def apply(self, model: Tensor, pushes: Sequence[Push]) -> list[bool]:

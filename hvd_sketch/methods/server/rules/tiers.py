@@ -115,17 +115,20 @@ class Tiers(Rule):
         model.zero_()
         for weight, tier in zip(self.weights(), self._models, strict=True):
             model.add_(tier, alpha=weight)
-        if self._retier is not None and sum(self.rounds) % self._retier == 0:
+        due = self._retier is not None and sum(self.rounds) % self._retier == 0
+        if due and self._latencies.keys() >= self._present:
             self._arrange(self._by_latency())
         return [True] * len(pushes)
 
     def answers(self, workers: Sequence[int], present: AbstractSet[int]) -> Sequence[int]:
-        """The tier whose turn it was goes on with some of its workers, drawn at random."""
+        """The tier whose turn it was, and any that had nobody to ask, go on with some workers, drawn at random."""
         busy = set().union(*self._asked)
-        idle = sorted(worker for worker in self._members(self._turn_of) & present if worker not in busy)
-        few = idle if self._clients is None else self._random.sample(idle, min(self._clients, len(idle)))
-        self._asked[self._turn_of] = set(few)
-        return sorted(few)
+        begin = [number for number in range(self._count) if not self._asked[number]]
+        for number in begin:
+            idle = sorted(self._members(number) & present - busy)
+            few = idle if self._clients is None else self._random.sample(idle, min(self._clients, len(idle)))
+            self._asked[number] = set(few)
+        return sorted(set().union(*(self._asked[number] for number in begin)))
 
     def enter(self, worker: int, *, fresh: bool) -> None:
         """Who comes late belongs to the slowest tier; an answer of who was lost counts in its tier's present round."""
@@ -141,6 +144,7 @@ class Tiers(Rule):
             shares = [1] * len(counted)
         else:
             shares = [sum(self._served.samples[worker] for worker in self._members(m)) for m in counted]
+            shares = shares if any(shares) else [1] * len(counted)
         weights, total = [0.0] * self._count, sum(shares)
         for m, share in zip(counted, shares, strict=True):
             weights[m] = share / total if total else 0.0

@@ -27,7 +27,8 @@ class Zeno(Gathered):
         validate: the loss on trusted data, see `Validate`.
         drop: b in the paper.
         rate: of the step; 1 where a push has a learning rate in it already.
-        rho: of the penalty on the length, in units of a push.
+        rho: of the penalty on the length, in units of a push; the released code takes the mean of the squares in place
+            of their sum.
     """
 
     def __init__(self, validate: Validate, drop: int, *, rate: float = 1.0, rho: float = 0.0005) -> None:

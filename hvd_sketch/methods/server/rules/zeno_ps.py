@@ -84,8 +84,9 @@ class ZenoPS(_Validated, Gathered):
 
     A push that is all zeros is none. Judged whole, where the published form judges every tensor for
     itself, which lets a poisoned tensor through beside good ones. Costs ``steps`` gradients a
-    validator and round, at the server. With ``Compression`` and ``error_reset`` at the workers this is
-    the whole of the paper; there, what was skipped once is lost, here it is sent later. Source: Xie,
+    validator and round, at the server. With ``up=`` a compressor and
+    ``memory="reset"`` at the workers this is the whole of the paper; there, what was skipped once is lost, here it is
+    sent later. Source: Xie,
     Koyejo, Gupta, "ZenoPS" (Algorithms 15(7), 2022).
 
     Args:
@@ -99,6 +100,10 @@ class ZenoPS(_Validated, Gathered):
     _: KW_ONLY
     zeta: float = -0.001
     rho: float = 0.6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check("ZenoPS", rho=(self.rho > -1.0, "above -1", self.rho))
 
     def _combine(self, model: Tensor, pushes: Sequence[Push]) -> list[bool]:
         return _Validated.apply(self, model, pushes)
@@ -118,7 +123,7 @@ class ZenoPS(_Validated, Gathered):
         update, own = push.change[part], self._updates[self._validator_of(push)][part]
         squared, product = float(torch.dot(own, own)), float(torch.dot(update, own))
         length = float(torch.dot(update, update))
-        return 0.0 < length < (1.0 + self.rho) * squared and product > self.zeta * squared
+        return 0.0 < length < (1.0 + self.rho) * squared < math.inf and product > self.zeta * squared
 
 
 @dataclass(eq=False)
@@ -130,7 +135,8 @@ class ZenoPSAsync(_Validated):
 
     ``reverse`` is the published form, in which a push below the threshold counts as ``alpha s u``, with
     the opposite sign: that turns an attack by flipped signs into a gift, and lets whoever knows it
-    steer. Everything else as for `ZenoPS`.
+    steer. Everything else as for `ZenoPS`. The paper's workers also go a share p of the way back to the
+    model they were sent in every step; for SGD at rate r that is ``proximal=p / r`` of `AsyncSGD`.
 
     Args:
         refresh: pushes that one v serves; 1, as published, takes ``steps`` gradients for every push.
@@ -147,7 +153,12 @@ class ZenoPSAsync(_Validated):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check("ZenoPSAsync", alpha=(0.0 < self.alpha <= 1.0, "above 0 and at most 1", self.alpha))
+        oldest = self.max_staleness
+        check(
+            "ZenoPSAsync",
+            alpha=(0.0 < self.alpha <= 1.0, "above 0 and at most 1", self.alpha),
+            max_staleness=(oldest is None or oldest >= 0, "at least 0 or None", oldest),
+        )
 
     def _judge(self, model: Tensor, part: slice, pushes: Sequence[Push]) -> list[int]:
         return [i for i, push in enumerate(pushes) if self._consider(model, part, push)]
