@@ -73,7 +73,7 @@ def register(
     is returned: gradients then stay each rank's own, and it is its `step` that exchanges.
 
     Args:
-        model: the DistributedDataParallel model, compiled or not.
+        model: the DistributedDataParallel model, compiled or not, or what a framework has put around it.
         optimizer: the one that steps its parameters.
         compression: one of `hvd_sketch.Compression` that sparsifies.
         error_feedback: `Anticipate` or `StepAhead` with settings of their own; by default the compressor's, and none
@@ -88,7 +88,7 @@ def register(
     Raises:
         ConfigurationError: for another model, or settings that cannot work, before any communication.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = _distributed(model)
     if not isinstance(model, DistributedDataParallel):
         raise ConfigurationError(
             f"register needs a torch.nn.parallel.DistributedDataParallel model, got {type(model).__name__}; wrap it "
@@ -128,6 +128,13 @@ def register(
     )
     model.register_comm_hook(None, keep_local)
     return ahead
+
+
+def _distributed(model: torch.nn.Module) -> torch.nn.Module:
+    """The DistributedDataParallel model that torch.compile, or a framework, has put its own around; else itself."""
+    parts = model.modules() if isinstance(model, torch.nn.Module) else ()
+    inner = next((part for part in parts if isinstance(part, DistributedDataParallel)), model)
+    return inner if inner is model or set(inner.parameters()) == set(model.parameters()) else model
 
 
 def _check_hooks(model: DistributedDataParallel) -> None:

@@ -260,6 +260,47 @@ def loaded(*, optimizer_first: bool) -> bool:
     return torch.equal(state.memory_state_dict()["memory"]["residual"], memory["memory"]["residual"])
 
 
+def gathered() -> list[bool]:
+    """What rank 0 alone has written is enough for all; without ``gathered`` it is refused where it is not."""
+    model = wrapped(net())
+    optimizer = sgd(model)
+    state = hvd.ddp.register(model, optimizer, Compression.topk(**PLAIN))
+    step(model, optimizer, 0)
+    kept = state.exchange.memory.residual.clone()
+    loaded: list[bool] = []
+    for saved in (hvd.SavedMemory(state, gathered=True), hvd.SavedMemory(state)):
+        written = [saved.state_dict()]
+        dist.broadcast_object_list(written)
+        state.exchange.reset()
+        try:
+            saved.load_state_dict(written[0])
+        except hvd.ConfigurationError as error:
+            loaded.append(dist.get_rank() > 0 and "no memory of rank 1 of 2, but of rank 0 of 2" in str(error))
+        else:
+            loaded.append(torch.equal(state.exchange.memory.residual, kept))
+    return loaded
+
+
+class Around(nn.Module):
+    """As a framework puts around a model that it has wrapped."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+
+def registered_around() -> bool:
+    """The model inside is found, unless there is more beside it."""
+    model = wrapped(net())
+    try:
+        hvd.ddp.register(nn.Sequential(model, nn.Linear(2, 2)), sgd(model), Compression.topk(**PLAIN))
+    except hvd.ConfigurationError:
+        state = hvd.ddp.register(Around(model), sgd(model), Compression.topk(**PLAIN))
+        step(model, sgd(model), 0)
+        return state.exchange.stats.steps == 1
+    return False
+
+
 def images(layout: torch.memory_format) -> Tensor:
     """A convolution, whose gradients are anticipated, by how its values lie in memory."""
     torch.manual_seed(0)
@@ -317,6 +358,8 @@ def seen() -> dict[str, Any]:
             "saved in between": saved_in_between(),
             "flushed": flushed(),
             "loaded": [loaded(optimizer_first=False), loaded(optimizer_first=True)],
+            "gathered": gathered(),
+            "registered around": registered_around(),
             "copied": [copied(copy.deepcopy), copied(through_a_file)],
         },
         "images": [images(torch.contiguous_format), images(torch.channels_last)],
