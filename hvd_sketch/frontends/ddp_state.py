@@ -29,7 +29,7 @@ from hvd_sketch.exchange.joining import attend
 from hvd_sketch.exchange.scaling import LossScale
 from hvd_sketch.frontends.arguments import check_hierarchical
 from hvd_sketch.frontends.ddp_arguments import check, innermost, numbered, settled
-from hvd_sketch.frontends.ddp_steps import Steps, Unstepped, listen
+from hvd_sketch.frontends.ddp_steps import Steps, Unstepped, listen, warn_of_local_step
 from hvd_sketch.frontends.grouped import grouped
 from hvd_sketch.layout import describe_values
 
@@ -101,7 +101,7 @@ class State:
         self._open: list[tuple[torch.futures.Future[Tensor], Tensor]] = []
         self._steps = Steps(optimizer, self._positions)
         self._unstepped = Unstepped(self.exchange, self._parameters)
-        self._fresh = self._added_to = self._joined = self._just_loaded = False
+        self._fresh = self._local = self._added_to = self._joined = self._just_loaded = False
         self._compare(trained)
         self._passes: Passes | None = None
         if isinstance(feedback, Anticipate):
@@ -285,6 +285,7 @@ class State:
         if not held:
             return
         self._back_at_the_model()
+        self._local = bool(self._used) and not self._fresh
         if self._fresh:
             self._scale.settle()
         if self._fresh and self.exchange.void:
@@ -299,6 +300,8 @@ class State:
             return
         self._back_at_the_model()
         self._fresh = False
+        if self._local and self._used:
+            warn_of_local_step()
         if self._steps.succeeded_by(optimizer):
             optimizer.register_load_state_dict_post_hook(_told(weakref.ref(self), State._restart))
             if self._passes is not None:

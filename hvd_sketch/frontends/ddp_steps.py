@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -141,6 +142,16 @@ class Steps:
     def _held_in(self, groups: Sequence[Mapping[str, Any]]) -> set[int]:
         held = (parameter for group in groups for parameter in group["params"])
         return {self._positions[parameter] for parameter in held if parameter in self._positions}
+
+
+def warn_of_local_step() -> None:
+    """A step was with what this rank has computed inside ``no_sync()``, and nobody has exchanged."""
+    warnings.warn(
+        "hvd_sketch: an optimizer has stepped with this rank's own gradients, computed inside no_sync(): they are not "
+        "exchanged, and the ranks' models differ unless the script averages them; step after a backward pass outside "
+        "of it",
+        stacklevel=2,
+    )
 
 
 class Listener(Protocol):

@@ -458,6 +458,14 @@ def test_memories_of_a_script_that_saves_loads_and_copies_where_it_likes(seen: l
             assert held is True or set(held) == {True}, what
 
 
+def test_a_script_that_trains_in_vain_is_told(seen: list[dict[str, Any]]) -> None:
+    for one in seen:
+        twice, once, locally = one["scripts"]["warned"]
+        assert "averages the whole gradients before DistributedOptimizer" in twice
+        assert once == ""
+        assert "stepped with this rank's own gradients, computed inside no_sync()" in locally
+
+
 def test_values_may_lie_in_memory_as_they_like(seen: list[dict[str, Any]]) -> None:
     """In every order the same is anticipated, but for the rounding of convolutions."""
     for one in seen:

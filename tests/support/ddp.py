@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -301,6 +302,34 @@ def registered_around() -> bool:
     return False
 
 
+def warned(body: Callable[[nn.Module, torch.optim.Optimizer], None]) -> str:
+    """What is said of a script that trains, but in vain."""
+    model = wrapped(net())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        body(model, sgd(model))
+    return " ".join(str(each.message) for each in told if "hvd_sketch: " in str(each.message))
+
+
+def averaged_twice(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """By DistributedDataParallel and by the optimizer."""
+    step(model, hvd.DistributedOptimizer(optimizer, model.named_parameters(), Compression.topk(**PLAIN)), 0)
+
+
+def averaged_once(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """By the optimizer that `register` makes, or by one beside the model."""
+    step(model, hvd.ddp.register(model, optimizer, Compression.topk(**AHEAD), error_feedback=hvd.StepAhead()), 0)
+    beside = net()
+    step(beside, hvd.DistributedOptimizer(sgd(beside), beside.named_parameters(), Compression.topk(**PLAIN)), 0)
+
+
+def stepped_locally(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Accumulation that forgets to wait for the pass outside of ``no_sync``."""
+    hvd.ddp.register(model, optimizer, Compression.topk(**PLAIN))
+    with model.no_sync():
+        step(model, optimizer, 0)
+
+
 def images(layout: torch.memory_format) -> Tensor:
     """A convolution, whose gradients are anticipated, by how its values lie in memory."""
     torch.manual_seed(0)
@@ -362,5 +391,6 @@ def seen() -> dict[str, Any]:
             "registered around": registered_around(),
             "copied": [copied(copy.deepcopy), copied(through_a_file)],
         },
+        "warned": [warned(averaged_twice), warned(averaged_once), warned(stepped_locally)],
         "images": [images(torch.contiguous_format), images(torch.channels_last)],
     }
