@@ -213,6 +213,18 @@ def around(wrap: Callable[[torch.optim.Optimizer], Any]) -> Tensor:
     return flat(model)
 
 
+def validated() -> Tensor:
+    """Six steps, before each of which the wrapper has gone into evaluation mode, and the model alone back."""
+    model = wrapped(net())
+    optimizer = sgd(model, momentum=0.5)
+    hvd.ddp.register(model, optimizer, Compression.sharded(**AHEAD))
+    for number in range(STEPS):
+        model.eval()
+        model.module.train()
+        step(model, optimizer, number)
+    return flat(model)
+
+
 def averaging(optimizer: torch.optim.Optimizer) -> Any:
     return PostLocalSGDOptimizer(optimizer, PeriodicModelAverager(period=2))
 
@@ -382,7 +394,7 @@ def seen() -> dict[str, Any]:
     return {
         "balances": list(balances()),
         "another": anticipating_for_another(),
-        "around": [around(Lookahead), around(averaging)],
+        "around": [around(Lookahead), around(averaging), validated()],
         "true": {
             "saved in between": saved_in_between(),
             "flushed": flushed(),
