@@ -338,6 +338,7 @@ def errors() -> dict[str, str]:
         "of another model": refused(lambda: hvd.ddp.register(model, sgd(net()), COMPRESSORS["topk"]())),
         "of a part": refused(lambda: hvd.ddp.register(model, sgd(model.module[0]), insisting)),
         "not wrapped": refused(lambda: hvd.ddp.register(net(), sgd(model), COMPRESSORS["topk"]())),
+        "of the wrapped": refused(lambda: hvd.ddp.register(model.module, sgd(model), COMPRESSORS["topk"]())),
         "no compressor": refused(lambda: hvd.ddp.register(model, sgd(model), none)),
         "mixed by hosts": refused(lambda: hvd.ddp.State(Compression.mixed(ratio=8.0), sgd(model), hierarchical=True)),
         "no groups": refused(lambda: hvd.ddp.State(COMPRESSORS["topk"](), sgd(model), hierarchical=0)),
@@ -446,6 +447,7 @@ def test_what_was_sent_and_what_is_kept_is_what_was_computed(seen: list[dict[str
 
 
 def test_optimizers_around_others_and_in_their_place(seen: list[dict[str, Any]]) -> None:
+    """And a wrapper that is left in evaluation mode."""
     for one in seen:
         assert torch.equal(one["scripts"]["another"], seen[0]["scripts"]["another"])
         for end in one["scripts"]["around"]:
@@ -514,9 +516,10 @@ def test_a_saved_run_continues_as_if_never_saved(seen: list[dict[str, Any]]) -> 
         ("a parameter that State does not know", "give State named_parameters=model.named_parameters()"),
         ("sparse", "rank 1: parameter 'weight' has a sparse gradient; make its embedding with sparse=False"),
         ("not wrapped", "needs a torch.nn.parallel.DistributedDataParallel model, got Sequential"),
+        ("of the wrapped", "got Sequential.*This model is wrapped already: give what wraps it"),
         ("alone", "HOROVOD_SIZE of horovodrun has started 2 processes.*start with torchrun"),
         ("alone in its group", "at least 2 processes were started together \\(HOROVOD_SIZE of horovodrun=2\\)"),
-        ("twice", "has a communication hook already, 'hook', and can have one only: wrap model.module in"),
+        ("twice", "has a communication hook already, 'hook', and can have one only: go on with what register has"),
         ("of another model", "the optimizer holds none of the model's parameters; give the one that steps them"),
         ("of a part", "anticipate=True needs one optimizer of all parameters, and this one does not hold '2.weight'"),
         ("no compressor", "PyTorch's own fp16_compress_hook"),
