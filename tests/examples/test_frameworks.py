@@ -37,7 +37,7 @@ def resumed(folder: Path) -> bool:
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), 1e-2))
     state = hvd.ddp.register(model, optimizer, hvd.Compression.sharded(ratio=8.0, warmup_steps=0))
     accelerator.register_for_checkpointing(hvd.SavedMemory(state, gathered=True))
-    ends = []
+    ends: list[torch.Tensor] = []
     for _ in range(2):
         for number in range(6):
             if number == 3 and ends:
