@@ -81,10 +81,14 @@ class Passes:
         self._stays = False
         self._back()
 
-    def end(self, why: str) -> None:
+    def retire(self) -> None:
         """Back to x for good."""
         self.finish()
         self._suspended = True
+
+    def end(self, why: str) -> None:
+        """The same, and say why."""
+        self.retire()
         _log.warning("hvd_sketch: from now on gradients are computed without the step ahead: %s", why)
 
     def took(self, parameter: Tensor) -> None:

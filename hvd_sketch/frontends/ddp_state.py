@@ -29,7 +29,7 @@ from hvd_sketch.exchange.joining import attend
 from hvd_sketch.exchange.scaling import LossScale
 from hvd_sketch.frontends.arguments import check_hierarchical
 from hvd_sketch.frontends.ddp_arguments import check, innermost, numbered, settled
-from hvd_sketch.frontends.ddp_steps import Steps, Unstepped, listen, warn_of_local_step
+from hvd_sketch.frontends.ddp_steps import Steps, Unstepped, leave, listen, listeners, warn_of_local_step
 from hvd_sketch.frontends.grouped import grouped
 from hvd_sketch.layout import describe_values
 
@@ -103,6 +103,7 @@ class State:
         self._unstepped = Unstepped(self.exchange, self._parameters)
         self._fresh = self._local = self._added_to = self._joined = self._just_loaded = False
         self._compare(trained)
+        self._succeed()
         self._passes: Passes | None = None
         if isinstance(feedback, Anticipate):
             self._passes = follow(optimizer, feedback, self, self.exchange, trained)
@@ -225,6 +226,14 @@ class State:
             parameter.register_hook(_told(reference, State._computed, position))
         optimizer.register_load_state_dict_post_hook(_told(reference, State._restart))
         listen(self)
+
+    def _succeed(self) -> None:
+        """End those of these parameters that there are: the model was wrapped again, as for a second fit."""
+        for other in listeners():
+            if not self._positions.keys().isdisjoint(other._positions):
+                leave(other)
+                if other._passes is not None:
+                    other._passes.retire()
 
     def _compare(self, trained: Mapping[str, Tensor]) -> None:
         """Have the ranks compare what they train, as it is when the first gradient of all is computed.

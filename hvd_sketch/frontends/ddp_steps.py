@@ -174,15 +174,21 @@ def listen(listener: Listener) -> None:
         _installed.append(register_optimizer_step_post_hook(_ends))
 
 
-def _alive() -> list[Any]:
+def listeners() -> list[Any]:
+    """Those that live."""
     return [listener for listener in [reference() for reference in list(_listening)] if listener is not None]
 
 
+def leave(listener: Listener) -> None:
+    """Tell it no more."""
+    _listening[:] = [reference for reference in _listening if reference() is not listener]
+
+
 def _begins(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
-    for listener in _alive():
+    for listener in listeners():
         listener.step_begins(optimizer)
 
 
 def _ends(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
-    for listener in _alive():
+    for listener in listeners():
         listener.step_ends(optimizer)

@@ -447,7 +447,7 @@ def test_what_was_sent_and_what_is_kept_is_what_was_computed(seen: list[dict[str
 
 
 def test_optimizers_around_others_and_in_their_place(seen: list[dict[str, Any]]) -> None:
-    """And a wrapper that is left in evaluation mode."""
+    """And a wrapper that is left in evaluation mode, or has another one's place."""
     for one in seen:
         assert torch.equal(one["scripts"]["another"], seen[0]["scripts"]["another"])
         for end in one["scripts"]["around"]:

@@ -225,6 +225,25 @@ def validated() -> Tensor:
     return flat(model)
 
 
+def wrapped_again() -> Tensor:
+    """Six steps of a model that was trained before, wrapped otherwise, as by a second trainer; nothing is said."""
+    inner = net()
+    before = wrapped(inner)
+    its = sgd(before)
+    hvd.ddp.register(before, its, Compression.sharded(**AHEAD))
+    for number in range(2):
+        step(before, its, number)
+    inner.load_state_dict(net().state_dict())
+    model = wrapped(inner)
+    optimizer = sgd(model, momentum=0.5)
+    hvd.ddp.register(model, optimizer, Compression.sharded(**AHEAD))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for number in range(STEPS):
+            step(model, optimizer, number)
+    return flat(model)
+
+
 def averaging(optimizer: torch.optim.Optimizer) -> Any:
     return PostLocalSGDOptimizer(optimizer, PeriodicModelAverager(period=2))
 
@@ -394,7 +413,7 @@ def seen() -> dict[str, Any]:
     return {
         "balances": list(balances()),
         "another": anticipating_for_another(),
-        "around": [around(Lookahead), around(averaging), validated()],
+        "around": [around(Lookahead), around(averaging), validated(), wrapped_again()],
         "true": {
             "saved in between": saved_in_between(),
             "flushed": flushed(),
