@@ -34,7 +34,8 @@ class Curve(lightning.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = torch.nn.Sequential(torch.nn.Linear(1, 128), torch.nn.Tanh(), torch.nn.Linear(128, 1))
+        tanh, hidden = torch.nn.Tanh(), torch.nn.Linear(64, 64)
+        self.network = torch.nn.Sequential(torch.nn.Linear(1, 64), tanh, hidden, tanh, torch.nn.Linear(64, 1))
         self.last = torch.tensor(0.0)
 
     def training_step(self, batch: list[Tensor], number: int) -> Tensor:

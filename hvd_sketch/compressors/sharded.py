@@ -59,7 +59,7 @@ class Sharded(Bucketed):
         Raises:
             ConfigurationError: when not one pair fits.
         """
-        dense_bytes = dense_nbytes(layout, ranks, self._dtype)
+        dense_bytes = dense_nbytes(layout.dense, ranks, self._dtype)
         budget = int((4 * layout.total / ratio - dense_bytes) / ranks)
         fitting = range(1, layout.compressed // ranks + 1)  # the least shard
 
@@ -69,7 +69,8 @@ class Sharded(Bucketed):
 
         count = bisect_right(fitting, budget, key=nbytes)
         if count < 1:
-            raise unreachable(layout, ratio, dense_bytes + ranks * nbytes(1))
+            header = dense_nbytes(0, ranks, self._dtype)
+            raise unreachable(layout, ratio, dense_bytes - header, header + ranks * nbytes(1))
         return shard_codes(layout.compressed, ranks, count, self.buckets)
 
     def build(self, setting: Setting) -> Exchange:
@@ -159,7 +160,7 @@ class ShardedExchange(SparseExchange):
         comm, layout, each = self.comm, self.layout, self.rounds.ranks_each
         if not (comm.sends_directly and self.rounds.regular and layout.dense == 0 and each <= wire.MOST_PACKED):
             return False
-        by_itself = comm.allreduce_bytes(dense_nbytes(layout, comm.size, torch.float16))
+        by_itself = comm.allreduce_bytes(dense_nbytes(0, comm.size, torch.float16))
         cheap = (comm.size - 1) * wire.header_bytes(each) <= by_itself
         return cheap and 2.0 * comm.crossing >= _KEEPING * layout.total
 

@@ -34,10 +34,9 @@ class Stride(Sparsifier):
         Raises:
             ConfigurationError: when not one coordinate fits.
         """
-        overhead = wire.HEADER + layout.dense
-        lanes = int(layout.total / ratio) - overhead
+        lanes = int(layout.total / ratio) - wire.HEADER - layout.dense
         if lanes < 1:
-            raise unreachable(layout, ratio, 4 * (overhead + 1))
+            raise unreachable(layout, ratio, 4 * layout.dense, 4 * (wire.HEADER + 1))
         return -(-layout.compressed // lanes)
 
     def build(self, setting: Setting) -> Exchange:

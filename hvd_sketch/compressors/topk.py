@@ -48,10 +48,11 @@ class TopK(Sparsifier):
         Raises:
             ConfigurationError: when not one pair fits.
         """
-        dense_bytes = dense_nbytes(layout, ranks, self._dtype)
+        dense_bytes = dense_nbytes(layout.dense, ranks, self._dtype)
         k = int((2 * (4 * layout.total / ratio - dense_bytes) / ranks - wire.SEAL) / _PAIR_BYTES)
         if k < 1:
-            raise unreachable(layout, ratio, dense_bytes + ranks * (_PAIR_BYTES + wire.SEAL) // 2)
+            header = dense_nbytes(0, ranks, self._dtype)
+            raise unreachable(layout, ratio, dense_bytes - header, header + ranks * (_PAIR_BYTES + wire.SEAL) // 2)
         return min(k, layout.compressed)
 
     def build(self, setting: Setting) -> Exchange:

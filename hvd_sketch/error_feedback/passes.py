@@ -37,11 +37,11 @@ class Moved(Protocol):
 class Passes:
     """Keeps parameters ahead from a forward in training to the end of its backward, and at the model x otherwise.
 
-    A forward counts as training where the module is in training mode and gradients are enabled. Evaluation, a forward
-    without gradients and ``state_dict`` in between meet x, and so does what a script reads after backward. What
-    was computed ahead is differentiated ahead: several forwards before their backwards, a graph that is
-    retained, both kinds of activation checkpointing. After a backward that makes a graph itself
-    (``create_graph=True``) the parameters stay ahead until `finish`.
+    A forward counts as training where the module, or what in it holds parameters, is in training mode and gradients
+    are enabled. Evaluation, a forward without gradients and ``state_dict`` in between meet x, and so does what a
+    script reads after backward. What was computed ahead is differentiated ahead: several forwards before their
+    backwards, a graph that is retained, both kinds of activation checkpointing. After a backward that makes a graph
+    itself (``create_graph=True``) the parameters stay ahead until `finish`.
 
     A gradient taken at x, by a model in evaluation mode, a scripted one or without a module, is as good as without
     error feedback; it is told once. A forward that is traced is left alone. A script that changes parameters inside
@@ -81,10 +81,14 @@ class Passes:
         self._stays = False
         self._back()
 
-    def end(self, why: str) -> None:
+    def retire(self) -> None:
         """Back to x for good."""
         self.finish()
         self._suspended = True
+
+    def end(self, why: str) -> None:
+        """The same, and say why."""
+        self.retire()
         _log.warning("hvd_sketch: from now on gradients are computed without the step ahead: %s", why)
 
     def took(self, parameter: Tensor) -> None:
@@ -104,7 +108,7 @@ class Passes:
             self._depth += module is self._outer
         elif not self._suspended and (holders := self._holders_in(module)):
             self._outer, self._depth = module, 1
-            self._trains = module.training and _differentiates(holders)
+            self._trains = _is_training(module, holders) and _differentiates(holders)
             was_ahead = self._moved.is_ahead
             self._resumes = was_ahead and not self._trains
             if self._trains:
@@ -247,6 +251,11 @@ def _moving() -> Iterator[None]:
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() >= 0
+
+
+def _is_training(module: Module, holders: Iterable[Module]) -> bool:
+    """Lightning puts a wrapper into evaluation mode with the model, and back the model alone."""
+    return module.training or any(holder.training for holder in holders)
 
 
 def _differentiates(holders: Iterable[Module]) -> bool:

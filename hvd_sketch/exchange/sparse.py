@@ -13,13 +13,12 @@ from hvd_sketch.exchange.base import Exchange, Factor, Finite
 from hvd_sketch.exchange.setting import Setting
 from hvd_sketch.exchange.update import Part
 from hvd_sketch.grid import Grid
-from hvd_sketch.layout import Layout
 from hvd_sketch.saved import Form
 
 
-def dense_nbytes(layout: Layout, ranks: int, dtype: torch.dtype) -> int:
-    """Bytes of the message that carries the dense part, of float32 or, where that serves, float16."""
-    return grid.itemsize(ranks, dtype) * (wire.HEADER + grid.lanes(layout.dense, ranks, dtype))
+def dense_nbytes(count: int, ranks: int, dtype: torch.dtype) -> int:
+    """Bytes of the message that carries so many dense values, as float32 or, where that serves, float16."""
+    return grid.itemsize(ranks, dtype) * (wire.HEADER + grid.lanes(count, ranks, dtype))
 
 
 class SparseExchange(Exchange):

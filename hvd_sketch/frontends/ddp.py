@@ -20,6 +20,7 @@ from hvd_sketch.error_feedback.default import Default
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.frontends.ddp_state import State
 from hvd_sketch.frontends.optimizer import DistributedOptimizer
+from hvd_sketch.instances import instances_of
 
 
 def hook(state: State, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -73,7 +74,7 @@ def register(
     is returned: gradients then stay each rank's own, and it is its `step` that exchanges.
 
     Args:
-        model: the DistributedDataParallel model, compiled or not.
+        model: the DistributedDataParallel model, compiled or not, or what a framework has put around it.
         optimizer: the one that steps its parameters.
         compression: one of `hvd_sketch.Compression` that sparsifies.
         error_feedback: `Anticipate` or `StepAhead` with settings of their own; by default the compressor's, and none
@@ -88,11 +89,12 @@ def register(
     Raises:
         ConfigurationError: for another model, or settings that cannot work, before any communication.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = _distributed(model)
     if not isinstance(model, DistributedDataParallel):
         raise ConfigurationError(
             f"register needs a torch.nn.parallel.DistributedDataParallel model, got {type(model).__name__}; wrap it "
-            f"first, or use hvd_sketch.DistributedOptimizer, which needs none{_of_the_launcher()}"
+            "first, or use hvd_sketch.DistributedOptimizer, which needs none"
+            f"{_of_the_wrapper(model)}{_of_the_launcher()}"
         )
     _check_hooks(model)
     named = {name: p for name, p in model.module.named_parameters() if name not in model.parameters_to_ignore}
@@ -130,6 +132,13 @@ def register(
     return ahead
 
 
+def _distributed(model: torch.nn.Module) -> torch.nn.Module:
+    """The DistributedDataParallel model that torch.compile, or a framework, has put its own around; else itself."""
+    parts = model.modules() if isinstance(model, torch.nn.Module) else ()
+    inner = next((part for part in parts if isinstance(part, DistributedDataParallel)), model)
+    return inner if inner is model or set(inner.parameters()) == set(model.parameters()) else model
+
+
 def _check_hooks(model: DistributedDataParallel) -> None:
     """Refuse a second hook before the first one's state is replaced, and a model that brings or will bring its own."""
     parameters = model.module.parameters()
@@ -148,9 +157,20 @@ def _check_hooks(model: DistributedDataParallel) -> None:
         if registered is not hook or state is not None:  # else it was left behind, and this is a copy
             name = getattr(registered, "__qualname__", repr(registered))
             raise ConfigurationError(
-                f"the model has a communication hook already, {name!r}, and can have one only: wrap model.module in "
+                f"the model has a communication hook already, {name!r}, and can have one only: go on with what "
+                "register has returned, as in a second fit of one model, or wrap model.module in "
                 "DistributedDataParallel again, and register once"
             )
+
+
+def _of_the_wrapper(model: torch.nn.Module) -> str:
+    """Where to find the one that there is already, for a framework hands out the model inside."""
+    if not any(each.module is model for each in instances_of(DistributedDataParallel) if "_modules" in vars(each)):
+        return ""
+    return (
+        ". This model is wrapped already: give what wraps it, which is trainer.model_wrapped of Transformers, "
+        "trainer.strategy.model of Lightning, and what accelerator.prepare returns"
+    )
 
 
 def _of_the_launcher() -> str:

@@ -28,7 +28,7 @@ from hvd_sketch.exchange.scaling import LossScale
 from hvd_sketch.frontends.arguments import check_hierarchical
 from hvd_sketch.frontends.ddp_arguments import check, innermost, numbered, settled
 from hvd_sketch.frontends.ddp_buckets import Buckets, after_backward
-from hvd_sketch.frontends.ddp_steps import Steps, Unstepped, listen, teller
+from hvd_sketch.frontends.ddp_steps import Steps, Unstepped, leave, listen, listeners, teller, warn_of_local_step
 from hvd_sketch.frontends.grouped import grouped
 from hvd_sketch.layout import describe_values
 
@@ -97,8 +97,9 @@ class State:
         self._buckets = Buckets(self._positions)
         self._steps = Steps(optimizer, self._positions)
         self._unstepped = Unstepped(self.exchange, self._parameters)
-        self._fresh = self._added_to = self._joined = False
+        self._fresh = self._local = self._added_to = self._joined = False
         self._compare(trained)
+        self._succeed()
         self._passes: Passes | None = None
         if isinstance(feedback, Anticipate):
             self._passes = follow(optimizer, feedback, self, self.exchange, trained)
@@ -198,6 +199,14 @@ class State:
         optimizer.register_load_state_dict_post_hook(teller(reference, State._restart))
         listen(self)
 
+    def _succeed(self) -> None:
+        """End those of these parameters that there are: the model was wrapped again, as for a second fit."""
+        for other in listeners():
+            if not self._positions.keys().isdisjoint(other._positions):
+                leave(other)
+                if other._passes is not None:
+                    other._passes.retire()
+
     def _compare(self, trained: Mapping[str, Tensor]) -> None:
         """Have the ranks compare what they train, as it is when the first gradient of all is computed.
 
@@ -256,6 +265,7 @@ class State:
         if not self._steps.begin(optimizer):
             return
         self._back_at_the_model()
+        self._local = bool(self._buckets.used) and not self._fresh
         if self._fresh:
             self._scale.settle()
         if self._fresh and self.exchange.void:
@@ -271,6 +281,8 @@ class State:
         self._unstepped.step(stepped)
         self._back_at_the_model()
         self._fresh = False
+        if self._local and self._buckets.used:
+            warn_of_local_step()
         if self._steps.succeeded_by(optimizer):
             optimizer.register_load_state_dict_post_hook(teller(weakref.ref(self), State._restart))
             if self._passes is not None and watches(self, self._parameters[0]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -146,6 +147,16 @@ class Steps:
         return {self._positions[parameter] for parameter in held if parameter in self._positions}
 
 
+def warn_of_local_step() -> None:
+    """A step was with what this rank has computed inside ``no_sync()``, and nobody has exchanged."""
+    warnings.warn(
+        "hvd_sketch: an optimizer has stepped with this rank's own gradients, computed inside no_sync(): they are not "
+        "exchanged, and the ranks' models differ unless the script averages them; step after a backward pass outside "
+        "of it",
+        stacklevel=2,
+    )
+
+
 class Listener(Protocol):
     """Is told of each step of each optimizer."""
 
@@ -177,15 +188,21 @@ def teller(reference: weakref.ref[Any], what: Callable[..., None], *arguments: A
     return hook
 
 
-def _alive() -> list[Any]:
+def listeners() -> list[Any]:
+    """Those that live."""
     return [listener for listener in [reference() for reference in list(_listening)] if listener is not None]
 
 
+def leave(listener: Listener) -> None:
+    """Tell it no more."""
+    _listening[:] = [reference for reference in _listening if reference() is not listener]
+
+
 def _begins(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
-    for listener in _alive():
+    for listener in listeners():
         listener.step_begins(optimizer)
 
 
 def _ends(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
-    for listener in _alive():
+    for listener in listeners():
         listener.step_ends(optimizer)

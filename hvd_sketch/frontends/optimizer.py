@@ -28,6 +28,7 @@ from hvd_sketch.frontends.arguments import (
     named_of,
     unfit_for_shards,
 )
+from hvd_sketch.frontends.beside import warn_of_what_is_beside
 from hvd_sketch.frontends.grouped import grouped
 from hvd_sketch.frontends.link import Link
 from hvd_sketch.layout import Layout
@@ -220,6 +221,7 @@ def _exchange(
     compression: Any, link: Link, average: bool, parameters: dict[str, Tensor], momentum: Momentum | None
 ) -> Exchange:
     comm = link.communicator()
+    warn_of_what_is_beside(parameters.values(), comm.size)
     device = next(iter(parameters.values())).device
     layout = _layout(compression, parameters.items())
     exchange: Exchange

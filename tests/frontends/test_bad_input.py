@@ -71,8 +71,8 @@ def test_more_values_than_parameters_are_refused() -> None:
 
 def test_an_unreachable_ratio_is_refused_when_the_optimizer_is_wrapped() -> None:
     refused(
-        "ratio=1000 cannot be reached: 100 of the 4300 parameters.*at most about.*Lower the ratio",
-        lambda: wrap(net(), Compression.sketch(ratio=1000.0, dense_below=1024)),
+        "ratio=60 cannot be reached: 100 of the 4300 parameters.*at most about.*lower dense_below, or exclude fewer",
+        lambda: wrap(net(), Compression.sketch(ratio=60.0, dense_below=1024)),
     )
 
 
@@ -81,6 +81,15 @@ def test_a_ratio_unreachable_for_these_ranks_is_refused_in_the_first_step(make: 
     """Not when the warm-up ends."""
     optimizer = wrap(net(), make(ratio=1000.0, dense_below=1024))
     refused("ratio=1000 cannot be reached.*at most about", lambda: optimizer.exchange)
+
+
+def test_a_model_too_small_for_the_ratio_is_told_so() -> None:
+    """Nothing of it is dense, so there is nothing to lower or to exclude."""
+    optimizer = wrap(nn.Linear(9, 4), Compression.sharded(ratio=100.0))
+    refused(
+        "ratio=100 cannot be reached: 40 parameters are too few.*of the 160 bytes.*or train so small a model without",
+        lambda: optimizer.exchange,
+    )
 
 
 def test_a_model_without_anything_to_compress_is_refused() -> None:

@@ -361,6 +361,7 @@ def errors() -> dict[str, str]:
         "of another model": refused(lambda: hvd.ddp.register(model, sgd(net()), COMPRESSORS["topk"]())),
         "of a part": refused(lambda: hvd.ddp.register(model, sgd(model.module[0]), insisting)),
         "not wrapped": refused(lambda: hvd.ddp.register(net(), sgd(model), COMPRESSORS["topk"]())),
+        "of the wrapped": refused(lambda: hvd.ddp.register(model.module, sgd(model), COMPRESSORS["topk"]())),
         "no compressor": refused(lambda: hvd.ddp.register(model, sgd(model), none)),
         "mixed by hosts": refused(lambda: hvd.ddp.State(Compression.mixed(ratio=8.0), sgd(model), hierarchical=True)),
         "no groups": refused(lambda: hvd.ddp.State(COMPRESSORS["topk"](), sgd(model), hierarchical=0)),
@@ -483,6 +484,7 @@ def test_everything_sent_is_what_ddp_averages(seen: list[dict[str, Any]], kind: 
 
 
 def test_optimizers_around_others_and_in_their_place(seen: list[dict[str, Any]]) -> None:
+    """And a wrapper that is left in evaluation mode, or has another one's place."""
     for one in seen:
         assert torch.equal(one["scripts"]["another"], seen[0]["scripts"]["another"])
         for end in one["scripts"]["around"]:
@@ -493,6 +495,14 @@ def test_memories_of_a_script_that_saves_loads_and_copies_where_it_likes(seen: l
     for one in seen:
         for what, held in one["scripts"]["true"].items():
             assert held is True or set(held) == {True}, what
+
+
+def test_a_script_that_trains_in_vain_is_told(seen: list[dict[str, Any]]) -> None:
+    for one in seen:
+        twice, once, locally = one["scripts"]["warned"]
+        assert "averages the whole gradients before DistributedOptimizer" in twice
+        assert once == ""
+        assert "stepped with this rank's own gradients, computed inside no_sync()" in locally
 
 
 def test_values_may_lie_in_memory_as_they_like(seen: list[dict[str, Any]]) -> None:
@@ -543,9 +553,10 @@ def test_a_saved_run_continues_as_if_never_saved(seen: list[dict[str, Any]]) -> 
         ("a parameter that State does not know", "give State named_parameters=model.named_parameters()"),
         ("sparse", "rank 1: parameter 'weight' has a sparse gradient; make its embedding with sparse=False"),
         ("not wrapped", "needs a torch.nn.parallel.DistributedDataParallel model, got Sequential"),
+        ("of the wrapped", "got Sequential.*This model is wrapped already: give what wraps it"),
         ("alone", "HOROVOD_SIZE of horovodrun has started 2 processes.*start with torchrun"),
         ("alone in its group", "at least 2 processes were started together \\(HOROVOD_SIZE of horovodrun=2\\)"),
-        ("twice", "has a communication hook already, 'hook', and can have one only: wrap model.module in"),
+        ("twice", "has a communication hook already, 'hook', and can have one only: go on with what register has"),
         ("steps in backward", "an optimizer that steps inside of backward.*step after backward"),
         ("mixed by ddp", "mixed_precision=.*use torch.autocast"),
         ("reduced by python", "optimize_ddp='python_reducer'.*leave that setting away"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -249,6 +250,37 @@ def around(wrap: Callable[[torch.optim.Optimizer], Any]) -> Tensor:
     return flat(model)
 
 
+def validated() -> Tensor:
+    """Six steps, before each of which the wrapper has gone into evaluation mode, and the model alone back."""
+    model = wrapped(net())
+    optimizer = sgd(model, momentum=0.5)
+    hvd.ddp.register(model, optimizer, Compression.sharded(**AHEAD))
+    for number in range(STEPS):
+        model.eval()
+        model.module.train()
+        step(model, optimizer, number)
+    return flat(model)
+
+
+def wrapped_again() -> Tensor:
+    """Six steps of a model that was trained before, wrapped otherwise, as by a second trainer; nothing is said."""
+    inner = net()
+    before = wrapped(inner)
+    its = sgd(before)
+    hvd.ddp.register(before, its, Compression.sharded(**AHEAD))
+    for number in range(2):
+        step(before, its, number)
+    inner.load_state_dict(net().state_dict())
+    model = wrapped(inner)
+    optimizer = sgd(model, momentum=0.5)
+    hvd.ddp.register(model, optimizer, Compression.sharded(**AHEAD))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for number in range(STEPS):
+            step(model, optimizer, number)
+    return flat(model)
+
+
 def averaging(optimizer: torch.optim.Optimizer) -> Any:
     return PostLocalSGDOptimizer(optimizer, PeriodicModelAverager(period=2))
 
@@ -295,6 +327,75 @@ def loaded(*, optimizer_first: bool) -> bool:
     for load in loads if optimizer_first else reversed(loads):
         load()
     return torch.equal(state.memory_state_dict()["memory"]["residual"], memory["memory"]["residual"])
+
+
+def gathered() -> list[bool]:
+    """What rank 0 alone has written is enough for all; without ``gathered`` it is refused where it is not."""
+    model = wrapped(net())
+    optimizer = sgd(model)
+    state = hvd.ddp.register(model, optimizer, Compression.topk(**PLAIN))
+    step(model, optimizer, 0)
+    kept = state.exchange.memory.residual.clone()
+    loaded: list[bool] = []
+    for saved in (hvd.SavedMemory(state, gathered=True), hvd.SavedMemory(state)):
+        written = [saved.state_dict()]
+        dist.broadcast_object_list(written)
+        state.exchange.reset()
+        try:
+            saved.load_state_dict(written[0])
+        except hvd.ConfigurationError as error:
+            loaded.append(dist.get_rank() > 0 and "no memory of rank 1 of 2, but of rank 0 of 2" in str(error))
+        else:
+            loaded.append(torch.equal(state.exchange.memory.residual, kept))
+    return loaded
+
+
+class Around(nn.Module):
+    """As a framework puts around a model that it has wrapped."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+
+def registered_around() -> bool:
+    """The model inside is found, unless there is more beside it."""
+    model = wrapped(net())
+    try:
+        hvd.ddp.register(nn.Sequential(model, nn.Linear(2, 2)), sgd(model), Compression.topk(**PLAIN))
+    except hvd.ConfigurationError:
+        state = hvd.ddp.register(Around(model), sgd(model), Compression.topk(**PLAIN))
+        step(model, sgd(model), 0)
+        return state.exchange.stats.steps == 1
+    return False
+
+
+def warned(body: Callable[[nn.Module, torch.optim.Optimizer], None]) -> str:
+    """What is said of a script that trains, but in vain."""
+    model = wrapped(net())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        body(model, sgd(model))
+    return " ".join(str(each.message) for each in told if "hvd_sketch: " in str(each.message))
+
+
+def averaged_twice(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """By DistributedDataParallel and by the optimizer."""
+    step(model, hvd.DistributedOptimizer(optimizer, model.named_parameters(), Compression.topk(**PLAIN)), 0)
+
+
+def averaged_once(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """By the optimizer that `register` makes, or by one beside the model."""
+    step(model, hvd.ddp.register(model, optimizer, Compression.topk(**AHEAD), error_feedback=hvd.StepAhead()), 0)
+    beside = net()
+    step(beside, hvd.DistributedOptimizer(sgd(beside), beside.named_parameters(), Compression.topk(**PLAIN)), 0)
+
+
+def stepped_locally(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Accumulation that forgets to wait for the pass outside of ``no_sync``."""
+    hvd.ddp.register(model, optimizer, Compression.topk(**PLAIN))
+    with model.no_sync():
+        step(model, optimizer, 0)
 
 
 def images(layout: torch.memory_format) -> Tensor:
@@ -350,12 +451,15 @@ def seen() -> dict[str, Any]:
     return {
         "balances": list(balances()),
         "another": anticipating_for_another(),
-        "around": [around(Lookahead), around(averaging)],
+        "around": [around(Lookahead), around(averaging), validated(), wrapped_again()],
         "true": {
             "saved in between": saved_in_between(),
             "flushed": flushed(),
             "loaded": [loaded(optimizer_first=False), loaded(optimizer_first=True)],
+            "gathered": gathered(),
+            "registered around": registered_around(),
             "copied": [copied(copy.deepcopy), copied(through_a_file)],
         },
+        "warned": [warned(averaged_twice), warned(averaged_once), warned(stepped_locally)],
         "images": [images(torch.contiguous_format), images(torch.channels_last)],
     }

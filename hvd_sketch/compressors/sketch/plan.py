@@ -73,14 +73,14 @@ def sketch_plan(layout: Layout, ratio: float, ranks: int, dtype: torch.dtype, sh
     """
     cell, value = dtype.itemsize, grid.itemsize(ranks, dtype)
     headers = (cell + value) * wire.HEADER
-    overhead = len(layout.buckets) * headers + value * grid.lanes(layout.dense, ranks, dtype)
-    left = int(4 * layout.total / ratio) - overhead
+    overhead, dense = len(layout.buckets) * headers, value * grid.lanes(layout.dense, ranks, dtype)
+    left = int(4 * layout.total / ratio) - overhead - dense
     cols = int(left * shares.table) // (cell * shares.rows)
     values = (left - cell * shares.rows * cols) // value
     stride = -(-layout.compressed // int(values * shares.in_turn)) if values * shares.in_turn >= 1 else 0
     candidates = values - sum(grid.lanes(most_of(size, stride), ranks, dtype) for size in layout.sizes)
     k = int(candidates / shares.oversampling)
     if cols < 1 or k < 1:
-        raise unreachable(layout, ratio, overhead + cell * shares.rows + value)
+        raise unreachable(layout, ratio, dense, overhead + cell * shares.rows + value)
     k = min(k, layout.compressed)
     return SketchPlan(shares.rows, cols, k, min(candidates, layout.compressed), stride)

@@ -197,10 +197,10 @@ def _pairs(layout: Layout, ratio: float) -> int:
     Raises:
         ConfigurationError: when not one does.
     """
-    others = HEADER + 4 + 4 * (layout.total - layout.compressed)
-    count = int((4 * layout.total / ratio - others) / _PAIR)
+    others, dense = HEADER + 4, 4 * layout.dense
+    count = int((4 * layout.total / ratio - others - dense) / _PAIR)
     if count < 1:
-        raise unreachable(layout, ratio, others + _PAIR)
+        raise unreachable(layout, ratio, dense, others + _PAIR)
     return min(count, layout.compressed)
 
 
