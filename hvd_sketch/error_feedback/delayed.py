@@ -73,8 +73,14 @@ class DelayedAnticipation(Anticipation):
         return self.flat.new()
 
     def note(self, exchange: Exchange, *, in_flight: bool = True) -> None:
-        """Look at an exchange at rest: at its memory, and at the gradient of a step that has begun."""
+        """Look at an exchange at rest: at its memory, and at the gradient of a step that has begun.
+
+        Before the first step is through nothing is known of what ranks have in common, and nothing is ahead.
+        """
         into = self.noted.vector
+        if self._shares.shares is None:
+            into.zero_()
+            return
         into.copy_(exchange.memory.residual)
         into[exchange.owned] /= exchange.comm.size
         clip, finite = exchange.judge(exchange.gradient_norm())
