@@ -10,7 +10,7 @@ from hvd_sketch import Compression, DistributedOptimizer
 from tests.support.ranks import Launcher, ranks
 from tests.support.training import flat, loss, net
 
-STEPS = 12
+STEPS = 6
 
 
 def train_beside(launcher: Launcher) -> tuple[Tensor, list[float], int]:
