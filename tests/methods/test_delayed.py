@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -194,9 +195,9 @@ def test_the_first_step_and_the_last() -> None:
     assert torch.equal(*ends)
 
 
-def ends_alike(body: Callable[[Communicator, bool], list[Tensor]]) -> None:
+def ends_alike(body: Callable[[bool, Communicator], list[Tensor]]) -> None:
     """A body ends with the same tensors with something in its steps and without; the first one on all ranks."""
-    changed, plain = (run_in_process(2, lambda comm, way=way: body(comm, way)) for way in (True, False))
+    changed, plain = (run_in_process(2, partial(body, way)) for way in (True, False))
     assert torch.equal(changed[0][0], changed[1][0])
     for ours, others in zip(changed, plain, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(ours, others, strict=True))
@@ -204,7 +205,7 @@ def ends_alike(body: Callable[[Communicator, bool], list[Tensor]]) -> None:
 
 @pytest.mark.parametrize("error_feedback", [None, Anticipate()], ids=str)
 def test_a_void_step_is_left_out_a_step_later_and_leaves_no_trace(error_feedback: Any) -> None:
-    def body(comm: Communicator, spoils: bool) -> list[Tensor]:
+    def body(spoils: bool, comm: Communicator) -> list[Tensor]:
         model = net()
         optimizer = wrap(model, comm, TOPK, INNER["adamw"], error_feedback=error_feedback)
         for step in (0, 1, math.nan, 2, 3, math.nan) if spoils else (0, 1, 2, 3):
@@ -251,7 +252,7 @@ def test_a_parameter_without_a_gradient_is_left_alone_in_the_step_that_would_app
 def test_a_gradient_clipped_after_synchronize_is_the_one_that_is_applied() -> None:
     """And what is synchronized and thrown away leaves no trace."""
 
-    def body(comm: Communicator, throws_away: bool) -> list[Tensor]:
+    def body(throws_away: bool, comm: Communicator) -> list[Tensor]:
         model = net()
         optimizer = wrap(model, comm, TOPK)
         for step in range(STEPS):
@@ -277,7 +278,7 @@ def test_loss_scales_change_nothing_and_fall_on_all_ranks_a_step_late(by_hand: b
     """They double in every step; rank 1 alone overflows in one of them."""
     scales: dict[int, list[float]] = {0: [], 1: []}
 
-    def body(comm: Communicator, scaled: bool) -> list[Tensor]:
+    def body(scaled: bool, comm: Communicator) -> list[Tensor]:
         model = net()
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1, enabled=scaled)
         optimizer = wrap(model, comm, TOPK, lambda p: torch.optim.SGD(p, 0.1), grad_scaler=scaler, error_feedback=None)

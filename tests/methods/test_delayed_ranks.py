@@ -14,7 +14,7 @@ STEPS = 6
 
 
 def train_beside(launcher: Launcher) -> tuple[Tensor, list[float], int]:
-    """Train while the main thread sums something among the same ranks, in the same group; the last update stays due."""
+    """Train while the main thread sums something in the same group; the last update is never applied."""
     if launcher == "mpirun":
         from mpi4py import MPI
 
