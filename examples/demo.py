@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 RUNS = Path("runs/demo")
-OPTIONS = "--compression sharded --ratio 40 --warmup-steps 0 --steps 600"
+OPTIONS = "--compression sharded --ratio 40 --steps 600"
 
 
 def launcher() -> list[str]:

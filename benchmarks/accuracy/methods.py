@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import hvd_sketch
+from benchmarks.accuracy.rivals import DeMo, SparseLoCo
 from hvd_sketch import Anticipate, Compression, FactoredMoments
 from hvd_sketch.comm import Communicator
 from hvd_sketch.comm.hosts import Asked
@@ -43,11 +44,14 @@ def exchanged(
     return wrap
 
 
-def local(compression: Any, period: int) -> Wrap:
-    """Models are exchanged after every ``period`` steps."""
+def local(ratio: float, period: int, anticipate: float = 0.0) -> Wrap:
+    """Models are exchanged after every ``period`` steps, at so much less of a ratio."""
+    compression = Compression.sharded(ratio=ratio / period, warmup_steps=0, clip_norm=None)
 
     def wrap(optimizer: torch.optim.Optimizer, model: nn.Module, comm: Communicator) -> Any:
-        return hvd_sketch.LocalSGD(optimizer, model, comm, compression=compression, period=period)
+        return hvd_sketch.LocalSGD(
+            optimizer, model, comm, compression=compression, period=period, anticipate=anticipate
+        )
 
     return wrap
 
@@ -76,9 +80,9 @@ METHODS: dict[str, Callable[[float], Wrap]] = {
     FACTORED: lambda ratio: exchanged(
         Compression.sharded(ratio=ratio, warmup_steps=0), Anticipate(second_moments=FactoredMoments())
     ),
-    "local SGD": lambda ratio: local(
-        Compression.sharded(ratio=ratio / LOCAL_PERIOD, warmup_steps=0, clip_norm=None), LOCAL_PERIOD
-    ),
+    "local SGD": lambda ratio: local(ratio, LOCAL_PERIOD),
+    "local SGD, 4 steps": lambda ratio: local(ratio, 4),
+    "local SGD, 4 steps, anticipate": lambda ratio: local(ratio, 4, anticipate=0.6),
 }
 """By name, of the ratio; none has dense steps at first, so that the ratio is that of the whole run."""
 
@@ -121,6 +125,12 @@ NORMALISED: dict[str, Callable[[float], Wrap]] = {
 }
 """By name, of the ratio: coefficients in place of entries, and a step to go with them."""
 
+RIVALS: dict[str, Callable[[float], Wrap]] = {
+    "DeMo": lambda ratio: lambda optimizer, model, comm: DeMo(optimizer, comm, ratio),
+    "SparseLoCo, 8 steps": lambda ratio: lambda optimizer, model, comm: SparseLoCo(optimizer, comm, ratio, 8),
+}
+"""By name, of the ratio: of others, see `benchmarks.accuracy.rivals`."""
+
 LOW_RANK: dict[str, Callable[[float], Wrap]] = {
     "powersgd": lambda rank: exchanged(Compression.powersgd(rank=int(rank), start_step=0)),
     "powersgd, anticipate": lambda rank: exchanged(Compression.powersgd(rank=int(rank), start_step=0), Anticipate()),
@@ -130,13 +140,13 @@ LOW_RANKS = (8.0, 4.0, 2.0, 1.0)
 
 
 DROPPED_IN: dict[str, Callable[[float], Wrap]] = {
-    "auto, dropped in": lambda ratio: dropped_in(Compression.auto(ratio=ratio, warmup_steps=0)),
-    "sketch, dropped in": lambda ratio: dropped_in(Compression.sketch(ratio=ratio, warmup_steps=0)),
-    "topk, dropped in": lambda ratio: dropped_in(Compression.topk(ratio=ratio, warmup_steps=0)),
+    "auto, dropped in": lambda ratio: dropped_in(Compression.auto(ratio=ratio)),
+    "sketch, dropped in": lambda ratio: dropped_in(Compression.sketch(ratio=ratio)),
+    "topk, dropped in": lambda ratio: dropped_in(Compression.topk(ratio=ratio)),
 }
-"""By name, of the ratio: what one argument brings, but for the dense steps at first."""
+"""By name, of the ratio: what one argument brings."""
 
-BY_RATIO = DROPPED_IN | METHODS | NORMALISED
+BY_RATIO = DROPPED_IN | METHODS | NORMALISED | RIVALS
 
 
 def make(method: str, setting: float) -> Wrap:

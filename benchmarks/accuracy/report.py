@@ -40,9 +40,9 @@ a few steps than in all the others. *Gap* is the loss above the dense run of the
 negative is better than dense. Mean over seeds, and the spread between the best and the worst. Where *lr* is given,
 the learning rate was so many times dense's.
 
-*Dropped in* is what one argument brings, `Compression.auto(ratio=…)` for one, but for the dense steps at first
-(`warmup_steps=0`); *by hand* takes more than that. The rows "sketch" and "sketch, anticipate" by hand were measured
-with the sketch's former geometry, which found less (see the design page); "sketch, dropped in" has the present one.
+*Dropped in* is what one argument brings, `Compression.auto(ratio=…)` for one; *by hand* takes more than that. The rows
+"sketch" and "sketch, anticipate" by hand were measured with the sketch's former geometry, which found less (see the
+design page); "sketch, dropped in" has the present one.
 
 "anticipate" is `error_feedback=Anticipate()`, and then norms and biases are compressed like everything else
 (`dense_below=0`); "sketch, anticipate" sends three quarters of its values in turn (`in_turn=0.75`), which helps it

@@ -11,9 +11,9 @@ from torch import Tensor
 from benchmarks.gpu.measure import Bench
 from benchmarks.gpu.ranks import Alike
 from benchmarks.gpu.steps import RATIO, SPARSE, Model
-from hvd_sketch.error_feedback.common_share import CommonShare
 from hvd_sketch.error_feedback.factored_moments import FactoredMoments, MomentsObserver
 from hvd_sketch.exchange import Exchange
+from hvd_sketch.exchange.common_share import CommonShare
 from hvd_sketch.exchange.staging import Staging
 from hvd_sketch.layout import Layout
 from hvd_sketch.sketch import CountSketch

@@ -86,8 +86,8 @@ LARGE = """
 
 A transformer of {millions} M parameters with AdamW, products in bfloat16, on the Python sources of the installed
 packages byte by byte; {ranks} simulated ranks on one GPU ({device}, {when}), {tokens_per_step} tokens a step, {steps}
-steps, one seed, one learning rate for all. "auto" is as dropped in, with its dense steps at the beginning; hence its
-ratio.
+steps, one seed, one learning rate for all. In "auto, dense at first" the
+ratio grows from 1 over the first hundred steps, hence its ratio.
 
 **PowerSGD is ahead of every sparse method here, and of dense.** On the small transformer of the
 [accuracy page](accuracy.md) it is behind `sharded`. Each rank's gradient is clipped before it is compressed and not in

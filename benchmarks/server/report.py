@@ -177,7 +177,7 @@ def saga(mine: Sequence[Row], rows: Sequence[Row], folder: Path) -> str:
         "## ADSAGA\n\n"
         "`benchmarks.server.saga`: least squares, 240 components, 20 dimensions, float64; a component's gradient "
         f"takes 10 ms, asleep. Mean of the seeds ({_seeds(mine)}).\n\n"
-        + _table(["", "squared distance at the end", "digits a second", "R² of the line"], body)
+        + _table(["", "seconds", "squared distance then", "digits a second", "R² of the line"], body)
         + "\n![distance over time and over changes](server_saga.png)\n"
     )
 
@@ -193,6 +193,7 @@ def _lines(cells: Sequence[Row]) -> list[str]:
         fits.append(float(torch.corrcoef(torch.stack([moments, logarithms]))[0, 1]) ** 2)
         last.append(row["points"][-1][2])
     return [
+        f"{max(row['points'][-1][0] for row in cells):.0f}",
         f"{statistics.geometric_mean(last):.1e}",
         f"{statistics.fmean(slopes):.2f}",
         f"{statistics.fmean(fits):.3f}",

@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--results", type=Path, default=rows.RESULTS)
     options = parser.parse_args()
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # with the first one PyTorch imports its compiler: seconds
     cells: list[Row] = [
         {"method": method, "workers": workers, "seed": seed}
         for seed in options.seeds

@@ -68,6 +68,6 @@ METHODS: Mapping[str, Method] = {
     **{name: OF_TABLE[name] for name in _BASELINES},
     "diloco-40": Method(DiLoCo, warmup=PERIOD),
     "auto-40": Method(DroppedIn),
-    "auto-40-at-once": Method(lambda: DroppedIn(warmup_steps=0)),
+    "auto-40-warm-up": Method(lambda: DroppedIn(warmup_steps=100)),
     "ddp-auto-40": Method(DroppedIntoDdp, launcher="torchrun"),
 }

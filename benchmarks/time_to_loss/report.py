@@ -27,8 +27,8 @@ rate is the one tuned for dense training, constant after a warm-up.
   what the links carry is the same, so the steps are too. All other rows are whole trainings.
 - `diloco-{PERIOD}` is local SGD with DiLoCo's outer momentum (0.9, rate 0.7, Nesterov) that meets in every {PERIOD}
   steps, so as many bytes a step as at a ratio of {PERIOD}; `auto-40` and `ddp-auto-40` are ours as the README drops
-  them in, with a ratio that grows from 1 over 100 steps, which is most of what they send in a short training;
-  `auto-40-at-once` has `warmup_steps=0`.
+  them in; in `auto-40-warm-up` the ratio grows from 1 over 100 steps, which is most of what that sends in a short
+  training.
 
 All hosts share the cores of one machine, on which other programs may run at the same time: load is what wanted a core
 when a row ended. Compare rows of a cell with each other alone.

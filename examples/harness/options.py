@@ -19,7 +19,7 @@ def parser(description: str, *, steps: int, lr: float, batch_size: int) -> argpa
     add("--ratio", type=float, default=20.0, help="dense bytes over bytes sent, for sketch, sharded and topk")
     no_step_ahead = "take gradients at the model, not where what is unsent will have taken it"
     add("--no-anticipate", dest="anticipate", action="store_false", help=no_step_ahead)
-    add("--warmup-steps", type=int, default=100, help="steps in which the ratio grows from 1")
+    add("--warmup-steps", type=int, default=0, help="steps in which the ratio grows from 1")
     add("--steps", type=int, default=steps, help="optimizer steps")
     add("--lr", type=float, default=lr, help="learning rate, the same for all kinds of compression")
     add("--batch-size", type=int, default=batch_size, help="samples per rank and step")

@@ -179,7 +179,7 @@ class Sparsifier(Compressor):
     Attributes:
         ratio: bytes a dense float32 exchange sends over the bytes this one sends, at least 1, where
             everything is sent.
-        warmup_steps: the ratio grows from 1 to ``ratio`` in four stages over so many steps.
+        warmup_steps: the ratio grows from 1 to ``ratio`` in four stages over so many steps; 0 for ``ratio`` at once.
         schedule: the ratio of each step, in place of ``ratio`` and ``warmup_steps``; must give
             the same numbers on all ranks.
         tensor_power: p of `hvd_sketch.exchange.tensor_scales.TensorScales`, 0 to 1: what is sent is chosen by its
@@ -188,7 +188,7 @@ class Sparsifier(Compressor):
     """
 
     ratio: float = 40.0
-    warmup_steps: int = 100
+    warmup_steps: int = 0
     schedule: Schedule | None = field(default=None, repr=False)
     tensor_power: float = 0.0
     decay: float = 1.0

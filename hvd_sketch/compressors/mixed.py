@@ -21,4 +21,3 @@ class Mixed(Sharded):
     mixing: str | None = "dct"
     tensor_power: float = 0.7
     decay: float = 0.99
-    warmup_steps: int = 0

@@ -16,10 +16,10 @@ from hvd_sketch import gpu
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.error_feedback.ahead import Ahead, AheadOptimizer
 from hvd_sketch.error_feedback.base import ErrorFeedback, Wrapping
-from hvd_sketch.error_feedback.common_share import CommonShare, read_errors
 from hvd_sketch.error_feedback.factored_moments import FactoredMoments, MomentsObserver, check_adam
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
+from hvd_sketch.exchange.common_share import CommonShare, read_errors
 from hvd_sketch.methods.exchanging import ExchangingOptimizer
 from hvd_sketch.methods.flat import Flat, FlatParameters
 from hvd_sketch.methods.wiring import Wiring

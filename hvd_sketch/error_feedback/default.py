@@ -16,10 +16,10 @@ from hvd_sketch import stock
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.error_feedback.anticipate import Anticipate, Anticipation
 from hvd_sketch.error_feedback.base import ErrorFeedback
-from hvd_sketch.error_feedback.common_share import CommonShare
 from hvd_sketch.error_feedback.passes import Passes
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
+from hvd_sketch.exchange.common_share import CommonShare
 from hvd_sketch.exchange.gradients import watches
 from hvd_sketch.methods.flat import FlatParameters
 from hvd_sketch.methods.wrapper import HOROVODS_MODULE

@@ -13,10 +13,10 @@ import torch
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.error_feedback.ahead import Ahead, AheadOptimizer
 from hvd_sketch.error_feedback.base import ErrorFeedback, Wrapping
-from hvd_sketch.error_feedback.common_share import read_errors
 from hvd_sketch.error_feedback.undo import Undo
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
+from hvd_sketch.exchange.common_share import read_errors
 from hvd_sketch.exchange.gradients import watch
 from hvd_sketch.exchange.scaling import tell_scalers
 from hvd_sketch.methods.displacement import displacement_exchange

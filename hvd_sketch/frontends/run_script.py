@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--compression", choices=_COMPRESSIONS, default="auto")
     parser.add_argument("--ratio", type=float, default=40.0, help="dense bytes over bytes sent (default: 40)")
-    parser.add_argument("--warmup-steps", type=int, default=100, help="steps until the full ratio (default: 100)")
+    parser.add_argument("--warmup-steps", type=int, default=0, help="steps until the full ratio (default: 0)")
     parser.add_argument(
         "--clip-norm", type=float, default=1.0, help="clip each rank's gradient to this norm; 0 leaves it (default: 1)"
     )

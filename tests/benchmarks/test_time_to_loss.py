@@ -43,7 +43,7 @@ def test_models_have_the_size_that_their_name_says(model: str) -> None:
 @pytest.mark.skipif(bool(missing()), reason="; ".join(missing()) or "nothing is missing")
 @pytest.mark.timeout(300)
 def test_trainings_on_a_cluster_and_steps_composed_with_another_links_seconds(tmp_path: Path) -> None:
-    cells = rows.grid((2,), (1000.0,), ("transformer-0.3M",), ("horovod", "auto-40-at-once", "ddp-auto-40"), (0,))
+    cells = rows.grid((2,), (1000.0,), ("transformer-0.3M",), ("horovod", "auto-40", "ddp-auto-40"), (0,))
     file, effort = tmp_path / "rows.json", Effort(limit=90.0, steps=10, interval=5)
     try:
         rows.measure(cells, file, NAME, effort)
@@ -57,7 +57,7 @@ def test_trainings_on_a_cluster_and_steps_composed_with_another_links_seconds(tm
     assert dense["loss"] == dense["target"] == ours["target"]
     assert dense["bytes_per_rank"] / dense["steps"] > 10 * ours["bytes_per_rank"] / ours["steps"]
     assert [moment[0] for moment in ours["curve"]][:2] == [5, 10]
-    assert hooked["curve"][0][2] == pytest.approx(dense["curve"][0][2], rel=0.01), "warming up sends everything"
+    assert hooked["loss"] == pytest.approx(ours["loss"], rel=1e-3), "the same exchange by another door"
     assert found[slow]["steps"] == ours["steps"]
     assert found[slow]["composed"]
     report.write(found, tmp_path / "page.md")

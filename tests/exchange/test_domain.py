@@ -14,9 +14,9 @@ from hvd_sketch import Compression
 from hvd_sketch.comm import Communicator, SingleProcess
 from hvd_sketch.comm.in_process import run_in_process
 from hvd_sketch.compressors import Compressor
-from hvd_sketch.error_feedback.common_share import read_errors
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
+from hvd_sketch.exchange.common_share import read_errors
 from hvd_sketch.memory import Momentum
 from tests.support.compressors import BUCKETS, HALF, PLAIN, POWERSGD, SHARDED, TOPK, TOTAL, at_ratio_one
 from tests.support.simulation import Run, heavy_tailed, make, parameters, simulate, step

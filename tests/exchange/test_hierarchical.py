@@ -20,8 +20,8 @@ from hvd_sketch.comm.hosts import Asked, find_hosts
 from hvd_sketch.comm.in_process import InProcessGroup, run_in_process
 from hvd_sketch.comm.shared_memory import SharedMemory
 from hvd_sketch.compressors import Compressor
-from hvd_sketch.error_feedback.common_share import CommonShare
 from hvd_sketch.exchange import HierarchicalExchange
+from hvd_sketch.exchange.common_share import CommonShare
 from hvd_sketch.exchange.division import Division, Piece, divide
 from hvd_sketch.exchange.joining import stand_in
 from hvd_sketch.frontends.or_dense import OrDense

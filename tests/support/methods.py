@@ -79,6 +79,7 @@ METHODS: dict[str, Method] = {
     "local sgd, diloco": Method(
         meeting(hvd.LocalSGD, compression=TOPK, period=3, outer_momentum=0.3, momentum_sync="average"), adamw
     ),
+    "local sgd, anticipating": Method(meeting(hvd.LocalSGD, compression=SHARDED, period=3, anticipate=0.6), adamw),
     "overlap": Method(meeting(hvd.OverlapLocalSGD, period=3)),
     "cser": Method(
         meeting(hvd.CSER, gradients=STRIDE, errors=SHARDED, period=3),

@@ -22,7 +22,7 @@ LOCAL = "local SGD"
 METHODS: dict[str, Any] = {
     "dense": lambda setting: Method(),
     "sharded, anticipate": lambda ratio: Method(Compression.sharded(ratio=ratio, warmup_steps=0), Anticipate()),
-    "auto": lambda ratio: Method(Compression.auto(ratio=ratio)),
+    "auto, dense at first": lambda ratio: Method(Compression.auto(ratio=ratio, warmup_steps=100)),
     "sketch, anticipate": lambda ratio: Method(
         Compression.sketch(ratio=ratio, warmup_steps=0, in_turn=0.75, dense_below=0), Anticipate()
     ),

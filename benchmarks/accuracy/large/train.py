@@ -21,9 +21,9 @@ from hvd_sketch.comm import Communicator
 from hvd_sketch.comm.in_process import InProcessGroup
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.error_feedback.anticipate import respond
-from hvd_sketch.error_feedback.common_share import CommonShare, read_errors
 from hvd_sketch.error_feedback.factored_moments import MomentsObserver
 from hvd_sketch.exchange import DenseExchange, Exchange
+from hvd_sketch.exchange.common_share import CommonShare, read_errors
 from hvd_sketch.layout import Layout
 
 MOMENTS = 12

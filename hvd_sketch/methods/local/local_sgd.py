@@ -10,7 +10,8 @@ import torch
 
 from hvd_sketch.compressors.compression import Compression
 from hvd_sketch.errors import ConfigurationError
-from hvd_sketch.exchange import Exchange
+from hvd_sketch.exchange import DenseExchange, Exchange
+from hvd_sketch.exchange.common_share import CommonShare, read_errors
 from hvd_sketch.methods.displacement import displacement_exchange, layout_rule
 from hvd_sketch.methods.flat import Flat
 from hvd_sketch.methods.local.base import LocalSteps, Rhythm
@@ -26,6 +27,7 @@ class OuterOptions(TypedDict, total=False):
     outer_rate: float
     outer_momentum: float
     nesterov: bool
+    anticipate: float
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Outer:
     outer_rate: float = 1.0
     outer_momentum: float = 0.0
     nesterov: bool = True
+    anticipate: float = 0.0
 
     def __post_init__(self) -> None:
         if self.momentum_sync not in ("keep", "reset", "average"):
@@ -45,6 +48,8 @@ class Outer:
                 "outer_rate must be above 0 and outer_momentum in [0, 1), "
                 f"got {self.outer_rate} and {self.outer_momentum}"
             )
+        if not 0.0 <= self.anticipate <= 1.0:
+            raise ConfigurationError(f"anticipate must be in [0, 1], got {self.anticipate}")
 
 
 class LocalSGD(LocalSteps):
@@ -53,23 +58,27 @@ class LocalSGD(LocalSteps):
     With the model x of the last meeting, this rank's z_i after H more steps of any optimizer, and
     errors e_i in units of the update::
 
-        d_i = x - z_i + e_i          c_i = C(d_i)           e_i <- d_i - c_i
+        d_i = x - s_i - z_i + e_i    c_i = C(d_i)           e_i <- d_i - c_i
         q = mean_i c_i
         x <- x - r q                                        plain
-        a <- b a + q / lr,   x <- x - r lr a                outer momentum b (SlowMo)
-        a <- b a + q,        x <- x - r (q + b a)           with Nesterov (DiLoCo)
-        z_i <- x
+        u <- b u + q / lr,   x <- x - r lr u                outer momentum b (SlowMo)
+        u <- b u + q,        x <- x - r (q + b u)           with Nesterov (DiLoCo)
+        s_i = r a c e_i,     z_i <- x - s_i                 a = 0: all ranks begin at x
 
     SlowMo's momentum is in units of the gradient, so that it shrinks with the learning rate lr, each parameter's
-    own at the meeting; where lr is 0, a becomes ``b a`` and x moves by ``-r q``.
+    own at the meeting; where lr is 0, u becomes ``b u`` and x moves by ``-r q``.
+
+    Where ``anticipate``, a, is above 0, each rank begins ahead of x, where what it has not sent will in the end have
+    taken the model, as far as one rank can know: c is the share of e_i that the ranks have in common, measured for
+    every parameter, see `CommonShare`. Then ranks are at one model after `flush` alone, and not after every meeting.
 
     Without outer momentum and with r = 1, ``x - mean_i e_i`` moves by exactly ``-mean_i (x - z_i)``.
     ``Compression.sharded`` compresses the way down as well: double compression, with the server's
     error kept by each shard's owner. ``Compression.none`` is plain local SGD; FedAvg.
 
     Sent: what the compressor sends, once every H steps; with ``momentum_sync="average"`` the
-    optimizer's state besides, in float32. State: two vectors of the model's size and the
-    exchange's three, where the parameters are, and one with outer momentum.
+    optimizer's state besides, in float32; with ``anticipate`` what `CommonShare` sends. State: two vectors of the
+    model's size and the exchange's three, where the parameters are, and one each with outer momentum and anticipation.
     Sources: Gao, Xu, Huang, "On the convergence of communication-efficient local SGD for federated
     learning" (AAAI 2021); SlowMo, arXiv 1910.00643; DiLoCo, arXiv 2311.08105.
 
@@ -85,6 +94,7 @@ class LocalSGD(LocalSteps):
         outer_rate: r, 1 when not given.
         outer_momentum: b; 0 for none, as when not given.
         nesterov: which of the two outer momenta; DiLoCo's when not given.
+        anticipate: a, 0 to 1; 0 when not given.
 
     Raises:
         ConfigurationError: for settings out of range.
@@ -112,24 +122,52 @@ class LocalSGD(LocalSteps):
         exchange = displacement_exchange(compression, self._flat.layout, self._collectives, self._flat.device)
         exchange.log.notes.append(f"LocalSGD, in every {period} steps")
         self._own(exchange=exchange)
+        self._shares, self._ahead = CommonShare(), None
+        if self._outer.anticipate:
+            if isinstance(exchange, DenseExchange):
+                raise ConfigurationError("anticipate: with Compression.none nothing is unsent; leave it out")
+            self._ahead = self._flat.new()
+            self._shares.attach(exchange)
         self._velocity = self._flat.new() if self._outer.outer_momentum else None
         self._anchor = self._present()
 
     def _meet(self) -> None:
         anchor, moved = self._anchor.vector, self._live.vector
         self._flat.read(self._live)
-        self.exchange.submit_all(torch.sub(anchor, moved, out=moved))
+        torch.sub(anchor, moved, out=moved)
+        if self._ahead is not None:
+            moved.sub_(self._ahead.vector)
+        self.exchange.submit_all(moved)
         self.exchange.run()
         if math.isnan(float(self.exchange.update[0])):
             self.stats.skipped += 1
         else:
             moved.copy_(self.exchange.update)
             self._outer_step(self._live)
-        self._flat.write(self._anchor)
+        self._begin_round()
         if self._outer.momentum_sync == "reset":
             self.optimizer.state.clear()
         elif self._outer.momentum_sync == "average":
             self._average_optimizer()
+
+    def _begin_round(self) -> None:
+        """At x, or ahead of it."""
+        if self._ahead is None:
+            self._flat.write(self._anchor)
+            return
+        self._look_ahead(self._ahead)
+        torch.sub(self._anchor.vector, self._ahead.vector, out=self._live.vector)
+        self._flat.write(self._live)
+
+    def _look_ahead(self, ahead: Flat) -> None:
+        """How far ahead of x this rank begins, s_i."""
+        shares = self._shares.shares
+        if shares is None:  # ranks have not met yet
+            ahead.vector.zero_()
+            return
+        read_errors(self.exchange, ahead.vector)
+        factors = self._outer.outer_rate * self._outer.anticipate * shares.to(self._flat.dtype)
+        torch._foreach_mul_(ahead.views, list(factors.unbind()))
 
     def _outer_step(self, update: Flat) -> None:
         anchor, rate, factor = self._anchor.vector, self._outer.outer_rate, self._outer.outer_momentum
@@ -165,6 +203,8 @@ class LocalSGD(LocalSteps):
             torch._foreach_copy_(tensors, self._mean(*tensors))
 
     def _unsent(self, vector: torch.Tensor) -> None:
+        if self._ahead is not None:
+            vector.add_(self._ahead.vector)
         vector.sub_(self.exchange.in_model(self.exchange.memory.residual))
 
     def restart(self) -> None:
@@ -172,6 +212,8 @@ class LocalSGD(LocalSteps):
         self.exchange.reset()
         if self._velocity is not None:
             self._velocity.vector.zero_()
+        if self._ahead is not None:
+            self._ahead.vector.zero_()
         self._flat.read(self._anchor)
 
     def _own_state(self) -> dict[str, Any]:
@@ -187,3 +229,5 @@ class LocalSGD(LocalSteps):
         self._anchor.vector.copy_(state["anchor"])
         if self._velocity is not None:
             self._velocity.vector.copy_(state["velocity"])
+        if self._ahead is not None:
+            self._look_ahead(self._ahead)

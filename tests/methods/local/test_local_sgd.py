@@ -62,6 +62,45 @@ def test_the_model_less_the_errors_moves_by_the_mean_of_the_local_moves(
     assert bool(seen[0][-1].detail[0].any()) == (compressor is not Compression.none)
 
 
+@pytest.mark.parametrize("compressor", [TOPK, SHARDED], ids=["topk", "sharded"])
+def test_ranks_that_anticipate_begin_where_their_errors_will_have_taken_the_model(compressor: Any) -> None:
+    """And x less the errors moves by the mean of the local moves, as without: the lead is not sent."""
+    size, rate = 4, 0.7
+
+    def body(comm: Communicator, model: Model) -> Callable[[int], Any]:
+        sgd = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
+        optimizer = LocalSGD(sgd, model, comm, compression=compressor, period=3, outer_rate=rate, anticipate=0.5)
+
+        def step(number: int) -> Any:
+            optimizer.zero_grad()
+            loss(model, comm.rank, number).backward()
+            optimizer.step()
+            exchange = optimizer.exchange
+            errors, its_share = exchange.memory.residual.double().clone(), exchange.memory.residual.double().clone()
+            its_share[exchange.owned] /= size
+            anchor, shares = optimizer._anchor.vector.clone(), optimizer._shares.shares
+            return errors, its_share, anchor, shares, momenta(optimizer, model)
+
+        return step
+
+    seen = simulate(size, 12, body)
+    before, moved = torch.zeros(2050, dtype=torch.float64), torch.zeros(2050, dtype=torch.float64)
+    for number, steps in enumerate(zip(*seen, strict=True), start=1):
+        moved += LR * torch.stack([step.detail[4] for step in steps]).mean(0)
+        if number % 3:
+            continue
+        x, shares = steps[0].detail[2:4]
+        for step in steps:
+            its_share = step.detail[1]
+            assert torch.equal(step.detail[2], x)
+            lead = rate * 0.5 * torch.cat([shares[0] * its_share[:2000], shares[1] * its_share[2000:]])
+            torch.testing.assert_close(step.model, x - lead, rtol=1e-5, atol=1e-7)
+            assert lead.any()
+        after = x - rate * torch.stack([step.detail[0] for step in steps]).mean(0)
+        torch.testing.assert_close(after, before - rate * moved, rtol=0, atol=1e-5)
+        before, moved = after, torch.zeros_like(moved)
+
+
 def test_one_local_step_is_error_feedback() -> None:
     def body(comm: Communicator, model: Model) -> Callable[[int], Any]:
         sgd = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
@@ -234,6 +273,8 @@ def test_a_gradient_that_is_not_finite_is_left_out_on_its_rank_alone(scaled: boo
         {"momentum_sync": "forget"},
         {"outer_rate": 0.0},
         {"outer_momentum": 1.0},
+        {"anticipate": 1.5, "compression": TOPK},
+        {"anticipate": 0.5},  # of nothing
         {"compression": Compression.fp16},
         {"compression": Compression.topk(momentum=hvd_sketch.Momentum(0.9))},
     ],

@@ -10,8 +10,8 @@ from hvd_sketch import Compression
 from hvd_sketch.comm import Communicator
 from hvd_sketch.comm.in_process import run_in_process
 from hvd_sketch.compressors import Compressor
-from hvd_sketch.error_feedback.common_share import CommonShare
 from hvd_sketch.exchange import Exchange
+from hvd_sketch.exchange.common_share import CommonShare
 
 SHAPES = {"few": (3, 8), "many": (50, 40)}
 ROUNDING = 0.1

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_sketch.exchange import Exchange
+from hvd_sketch.exchange.base import Exchange
 from hvd_sketch.saved import Form, Maybe
 from hvd_sketch.sketch.narrow import CELLS, NarrowSketches
 
