@@ -8,9 +8,9 @@ from typing import Any
 from hvd_sketch.error_feedback.ahead import Ahead
 from hvd_sketch.error_feedback.anticipate import Anticipate, AnticipatingOptimizer, Anticipation
 from hvd_sketch.error_feedback.base import Wrapping
-from hvd_sketch.error_feedback.common_share import CommonShare
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
+from hvd_sketch.exchange.common_share import CommonShare
 from hvd_sketch.methods.delayed import DelayedOptimizer
 from hvd_sketch.methods.flat import Flat, FlatParameters
 from hvd_sketch.saved import Maybe, unfit
