@@ -22,9 +22,13 @@ LOCAL_PERIOD = 8
 
 
 def exchanged(
-    compression: Any, error_feedback: Anticipate | Default | None = None, hierarchical: Asked = None
+    compression: Any,
+    error_feedback: Anticipate | Default | None = None,
+    hierarchical: Asked = None,
+    *,
+    delayed: bool = False,
 ) -> Wrap:
-    """Gradients are exchanged in every step, by ranks or by hosts."""
+    """Gradients are exchanged in every step, by ranks or by hosts, and applied there or a step late."""
 
     def wrap(optimizer: torch.optim.Optimizer, model: nn.Module, comm: Communicator) -> Any:
         return hvd_sketch.DistributedOptimizer(
@@ -34,6 +38,7 @@ def exchanged(
             comm=comm,
             error_feedback=error_feedback,
             hierarchical=hierarchical,
+            delayed=delayed,
         )
 
     return wrap

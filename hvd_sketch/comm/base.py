@@ -110,6 +110,14 @@ class Communicator(ABC):
             "mpirun and give comm=MPI.COMM_WORLD of mpi4py, or start with torchrun, or give hierarchical=False"
         )
 
+    def apart(self) -> Communicator:
+        """Collective: the same ranks once more, to be used by another thread while this one is used as well.
+
+        Raises:
+            ConfigurationError: where the backend cannot.
+        """
+        return self.subgroup(range(self.size))
+
     @property
     def group(self) -> str:
         """A name for the ranks that take part, to tell process sets apart."""

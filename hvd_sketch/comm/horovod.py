@@ -194,6 +194,10 @@ class HorovodCommunicator(Communicator):
         made = {group: _process_set(group) for group in sorted(set(map(tuple, told)))}
         return HorovodCommunicator(made[tuple(sorted(ranks))], self.limit)
 
+    def apart(self) -> Communicator:
+        """Any thread may begin Horovod's operations, which go by their names."""
+        return HorovodCommunicator(self.process_set, self.limit)
+
     @property
     def group(self) -> str:
         """The number of the process set."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -15,7 +16,7 @@ from hvd_sketch.comm.base import Communicator, Pending
 from hvd_sketch.comm.delay import agreed_crossing
 from hvd_sketch.comm.patience import limit_of, wait_until
 from hvd_sketch.comm.roll_call import RollCall
-from hvd_sketch.errors import RankLostError
+from hvd_sketch.errors import ConfigurationError, RankLostError
 
 
 def _add_halves(incoming: Buffer, accumulated: Buffer, _datatype: MPI.Datatype) -> None:
@@ -30,6 +31,19 @@ _HALF = MPI.BYTE.Create_contiguous(2).Commit()
 _forsaken: dict[int, tuple[MPI.Request, Tensor, Tensor]] = {}
 """Collectives that nobody waits for any more, as when an optimizer is dropped; MPI still reads and writes there."""
 
+_letting_go = threading.Lock()
+
+
+def _let_go_of_forsaken() -> None:
+    """Of those that are through; not in two threads at a time, for a request is tested by one."""
+    if _letting_go.acquire(blocking=False):
+        try:
+            for number, forsaken in list(_forsaken.items()):
+                if forsaken[0].Test():
+                    del _forsaken[number]
+        finally:
+            _letting_go.release()
+
 
 class _Request(Pending):
     """MPI may move a message only while it is called, hence the polling. Keeps what is sent alive until it has."""
@@ -38,9 +52,7 @@ class _Request(Pending):
         super().__init__(result)
         self._request, self._sent = request, sent
         self._roll_call, self._number, self._what = roll_call, roll_call.begin(request), what
-        for number, forsaken in list(_forsaken.items()):
-            if forsaken[0].Test():
-                del _forsaken[number]
+        _let_go_of_forsaken()
 
     def __del__(self) -> None:
         if self._request:  # a null request, which is what one becomes in the end, is false
@@ -120,6 +132,20 @@ class MpiCommunicator(Communicator):
             return MpiCommunicator(part, self._limit)
         finally:
             part.Free()
+
+    def apart(self) -> Communicator:
+        """A duplicate, where MPI serves several threads.
+
+        Raises:
+            ConfigurationError: where it was initialised for one.
+        """
+        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            raise ConfigurationError(
+                "MPI was initialised without MPI_THREAD_MULTIPLE, so no thread can exchange while another one calls "
+                "MPI; import mpi4py before anything else initialises MPI, and leave mpi4py.rc.thread_level at "
+                "'multiple', or give delayed=False"
+            )
+        return MpiCommunicator(self._comm, self._limit)
 
     def reaches(self, device: torch.device) -> bool:
         """Host memory alone."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 
 from hvd_sketch.errors import ConfigurationError
 
@@ -15,6 +17,7 @@ _DEFAULT = 1800.0  # what torch.distributed has for Gloo and MPI
 _LOOK = 1e-3
 _EAGER = 1.0  # seconds of asking without a pause
 _PAUSE = 1e-4
+_thread = threading.local()
 
 
 def limit_of(timeout: float | None) -> float:
@@ -33,14 +36,27 @@ def limit_of(timeout: float | None) -> float:
     return limit
 
 
+@contextmanager
+def unhurried() -> Iterator[None]:
+    """Inside, waits of this thread leave the processor to others: it runs beside one that computes."""
+    _thread.pauses = True
+    try:
+        yield
+    finally:
+        _thread.pauses = False
+
+
 def wait_until(done: Callable[[], bool], look: Callable[[float], None], limit: float) -> bool:
     """Ask whether it is ``done()`` until it is; False after ``limit`` seconds.
 
-    At first without a pause, for what others compute comes any moment; after a second the processor is left to
-    others. Every millisecond ``look`` is told which share of the limit has passed, and may raise.
+    At first without a pause, unless `unhurried`, for what others compute comes any moment; after a second the
+    processor is left to others. Every millisecond ``look`` is told which share of the limit has passed, and may raise.
     """
     began = looked = time.monotonic()
+    pauses = getattr(_thread, "pauses", False)
     while not done():
+        if pauses:
+            time.sleep(_PAUSE)
         now = time.monotonic()
         if now - looked >= _LOOK:
             looked = now

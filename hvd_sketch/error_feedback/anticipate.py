@@ -85,13 +85,16 @@ class Anticipate(ErrorFeedback):
 
     def wrap(self, wrapping: Wrapping) -> AnticipatingOptimizer:
         """An `AnticipatingOptimizer` over the optimizer that exchanges gradients."""
-        shares, wiring = CommonShare(), replace(wrapping.wiring, note=f"error_feedback={self}")
+        shares = CommonShare()
+        return AnticipatingOptimizer(wrapping, self.wiring(wrapping, shares), partial(self._ahead_of, shares))
+
+    def wiring(self, wrapping: Wrapping, shares: CommonShare) -> Wiring:
+        """How it is connected: with what it measures."""
+        wiring = replace(wrapping.wiring, note=f"error_feedback={self}")
         if self.second_moments is None:
-            wiring = replace(wiring, followers=[shares])
-        else:
-            moments = MomentsObserver(self.second_moments, wrapping.named)
-            wiring = replace(wiring, followers=[shares, moments], before_step=moments.lend)
-        return AnticipatingOptimizer(wrapping, wiring, partial(self._ahead_of, shares))
+            return replace(wiring, followers=[shares])
+        moments = MomentsObserver(self.second_moments, wrapping.named)
+        return replace(wiring, followers=[shares, moments], before_step=moments.lend)
 
     def _ahead_of(self, shares: CommonShare, optimizer: AnticipatingOptimizer, flat: FlatParameters) -> Ahead:
         return Anticipation(optimizer, optimizer.its_exchange, flat, shares, self.coefficient)
@@ -110,7 +113,7 @@ class AnticipatingOptimizer(AheadOptimizer, ExchangingOptimizer):
         self,
         wrapping: Wrapping,
         wiring: Wiring,
-        ahead_of: Callable[[AnticipatingOptimizer, FlatParameters], Ahead],
+        ahead_of: Callable[[Any, FlatParameters], Ahead],
     ) -> None:
         super().__init__(wrapping.optimizer, wrapping.named, wiring)
         flat = FlatParameters(self._named, wrapping.layout, next(iter(self._named.values())).device)
@@ -131,17 +134,17 @@ class AnticipatingOptimizer(AheadOptimizer, ExchangingOptimizer):
     def synchronize(self) -> None:
         """Exchange the step's gradients, at x; see `ExchangingOptimizer`."""
         self._passes.finish()
-        ExchangingOptimizer.synchronize(self)
+        super().synchronize()
 
     def memory_state_dict(self) -> dict[str, Any]:
         """What this rank has not sent yet; save it on every rank, beside ``state_dict()``."""
         self.refuse_saving()
-        return ExchangingOptimizer.memory_state_dict(self)
+        return super().memory_state_dict()
 
     def gradient_computed(self, parameter: Tensor) -> None:
         """Called by backward."""
         super().gradient_computed(parameter)
-        ExchangingOptimizer.gradient_computed(self, parameter)
+        super(AheadOptimizer, self).gradient_computed(parameter)
 
 
 class Anticipation(Ahead):
@@ -186,15 +189,23 @@ class Anticipation(Ahead):
 
     def point(self, ahead: Flat) -> None:
         """By P of what is unsent behind x."""
-        read_errors(self._exchange(), self._moved.vector)
-        if self._shares.shares is not None:
-            factors = self._coefficient * self._shares.shares.to(self.flat.dtype)
-            torch._foreach_mul_(self._moved.views, list(factors.unbind()))
+        self._read(self._moved)
         errors = dict(zip(self.flat.parameters, self._moved.views, strict=True))
         for group in self._optimizer.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter in errors]
             respond(self._optimizer, group, parameters, [errors[parameter] for parameter in parameters])
         ahead.vector.sub_(self._moved.vector)
+
+    def _read(self, into: Flat) -> None:
+        """Copy a c e."""
+        read_errors(self._exchange(), into.vector)
+        self._weigh(into)
+
+    def _weigh(self, errors: Flat) -> None:
+        """Replace e by a c e."""
+        if self._shares.shares is not None:
+            factors = self._coefficient * self._shares.shares.to(self.flat.dtype)
+            torch._foreach_mul_(errors.views, list(factors.unbind()))
 
 
 def _rate(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:

@@ -125,7 +125,7 @@ class Exchange(Progress):
         self.staging.put_all(vector)
 
     def run(self) -> None:
-        """Exchange the step's gradients; afterwards `update` is the same on all ranks.
+        """Exchange the step's gradients, `begin` and `complete` in one; afterwards `update` is the same on all ranks.
 
         Raises:
             RankMismatchError: alike on all ranks, when they differ in settings, parameters, the last update or
@@ -134,7 +134,31 @@ class Exchange(Progress):
             ConfigurationError: alike on all ranks, when any of them called `fail_together`; or while the caller
                 captures a CUDA graph.
         """
-        self._begin()
+        self.begin()
+        self.complete()
+
+    def begin(self) -> None:
+        """What comes before a step's messages, and looks at what is the caller's: schedule, parameters, optimizer.
+
+        Nothing is held then, what is missing is known, and the ranks agree on what they train.
+        """
+        refuse_capture(self.gradient.device)
+        self._update.hold()
+        self._absent.clear()
+        self.comm.occupation = f"step {self.step}"
+        self._missing = {*self.staging.close(), *self.only_decay}
+        self.rounds.incomplete = bool(self._missing or self.frozen)
+        if not self.agreed:
+            with self.stats.counting(self.comm):
+                self._told_void = False
+                self._agree()
+                self.comm.look_at_links()
+            self.log.begin_step(self.stats)
+        if self.comm.size > 1:
+            self.rounds.digest = self.drift.lanes(self.step, self.own_state(), self.sizes(), self.gradient.device)
+
+    def complete(self) -> None:
+        """The step that was begun; it may run in another thread, while the caller leaves the exchange alone."""
         with self.stats.counting(self.comm):
             clip, finite = self._measured or self.measure()
             self.stats.clip, compressed = clip, self.plan is not None
@@ -258,23 +282,6 @@ class Exchange(Progress):
         self.staging.forget()
         self.rounds.fail_together(None)
         self._refused, self._loaded_at = False, None
-
-    def _begin(self) -> None:
-        """What comes before the messages: nothing is held, what is missing is known, and the ranks agree."""
-        refuse_capture(self.gradient.device)
-        self._update.hold()
-        self._absent.clear()
-        self.comm.occupation = f"step {self.step}"
-        self._missing = {*self.staging.close(), *self.only_decay}
-        self.rounds.incomplete = bool(self._missing or self.frozen)
-        if not self.agreed:
-            with self.stats.counting(self.comm):
-                self._told_void = False
-                self._agree()
-                self.comm.look_at_links()
-            self.log.begin_step(self.stats)
-        if self.comm.size > 1:
-            self.rounds.digest = self.drift.lanes(self.step, self.own_state(), self.sizes(), self.gradient.device)
 
     def _note_step(self) -> None:
         """A step of all ranks was taken."""

@@ -92,12 +92,12 @@ def _scale_of(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> fl
     return 1.0 if state is not None and state["stage"] is not OptState.READY else float(scaler.get_scale())
 
 
-def tell_scalers(optimizer: torch.optim.Optimizer) -> None:
-    """Make the scaler that steps this optimizer, if one does, lower its scale, although gradients here are finite."""
+def tell_scalers(optimizer: torch.optim.Optimizer, *, void: bool = True) -> None:
+    """Make the scaler that steps this optimizer, if one does, lower its scale or not, whatever gradients here are."""
     for scaler in instances_of(GradScaler) if "found_inf" in vars(optimizer) else ():
         state = _state_of(scaler, optimizer)
         for found in () if state is None else state["found_inf_per_device"].values():
-            found.fill_(1.0)
+            found.fill_(float(void))
 
 
 def _scalers_in_use() -> list[GradScaler]:

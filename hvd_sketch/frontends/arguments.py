@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import Tensor
 from hvd_sketch.comm.hosts import Asked
 from hvd_sketch.compatibility import check_momentum
 from hvd_sketch.compressors import Compressor, HalfPrecision, NoCompression
+from hvd_sketch.error_feedback.anticipate import Anticipate
 from hvd_sketch.error_feedback.base import ErrorFeedback
 from hvd_sketch.error_feedback.step_ahead import StepAhead
 from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.schedules.base import AdaptiveSchedule
 
 Average, Sum = 0, 1  # Horovod's own numbers
 _OTHER_OPS = {2: "Adasum", 3: "Min", 4: "Max", 5: "Product"}
@@ -71,6 +74,35 @@ def check_hierarchical(asked: Asked, compression: Any, feedback: ErrorFeedback |
             f"not work with {unfit}; leave it away"
         )
     return False
+
+
+def check_delayed(
+    optimizer: torch.optim.Optimizer, compression: Any, feedback: ErrorFeedback | None, resync_every: int
+) -> None:
+    """What is wrong where gradients are one step late.
+
+    Raises:
+        ConfigurationError: naming the argument, and what helps.
+    """
+    schedule = getattr(compression, "schedule", None)
+    devices = {parameter.device.type for group in optimizer.param_groups for parameter in group["params"]}
+    anticipates = feedback is None or (isinstance(feedback, Anticipate) and feedback.second_moments is None)
+    problems = {
+        f"is for parameters on processors so far, and some are on {max(devices)}; leave it away": devices != {"cpu"},
+        f"goes with error_feedback=Anticipate() or None, not with {feedback}": not anticipates,
+        "exchanges whole steps: leave buckets at 1": getattr(compression, "buckets", 1) > 1,
+        "does not go with a decay below 1, which looks at the learning rate while that changes; leave decay at 1":
+            getattr(compression, "decay", 1.0) < 1.0,
+        "does not go with a schedule that looks at the learning rate while that changes; give it no learning_rate":
+            isinstance(schedule, AdaptiveSchedule) and schedule.looks_outside,
+        "does not go with resync_every, which changes parameters while they are used; leave one of them away":
+            resync_every > 0,
+        "does not go with elastic training, whose ranks come and go with a gradient in flight; leave it away":
+            os.environ.get("HOROVOD_ELASTIC") == "1",
+    }  # fmt: skip
+    for problem, is_there in problems.items():
+        if is_there:
+            raise ConfigurationError(f"delayed=True {problem}")
 
 
 def unfit_for_shards(compression: Any, feedback: ErrorFeedback | None, **others: bool) -> dict[str, bool]:

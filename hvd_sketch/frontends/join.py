@@ -14,6 +14,7 @@ from hvd_sketch.exchange.gradients import Watcher, watchers
 from hvd_sketch.exchange.joining import stand_in
 from hvd_sketch.instances import instances_of
 from hvd_sketch.methods.decentralized import Decentralized
+from hvd_sketch.methods.delayed import DelayedOptimizer
 
 
 def join(device: int = -1) -> int:
@@ -34,9 +35,11 @@ def join(device: int = -1) -> int:
         the rank that was the last to join.
 
     Raises:
-        ConfigurationError: for an optimizer of a process set, to whose ranks Horovod would not answer.
+        ConfigurationError: for an optimizer of a process set, to whose ranks Horovod would not answer, and for one
+            with a gradient in flight.
     """
     _refuse_models_of_their_own()
+    _refuse_gradients_in_flight()
     optimizers = watchers()
     exchanges = [optimizer.exchange for optimizer in optimizers.values()]
     by_name = [_answers_by_name(exchange) for exchange in exchanges]
@@ -58,6 +61,15 @@ def _refuse_models_of_their_own() -> None:
         raise ConfigurationError(
             f"hvd.join() cannot stand in for a rank that trains with {type(found).__name__}, where every rank has "
             "a model of its own; give all ranks equally many steps"
+        )
+
+
+def _refuse_gradients_in_flight() -> None:
+    gc.collect()
+    if instances_of(DelayedOptimizer):
+        raise ConfigurationError(
+            "hvd.join() cannot stand in for a rank whose optimizer has delayed=True, for a gradient of it is in "
+            "flight; give all ranks equally many steps, or leave delayed away"
         )
 
 

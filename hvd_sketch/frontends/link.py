@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 from hvd_sketch.comm import Communicator, as_communicator, default_communicator, is_connected
@@ -20,6 +21,7 @@ class Link:
         comm: the user's, if there is one.
         process_set: Horovod's, if there is one.
         asked: whether there are to be groups of ranks.
+        apart: whether they are used by a thread of their own.
 
     Attributes:
         hosts: the groups of ranks that share a memory; None where each has its own.
@@ -29,10 +31,10 @@ class Link:
         ConfigurationError: for groups that cannot be had.
     """
 
-    def __init__(self, comm: Any, process_set: Any, asked: Asked = False) -> None:
+    def __init__(self, comm: Any, process_set: Any, asked: Asked = False, *, apart: bool = False) -> None:
         self._explicit = comm is not None
-        self._process_set, self._asked = process_set, asked
-        self._comm: Communicator | None = as_communicator(comm) if comm is not None else None
+        self._process_set, self._asked, self._apart = process_set, asked, apart
+        self._comm: Communicator | None = self._of_its_own(as_communicator(comm)) if comm is not None else None
         self.hosts: Hosts | None = None
         self.note = ""
         if is_connected():
@@ -50,13 +52,16 @@ class Link:
 
     def __reduce__(self) -> Any:
         """What is loaded from a pickle trains with whatever ranks there are then."""
-        return Link, (None, None, self._asked)
+        return partial(Link, apart=self._apart), (None, None, self._asked)
 
     def communicator(self) -> Communicator:
         """The ranks to exchange with."""
         if self._comm is None:
-            self._comm = default_communicator(self._process_set)
+            self._comm = self._of_its_own(default_communicator(self._process_set))
         return self._comm
+
+    def _of_its_own(self, comm: Communicator) -> Communicator:
+        return comm.apart() if self._apart and comm.included else comm
 
     def is_active(self) -> bool:
         """Whether there is anybody to exchange with, or the caller insists."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -16,14 +16,17 @@ from hvd_sketch.comm.launcher import check_not_alone
 from hvd_sketch.compatibility import check_groups, correction_of
 from hvd_sketch.compressors import Compression, Compressor, HalfPrecision, NoCompression
 from hvd_sketch.error_feedback.ahead import AheadOptimizer
+from hvd_sketch.error_feedback.anticipate import Anticipate
 from hvd_sketch.error_feedback.base import ErrorFeedback, Wrapping, check_error_feedback
 from hvd_sketch.error_feedback.default import Default, settle
+from hvd_sketch.error_feedback.delayed import DelayedAnticipatingOptimizer, wrap_delayed
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import DenseExchange, Exchange
 from hvd_sketch.frontends.arguments import (
     Average,
     check_arguments,
     check_compression,
+    check_delayed,
     check_hierarchical,
     named_of,
     unfit_for_shards,
@@ -33,6 +36,7 @@ from hvd_sketch.frontends.grouped import grouped
 from hvd_sketch.frontends.link import Link
 from hvd_sketch.layout import Layout
 from hvd_sketch.memory import Momentum
+from hvd_sketch.methods.delayed import DelayedOptimizer
 from hvd_sketch.methods.exchanging import ExchangingOptimizer
 from hvd_sketch.methods.wiring import HorovodOptimizer, Wiring
 from hvd_sketch.shards import Shards, check_shards, is_sharded, local_parts
@@ -56,6 +60,40 @@ class Options(TypedDict, total=False):
     hierarchical: Asked
 
 
+class OptionsAndDelay(Options, total=False):
+    """With the one that is told by what it returns, where its value is known."""
+
+    delayed: bool
+
+
+@overload
+def DistributedOptimizer(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+    compression: Uncompressed | Compressor = Compression.none,
+    backward_passes_per_step: int = 1,
+    op: int = Average,
+    *,
+    delayed: Literal[True],
+    error_feedback: Default | None = Default.OF_COMPRESSION,
+    **options: Unpack[Options],
+) -> DelayedOptimizer: ...
+
+
+@overload
+def DistributedOptimizer(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+    compression: Compressor = ...,
+    backward_passes_per_step: int = 1,
+    op: int = Average,
+    *,
+    delayed: Literal[True],
+    error_feedback: ErrorFeedback,
+    **options: Unpack[Options],
+) -> DelayedAnticipatingOptimizer: ...
+
+
 @overload
 def DistributedOptimizer(
     optimizer: torch.optim.Optimizer,
@@ -65,7 +103,7 @@ def DistributedOptimizer(
     op: int = Average,
     *,
     error_feedback: Default | None = Default.OF_COMPRESSION,
-    **options: Unpack[Options],
+    **options: Unpack[OptionsAndDelay],
 ) -> HorovodOptimizer: ...
 
 
@@ -78,7 +116,7 @@ def DistributedOptimizer(
     op: int = Average,
     *,
     error_feedback: Default | None = Default.OF_COMPRESSION,
-    **options: Unpack[Options],
+    **options: Unpack[OptionsAndDelay],
 ) -> ExchangingOptimizer: ...
 
 
@@ -91,7 +129,7 @@ def DistributedOptimizer(
     op: int = Average,
     *,
     error_feedback: ErrorFeedback,
-    **options: Unpack[Options],
+    **options: Unpack[OptionsAndDelay],
 ) -> AheadOptimizer: ...
 
 
@@ -114,6 +152,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     resync_every: int = 0,
     error_feedback: ErrorFeedback | Default | None = Default.OF_COMPRESSION,
     hierarchical: Asked = None,
+    delayed: bool = False,
 ) -> HorovodOptimizer | AheadOptimizer:
     """Wrap an optimizer so that its steps use the gradients of all ranks.
 
@@ -157,6 +196,8 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
             `HierarchicalExchange`. None for yes where there are several hosts with equally many ranks, more than
             one, connected by mpi4py, torch.distributed, or Horovod with ``HOROVOD_DYNAMIC_PROCESS_SETS=1``; True to
             insist; a number for groups of so many ranks in a row; False for one memory a rank.
+        delayed: exchange a step's gradients while the next one's are computed, and apply them one step late: see
+            `DelayedOptimizer`, which the result is then. After the last step call its ``finish()`` on all ranks.
 
     Raises:
         ConfigurationError: when a setting cannot work, before any communication.
@@ -169,10 +210,12 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     compression, feedback = settle(
         compression, optimizer, error_feedback, averages=op == Average, corrects=momentum_correction
     )
+    if delayed:
+        check_delayed(optimizer, compression, feedback, resync_every)
     if feedback is not None:
         check_error_feedback(feedback, optimizer, compression, averages=op == Average, corrects=momentum_correction)
     asked = check_hierarchical(hierarchical, compression, feedback)
-    if comm is None and chosen_backend() == "horovod" and not isinstance(compression, Compressor):
+    if comm is None and chosen_backend() == "horovod" and not isinstance(compression, Compressor) and not delayed:
         return _stock_optimizer(
             optimizer,
             named_parameters=named_parameters,
@@ -190,10 +233,13 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     corrects = momentum_correction and isinstance(compression, Compressor)
     correction = correction_of(optimizer, masking=momentum_masking) if corrects else None
     named = named_of(optimizer, named_parameters)
-    unfit = unfit_for_shards(compression, feedback, sparse_as_dense=sparse_as_dense, hierarchical=bool(asked))
+    unfit = unfit_for_shards(
+        compression, feedback, sparse_as_dense=sparse_as_dense, hierarchical=bool(asked), delayed=delayed
+    )
     check_shards(named, comm, unfit)
     _layout(compression, [item for item in named if item[1].requires_grad])  # fails now, not in the first step
-    link = Link(comm, process_set, False if any(is_sharded(parameter) for _, parameter in named) else asked)
+    sharded = any(is_sharded(parameter) for _, parameter in named)
+    link = Link(comm, process_set, False if sharded else asked, apart=delayed)
     wiring = Wiring(
         make_exchange=partial(_exchange, compression, link, op == Average),
         is_active=link.is_active,
@@ -205,16 +251,13 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         attributes={"op": op, "process_set": process_set, "_groups": groups, "sparse_as_dense": sparse_as_dense},
     )
     if feedback is None:
-        return ExchangingOptimizer(optimizer, named, wiring)
-    return feedback.wrap(
-        Wrapping(
-            optimizer=optimizer,
-            named=named,
-            compression=compression,
-            communicator=link.communicator,
-            wiring=wiring,
-        )
+        return DelayedOptimizer(optimizer, named, wiring) if delayed else ExchangingOptimizer(optimizer, named, wiring)
+    wrapping = Wrapping(
+        optimizer=optimizer, named=named, compression=compression, communicator=link.communicator, wiring=wiring
     )
+    if delayed and isinstance(feedback, Anticipate):
+        return wrap_delayed(feedback, wrapping)
+    return feedback.wrap(wrapping)
 
 
 def _exchange(

@@ -92,6 +92,11 @@ class AdaptiveSchedule(ABC):
 
     _attached = False
 
+    @property
+    def looks_outside(self) -> bool:
+        """Whether it reads, in `Exchange.complete`, what is the caller's, such as an optimizer's learning rate."""
+        return False
+
     def attach(self, exchange: Exchange) -> None:
         """Follow an exchange from now on.
 

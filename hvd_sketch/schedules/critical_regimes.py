@@ -70,6 +70,11 @@ class CriticalRegimes(AdaptiveSchedule):
         self._sum = torch.empty(0, dtype=torch.float32, device="cpu")
         self._parts: list[slice] = []
 
+    @property
+    def looks_outside(self) -> bool:
+        """At the learning rate, where it is given."""
+        return self._learning_rate is not None
+
     def attach(self, exchange: Exchange) -> None:
         """Follow an exchange from now on; see `AdaptiveSchedule.attach`."""
         super().attach(exchange)

@@ -91,10 +91,10 @@ class SketchExchange(Exchange):
         begun = len(self._firsts)
         return begun > 0 and self.layout.slots[position].offset < self.layout.buckets[begun - 1].stop
 
-    def run(self) -> None:
+    def complete(self) -> None:
         """As for every `Exchange`."""
         try:
-            super().run()
+            super().complete()
         finally:
             self._firsts.clear()
             if self.absent:
