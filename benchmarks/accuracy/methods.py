@@ -162,5 +162,5 @@ def way_of(method: str) -> str:
 
 
 def suits(method: str, task: str) -> bool:
-    """Whether a task's optimizer is one that a method knows."""
-    return method != FACTORED or task.endswith("adamw")
+    """Whether a task's optimizer is one that a method knows; DeMo's steps are signs, at a rate as Adam's."""
+    return method not in (FACTORED, "DeMo") or task.endswith("adamw")

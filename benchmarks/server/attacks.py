@@ -81,10 +81,10 @@ ATTACKS = ("label flip", "sign x 10", "Gaussian", "ALIE", "IPM")
 
 
 class Honest:
-    """What honest workers sent last."""
+    """What honest workers sent last, a row each."""
 
-    def __init__(self, count: int) -> None:
-        self._rows = torch.zeros(WORKERS, count)
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows
 
     def of(self, worker: int) -> Transform:
         """Puts an honest update down."""
@@ -113,6 +113,12 @@ def attack_of(name: str, honest: Honest, hostile: int, seed: int) -> Transform:
     return attacks[name]
 
 
+def share_of(number: int, *, flipped: bool) -> Digits:
+    """A worker's data."""
+    share = split().workers.at(slice(number, None, WORKERS))
+    return Digits(share.images, flip_labels(share.labels, CLASSES)) if flipped else share
+
+
 class Workers:
     """The workers' side of the protocol.
 
@@ -123,11 +129,9 @@ class Workers:
 
     def __init__(self, cell: Row, layout: Layout) -> None:
         hostile, attack, seed = cell["hostile"], cell["attack"], cell["seed"]
-        shares = [split().workers.at(slice(number, None, WORKERS)) for number in range(WORKERS)]
         bad = range(WORKERS - hostile, WORKERS)
-        for number in bad if attack == "label flip" else ():
-            shares[number] = Digits(shares[number].images, flip_labels(shares[number].labels, CLASSES))
-        honest, rate = Honest(layout.total), RATES.get(cell["rule"], SYNCHRONOUS_RATE)
+        shares = [share_of(number, flipped=attack == "label flip" and number in bad) for number in range(WORKERS)]
+        honest, rate = Honest(torch.zeros(WORKERS, layout.total)), RATES.get(cell["rule"], SYNCHRONOUS_RATE)
         self._outgoing = [
             attack_of(attack, honest, hostile, number) if number in bad else honest.of(number)
             for number in range(WORKERS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import sys
 import time
 from contextlib import suppress
 from enum import StrEnum
@@ -163,10 +164,20 @@ def _set_status(error: BaseException) -> None:
         set_abort_status(error)
 
 
+def _horovod_ends_mpi() -> bool:
+    """Whether Horovod runs on MPI: it ends it on all ranks, in a thread of its own, as soon as one is through.
+
+    Who waits then knows by that, and to send anything meanwhile would crash.
+    """
+    horovod = sys.modules.get("horovod.torch")
+    return horovod is not None and bool(horovod.is_initialized() and horovod.mpi_enabled())
+
+
 @atexit.register
 def _leave() -> None:
-    for roll_call in _roll_calls:
-        roll_call.leave()
+    if ending.failure or not _horovod_ends_mpi():
+        for roll_call in _roll_calls:
+            roll_call.leave()
     if not ending.failure:
         for roll_call in _roll_calls:
             roll_call.finish()

@@ -32,7 +32,7 @@ def table() -> list[Cell]:
     """Every number of hosts, rate and model for which all three were measured."""
     cells: dict[tuple[object, ...], Cell] = {}
     for row in json.loads(MEASURED.read_text()):
-        if row["method"] not in METHODS or row["params"] is None:
+        if row["method"] not in METHODS or row["params"] is None or row.get("series"):
             continue
         hosts = row["hosts"]
         conditions = Conditions(
