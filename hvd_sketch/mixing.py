@@ -97,7 +97,8 @@ def check_mixing(kind: str | None) -> None:
         raise ConfigurationError(f"mixing must be {', '.join(map(repr, _KINDS))} or None, got {kind!r}")
 
 
-def _largest_divisor(length: int) -> int:
+def largest_divisor(length: int) -> int:
+    """Of a side, up to `LARGEST`: the side of its blocks."""
     return max((size for size in range(1, LARGEST + 1) if length % size == 0), default=1)
 
 
@@ -138,7 +139,7 @@ def _hadamard(values: Tensor, inverse: bool) -> Tensor:
 
 
 _KINDS: dict[str, tuple[Callable[[int], int], Callable[[Tensor, bool], Tensor]]] = {
-    "dct": (_largest_divisor, _cosine),
+    "dct": (largest_divisor, _cosine),
     "hadamard": (_largest_power_of_two, _hadamard),
 }
 """The size of a side's blocks, and the transform."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.comm import Communicator
-from hvd_sketch.mixing import LARGEST, cosines
+from hvd_sketch.mixing import cosines, largest_divisor
 
 
 class Blocks:
@@ -27,7 +27,7 @@ class Blocks:
         numel = math.prod(shape)
         self._shape, self._rows = tuple(shape), shape[0] if len(shape) > 1 else 1
         self._cols = numel // self._rows
-        self._a, self._b = _largest_divisor(self._rows), _largest_divisor(self._cols)
+        self._a, self._b = largest_divisor(self._rows), largest_divisor(self._cols)
         self.numel = self._a * self._b
         self.count = numel // self.numel
         self.width = max(1, math.ceil(math.log2(self.numel)))
@@ -219,7 +219,3 @@ def _valued(sizes: Tensor, large: Tensor, signs: Tensor) -> Tensor:
 def _bits_a_parameter(ratio: float, ranks: int) -> float:
     """That an allgather may have for every parameter, at this ratio to a dense allreduce in a ring."""
     return 2 * 32 / ratio / ranks
-
-
-def _largest_divisor(length: int) -> int:
-    return next(size for size in range(min(LARGEST, length), 0, -1) if length % size == 0)

@@ -13,7 +13,7 @@ import random
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import hvd_sketch as hvd
 from benchmarks.server import attacks, classes, rows
 from benchmarks.server.digits import Digits, accuracy, loss_of, network, split
+from benchmarks.server.link import clock
 from benchmarks.server.rows import Row
 from benchmarks.server.straggler import HORIZON, SLOW, WORKERS
 from hvd_sketch.methods.server import FedAsync, Mean, Plain
@@ -129,13 +130,6 @@ def _train(comm: Any, cell: Row) -> Row:
     seldom = test.labels >= classes.RARE
     with optimizer.server_model() as served:
         return {"rare": accuracy(served, test.at(seldom)), "common": accuracy(served, test.at(~seldom))}
-
-
-def clock(seconds: float) -> Iterator[None]:
-    """Until the time is over."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        yield
 
 
 def cells(seeds: list[int]) -> list[tuple[str, Row]]:
