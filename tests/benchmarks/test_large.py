@@ -75,7 +75,7 @@ def test_a_training_ends_when_its_time_is_over(plan: Plan) -> None:
 
 
 def test_rows_are_kept_and_what_is_missing_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = {name: command.METHODS[name] for name in ("dense", "sharded", "powersgd", "local SGD")}
+    few = {name: command.METHODS[name] for name in ("dense", "soft sign, mixed by dct", "powersgd", "local SGD")}
     monkeypatch.setattr(command, "METHODS", few)
     out = tmp_path / "large.json"
     arguments = ["--small", "--device", "cpu", "--ranks", "2", "--steps", "9", "--out", str(out)]
