@@ -309,7 +309,7 @@ def test_collectives_of_the_devices_tensors(seen: list[dict[str, Any]]) -> None:
     assert set(of_all(seen, "collectives")) == {"as they are defined"}
 
 
-def test_collectives_of_a_group_with_two_backends(one: list[dict[str, Any]]) -> None:
+def test_collectives_of_a_group_with_both_backends(one: list[dict[str, Any]]) -> None:
     assert of_all(one, "of both") == ["as they are defined"]
 
 
@@ -346,7 +346,7 @@ def test_mixed_precision_trains_one_model(seen: list[dict[str, Any]], dtype: str
         assert (skipped > 0) == (dtype == "float16")
 
 
-def test_uneven_data_end_in_one_model(two: list[dict[str, Any]]) -> None:
+def test_uneven_data_of_two_ranks_end_in_one_model(two: list[dict[str, Any]]) -> None:
     ends = of_all(two, "uneven")
     assert [end.steps for end in ends] == [STEPS, STEPS]
     assert torch.equal(ends[0].parameters, ends[1].parameters)
@@ -355,7 +355,7 @@ def test_uneven_data_end_in_one_model(two: list[dict[str, Any]]) -> None:
     check_balance(ends, computed)
 
 
-def test_a_parameter_of_its_own_is_told_to_all(two: list[dict[str, Any]]) -> None:
+def test_a_parameter_of_its_own_is_told_to_two_ranks(two: list[dict[str, Any]]) -> None:
     (step, text), other = of_all(two, "drifting")
     assert (step, text) == other
     assert 4 <= step < 4 + PERIOD
