@@ -284,3 +284,16 @@ def test_nothing_waits_for_the_gpu() -> None:
             torch.cuda.set_sync_debug_mode("error")
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+def test_what_is_recorded_chooses_as_what_is_not_on_a_gpu() -> None:
+    from hvd_sketch.sketch import cuda
+
+    sketch = CountSketch(1_000_000, 3, 10_000, device="cuda")
+    for seed in range(6):  # the fourth and later ones are replayed; the fifth has many equal estimates
+        sketch.reset(seed)
+        sketch.add((numbers(1_000_000, seed) if seed != 4 else torch.ones(1_000_000)).cuda())
+        expected = cuda.top_k(sketch.geometry, seed, sketch.table, 5000)
+        for ours, theirs in zip(sketch.top_k(5000), expected, strict=True):
+            assert torch.equal(ours, theirs)
