@@ -37,11 +37,12 @@ from hvd_sketch.sparse.cuda_kernels import COLLECTED, FIELDS, HIGH, LOW
 
 _PROGRAMS = 4096
 """As many as keep a large GPU busy."""
-_LANES = 512
+_LANES = 1024
 _PART, _NARROWEST = 128, 32
 """Columns of a program that adds, at most and at least."""
-_AHEAD = 4
-_TOGETHER = 64
+_AHEAD = 2
+"""Chunks whose values are on their way at once."""
+_TOGETHER = 32
 _SAMPLE = 64
 _MARGIN = 1.2
 _COPIES = 8
