@@ -7,9 +7,7 @@ In one process, as `benchmarks.server.straggler`.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from benchmarks.server import rows
@@ -65,13 +63,8 @@ def run(cell: Row) -> Row:
 
 def main() -> None:
     """Measure what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--results", type=Path, default=rows.RESULTS)
-    options = parser.parse_args()
-    cells: list[Row] = [{"method": method, "seed": seed} for seed in options.seeds for method in METHODS]
-    for cell in rows.missing("classes", cells, options.results):
-        rows.add("classes", cell, run(cell), options.results)
+    options = rows.parser(__doc__).parse_args()
+    rows.fill("classes", rows.grid(seed=options.seeds, method=METHODS), run, options.results)
 
 
 if __name__ == "__main__":

@@ -64,15 +64,48 @@ def attacks(mine: Sequence[Row], rows: Sequence[Row], folder: Path) -> str:
         "Pushes of honest workers that were refused / of hostile ones that were accepted, in percent, for the rules "
         "that judge. Krum, Zeno and ZenoPS leave honest ones out by design.\n"
     )
-    judging = [rule for rule in rules if any(row["refused"] for row in _where(mine, rule=rule, hostile=0))]
-    for count in filter(None, hostile):
-        verdicts = [
-            [rule, *(_verdict(_where(mine, rule=rule, hostile=count, attack=name)) for name in names)]
-            for rule in judging
-        ]
-        parts.append(_table([f"{count} of 10 hostile", *names], verdicts))
-    verdicts = [[rule, _verdict(_where(mine, rule=rule, hostile=0))] for rule in judging]
+    parts += [_verdicts(mine, count, names) for count in filter(None, hostile)]
+    verdicts = [[rule, _verdict(_where(mine, rule=rule, hostile=0))] for rule in _judging(mine)]
     return "\n".join([*parts, _table(["none hostile", "refused / -"], verdicts)])
+
+
+def attacks_on_ranks(mine: Sequence[Row], rows: Sequence[Row], folder: Path) -> str:
+    """A table of accuracies and one of verdicts, beside those of the clock of its own."""
+    names = list(dict.fromkeys(row["attack"] for row in mine if row["hostile"]))
+    (count,) = {row["hostile"] for row in mine if row["hostile"]}
+    columns: list[Row] = [{"hostile": 0}, *({"hostile": count, "attack": name} for name in names)]
+    simulated = _where(rows, experiment="attack")
+
+    def both(rule: str, column: Row) -> str:
+        cells = (_where(which, rule=rule, **column) for which in (mine, simulated))
+        return " / ".join(_percent([row["accuracy"] for row in which]) for which in cells)
+
+    rules = dict.fromkeys(row["rule"] for row in mine)
+    return (
+        "## Ten workers, some of them hostile, on real ranks\n\n"
+        "`benchmarks.server.on_ranks`: a server and ten workers over MPI, with the data, rules and attacks of above. "
+        "A step takes 5 ms, up to a fifth more or less, mostly asleep. Percent read correctly at the end / on the "
+        f"clock of above, without hostile workers and with {count}, mean of the seeds ({_seeds(mine)}).\n\n"
+        + _table(
+            [f"{count} of 10 hostile", "none", *names], [[rule, *(both(rule, c) for c in columns)] for rule in rules]
+        )
+        + "\nHonest pushes refused / hostile ones accepted, in percent.\n\n"
+        + _verdicts(mine, count, names)
+    )
+
+
+def _judging(mine: Sequence[Row]) -> list[str]:
+    """The rules that refuse anything where nobody is hostile."""
+    return list(dict.fromkeys(row["rule"] for row in _where(mine, hostile=0) if row["refused"]))
+
+
+def _verdicts(mine: Sequence[Row], count: int, names: Sequence[str]) -> str:
+    """A table of whom the rules that judge refused, by attack."""
+    body = [
+        [rule, *(_verdict(_where(mine, rule=rule, hostile=count, attack=name)) for name in names)]
+        for rule in _judging(mine)
+    ]
+    return _table([f"{count} of 10 hostile", *names], body)
 
 
 def straggler(mine: Sequence[Row], rows: Sequence[Row], folder: Path) -> str:
@@ -139,17 +172,29 @@ def _reached(curve: Sequence[float], target: float) -> str:
 
 def classes(mine: Sequence[Row], rows: Sequence[Row], folder: Path) -> str:
     """Accuracy of the slow worker's classes and of the others."""
-    body = []
-    for method in dict.fromkeys(row["method"] for row in mine):
-        cells = _where(mine, method=method)
-        columns = ("rare", "common")
-        body.append([method, *(_percent([row[name] for row in cells]) for name in columns)])
     return (
         "## Different data at different speeds\n\n"
         "`benchmarks.server.classes`: one of eight workers is five times slower and the only one that has seen an 8 "
         "or a 9, on a clock of its own: 200 units of time, a step of a fast worker takes one. Percent read correctly "
-        f"at the end, mean of the seeds ({_seeds(mine)}).\n\n" + _table(["", "8 and 9", "0 to 7"], body)
+        f"at the end, mean of the seeds ({_seeds(mine)}).\n\n" + _by_class(mine)
     )
+
+
+def classes_on_ranks(mine: Sequence[Row], rows: Sequence[Row], folder: Path) -> str:
+    """The same table."""
+    return (
+        "## Different data at different speeds, on real ranks\n\n"
+        "`benchmarks.server.on_ranks`: the same over MPI, a server and eight workers; a unit of time is 20 ms, mostly "
+        f"asleep. Mean of the seeds ({_seeds(mine)}).\n\n" + _by_class(mine)
+    )
+
+
+def _by_class(mine: Sequence[Row]) -> str:
+    body = []
+    for method in dict.fromkeys(row["method"] for row in mine):
+        cells = _where(mine, method=method)
+        body.append([method, *(_percent([row[name] for row in cells]) for name in ("rare", "common"))])
+    return _table(["", "8 and 9", "0 to 7"], body)
 
 
 def saga(mine: Sequence[Row], rows: Sequence[Row], folder: Path) -> str:
@@ -230,7 +275,9 @@ SECTIONS: dict[str, Callable[[Sequence[Row], Sequence[Row], Path], str]] = {
     "straggler": straggler,
     "real ranks": real,
     "attack": attacks,
+    "attack on ranks": attacks_on_ranks,
     "classes": classes,
+    "classes on ranks": classes_on_ranks,
     "saga": saga,
     "link": link,
 }
