@@ -75,7 +75,7 @@ RULES: dict[str, Callable[[Any], Rule]] = {
     "Zeno": lambda validate: Zeno(validate, 8),
     "ZenoPS": lambda validate: ZenoPS(validate, rate=SYNCHRONOUS_RATE, steps=PERIOD),
 }
-ATTACKS = ("label flip", "sign x 10", "Gaussian", "ALIE", "IPM")
+ATTACKS: Sequence[str] = ("label flip", "sign x 10", "Gaussian", "ALIE", "IPM")
 
 
 class Honest:

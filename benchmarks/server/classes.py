@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch import nn
+
 from benchmarks.server import rows
-from benchmarks.server.digits import accuracy, split
+from benchmarks.server.digits import Digits, accuracy, split
 from benchmarks.server.rows import Row
 from benchmarks.server.straggler import HORIZON, SLOW, WORKERS, Moment, Task, served, task_of
 from hvd_sketch.methods.server import FedAsync, Mean, Plain
@@ -41,24 +43,31 @@ METHODS: dict[str, Callable[[Task], Iterator[Moment]]] = {
 }
 
 
+def shares() -> list[Digits]:
+    """The rare classes are the slow worker's."""
+    data = split().workers
+    rare = data.labels >= RARE
+    common = data.at(~rare)
+    spread = [common.at(slice(number, None, WORKERS - 1)) for number in range(WORKERS - 1)]
+    return [*spread[:SLOW], data.at(rare), *spread[SLOW:]]
+
+
+def read_of(model: nn.Module) -> Row:
+    """What a model reads of the slow worker's classes and of the others."""
+    test = split().test
+    rare = test.labels >= RARE
+    return {"rare": accuracy(model, test.at(rare)), "common": accuracy(model, test.at(~rare))}
+
+
 def run(cell: Row) -> Row:
-    """What the server's model reads of the slow worker's classes and of the others when the time is over."""
-    data = split()
-    rare = data.workers.labels >= RARE
-    common = data.workers.at(~rare)
-    shares = [common.at(slice(number, None, WORKERS - 1)) for number in range(WORKERS - 1)]
-    shares.insert(SLOW, data.workers.at(rare))
-    task = task_of({"factor": FACTOR, **cell}, RATE / (WORKERS if cell["method"] == "AsyncSGD" else 1), shares)
+    """What the server's model reads when the time is over."""
+    task = task_of({"factor": FACTOR, **cell}, RATE / (WORKERS if cell["method"] == "AsyncSGD" else 1), shares())
     shown = task.parameters.new()
     for now, model, _ in METHODS[cell["method"]](task):
         if now <= HORIZON:
             shown.vector.copy_(model)
     task.parameters.write(shown)
-    seldom = data.test.labels >= RARE
-    return {
-        "rare": accuracy(task.model, data.test.at(seldom)),
-        "common": accuracy(task.model, data.test.at(~seldom)),
-    }
+    return read_of(task.model)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import random
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,16 @@ from mpi4py import MPI
 from torch import Tensor, nn
 
 import hvd_sketch as hvd
-from benchmarks.server import attacks, classes, rows
+from benchmarks.server import attacks, classes, rows, straggler
 from benchmarks.server.digits import Digits, accuracy, loss_of, network, split
 from benchmarks.server.link import clock
 from benchmarks.server.rows import Row
-from benchmarks.server.straggler import BATCH, HORIZON, SLOW, WORKERS
 from hvd_sketch.methods.server import FedAsync, Mean, Plain
 
 WORLD = MPI.COMM_WORLD
 STEP = 0.005  # seconds of a step under attack, up to a fifth more or less
-UNIT = 0.02  # seconds that `HORIZON` is counted in
-HOSTILE = (0, 4)
+UNIT = 0.02  # seconds of a fast worker's step on data of different classes
+HOSTILE: Sequence[int] = (0, 4)
 
 
 def attack(cell: Row) -> Row:
@@ -108,7 +107,7 @@ METHODS: dict[str, Callable[..., Any]] = {
 
 def rare_classes(cell: Row) -> Row:
     """What is read of the slow worker's classes and of the others, by the first nine ranks."""
-    trains = WORLD.rank <= WORKERS
+    trains = WORLD.rank <= straggler.WORKERS
     comm = WORLD.Split(trains)
     row = _train(comm, cell) if trains else {}
     done = WORLD.Ibarrier()
@@ -119,21 +118,17 @@ def rare_classes(cell: Row) -> Row:
 
 def _train(comm: Any, cell: Row) -> Row:
     model, number = network(cell["seed"]), comm.rank - 1
-    rare = split().workers.labels >= classes.RARE
-    common = split().workers.at(~rare)
-    share = split().workers.at(rare) if number == SLOW else common.at(slice(max(number, 0), None, comm.size - 2))
     rate = classes.RATE / (comm.size - 1 if cell["method"] == "AsyncSGD" else 1)
     optimizer = METHODS[cell["method"]](torch.optim.SGD(model.parameters(), lr=rate), model, comm)
-    seconds, generator = UNIT * (classes.FACTOR if number == SLOW else 1.0), generator_of(cell)
+    share, generator = classes.shares()[max(number, 0)], generator_of(cell)
+    seconds = UNIT * (classes.FACTOR if number == straggler.SLOW else 1.0)
     with optimizer:
-        for _ in optimizer.work(clock(UNIT * HORIZON)):
-            step(optimizer, model, share.batch(generator, BATCH), seconds)
+        for _ in optimizer.work(clock(UNIT * straggler.HORIZON)):
+            step(optimizer, model, share.batch(generator, straggler.BATCH), seconds)
     if comm.rank:
         return {}
-    test = split().test
-    seldom = test.labels >= classes.RARE
     with optimizer.server_model() as served:
-        return {"rare": accuracy(served, test.at(seldom)), "common": accuracy(served, test.at(~seldom))}
+        return classes.read_of(served)
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ def on_4_ranks(results: str) -> None:
     attacks.WORKERS, attacks.PUSHES, attacks.ATTACKS = 3, 2, ("label flip", "ALIE")
     attacks.RULES = {name: attacks.RULES[name] for name in ("Zeno++", "mean")}
     classes.TIERS = [[1, 2], [0]]
-    on_ranks.WORKERS, on_ranks.HOSTILE, on_ranks.UNIT = 3, (1,), 0.001
+    straggler.WORKERS, on_ranks.HOSTILE, on_ranks.UNIT = 3, (1,), 0.001
     on_ranks.METHODS = {name: on_ranks.fedat(weights=name) for name in ("mirror", "samples")}
     sys.argv = ["on_ranks", "--seeds", "0", "--results", results]
     on_ranks.main()
