@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from benchmarks.server.rows import Row
-from benchmarks.server.tables import seeds, table, where
+from benchmarks.server.tables import mean, seeds, table, where
 
 COLOURS = ("#00798c", "#d1495b", "#edae49", "#8d5a97", "#4d4d4d", "#66a182", "#9c6644")
 
@@ -87,7 +87,7 @@ def draw(mine: Sequence[Row], picture: Path) -> None:
 def _mean_curve(rows: Sequence[Row]) -> tuple[list[float], float]:
     """Of the losses, and of the megabytes at the end."""
     losses = [statistics.fmean(losses) for losses in zip(*(row["losses"] for row in rows), strict=True)]
-    return losses, statistics.fmean(row["megabytes"] for row in rows)
+    return losses, mean(rows, "megabytes")
 
 
 def _reached(mine: Sequence[Row], curve: Sequence[float], factor: float) -> str:

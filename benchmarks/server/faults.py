@@ -17,6 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -113,18 +114,16 @@ def seen(events: Sequence[Event], when: float) -> Row:
     for name, start, stop in (("before", when - BEFORE, when), ("since", when, when + SINCE)):
         here = [event for event in others if start <= event.at < stop]
         row[name] = round(len(here) / (stop - start), 2)
-        row[f"longest_{name}"] = round(longest_gap(here), 3)
+        row[f"longest_{name}"] = round(longest(here, stop), 3)
     return {**row, **{name: round(moments[0], 2) for name, moments in (("lost", lost), ("back", back)) if moments}}
 
 
-def longest_gap(pushes: Sequence[Event]) -> float:
-    """Seconds between two pushes of one worker."""
-    last: dict[int, float] = {}
-    gaps = [0.0]
+def longest(pushes: Sequence[Event], stop: float) -> float:
+    """Seconds between two pushes of one worker, or from its last one until then."""
+    moments: dict[int, list[float]] = {}
     for event in pushes:
-        gaps.append(event.at - last.get(event.worker, event.at))
-        last[event.worker] = event.at
-    return max(gaps)
+        moments.setdefault(event.worker, []).append(event.at)
+    return max(after - before for own in moments.values() for before, after in pairwise([*own, stop]))
 
 
 def main() -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.server.curves import real, saga, straggler
 from benchmarks.server.rows import Row, read
-from benchmarks.server.tables import percent, seeds, table, verdict, where
+from benchmarks.server.tables import mean, percent, seeds, table, verdict, where
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "benchmarks" / "server.md"
 INTRODUCTION = """# Training with a server, measured
@@ -128,29 +127,26 @@ def _by_class(mine: Sequence[Row]) -> str:
     return table(["", "8 and 9", "0 to 7"], body)
 
 
+MEASURED = ("updates_per_second", "dense_limit", "bytes_up", "bytes_down", "processor_per_update")
+
+
 def link(mine: Sequence[Row], rows: Sequence[Row], folder: Path) -> str:
     """Updates a second beside the link's limit."""
     body = []
-    for row in sorted(mine, key=lambda row: (row["mbit"], row["parameters"])):
-        (dense,) = where(mine, mbit=row["mbit"], parameters=row["parameters"], code="dense")
-        body.append(
-            [
-                f"{row['mbit']:g}",
-                f"{row['parameters']:,}",
-                row["code"],
-                f"{row['updates_per_second']:.3g}",
-                f"{row['updates_per_second'] / dense['updates_per_second']:.1f}",
-                f"{row['dense_limit']:.3g}",
-                f"{row['bytes_up'] / 1e3:,.0f} / {row['bytes_down'] / 1e3:,.0f}",
-                f"{1e3 * row['processor_per_update']:.1f}",
-            ]
-        )
+    for mbit, parameters in sorted({(row["mbit"], row["parameters"]) for row in mine}):
+        here = where(mine, mbit=mbit, parameters=parameters)
+        dense = mean(where(here, code="dense"), "updates_per_second")
+        for code in dict.fromkeys(row["code"] for row in here):
+            cells = where(here, code=code)
+            updates, limit, up, down, processor = (mean(cells, name) for name in MEASURED)
+            line = [f"{mbit:g}", f"{parameters:,}", code, f"{updates:.3g}", f"{updates / dense:.1f}", f"{limit:.3g}"]
+            body.append([*line, f"{up / 1e3:,.0f} / {down / 1e3:,.0f}", f"{1e3 * processor:.1f}"])
     head = ["Mbit/s", "parameters", "code", "updates a second", "times dense", "limit of dense", "kB up / down", "ms"]
     return (
         "## The server's link\n\n"
         f"`benchmarks.server.link` on the cluster of network namespaces: {mine[0]['workers']} workers push as fast as "
-        "they are answered, at ratio 40 both ways but for dense. *ms* are of the server's processor for an update.\n\n"
-        + table(head, body)
+        "they are answered, at ratio 40 both ways but for dense. *ms* are of the server's processor for an update. "
+        f"Mean of the seeds ({seeds(mine)}).\n\n" + table(head, body)
     )
 
 
@@ -159,7 +155,7 @@ def faults(mine: Sequence[Row], rows: Sequence[Row], folder: Path) -> str:
     body = []
     for fault in dict.fromkeys(row["fault"] for row in mine if "told" not in row):
         cells = where(mine, fault=fault)
-        line = [fault, *(f"{statistics.fmean(row[name] for row in cells):.1f}" for name in ("before", "since"))]
+        line = [fault, *(f"{mean(cells, name):.1f}" for name in ("before", "since"))]
         line += [f"{1e3 * max(row[name] for row in cells):.0f}" for name in ("longest_before", "longest_since")]
         moments = [[row[name] for row in cells if name in row] for name in ("lost", "back")]
         body.append([*line, *(f"{max(values):.1f}" if values else "-" for values in moments)])

@@ -20,6 +20,11 @@ def seeds(rows: Iterable[Row]) -> str:
     return ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
 
 
+def mean(rows: Sequence[Row], name: str) -> float:
+    """Of what all of them have."""
+    return statistics.fmean(row[name] for row in rows)
+
+
 def percent(shares: Sequence[float]) -> str:
     """The mean, in percent."""
     return f"{100 * statistics.fmean(shares):.1f}" if shares else "-"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.server import attacks, classes, report, rows, straggler
+from benchmarks.server import attacks, classes, faults, report, rows, straggler
+from hvd_sketch.methods.server.log import Event, Happened
 from tests.support.ranks import ranks
 
 
@@ -39,6 +40,18 @@ def test_a_cell_of_the_classes_experiment(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(straggler, "HORIZON", 20.0)
     row = classes.run({"method": "FedAT, samples", "seed": 0})
     assert row.keys() == {"rare", "common"}
+
+
+def test_what_a_log_tells_of_a_fault() -> None:
+    """Workers 2 and 3 push every half second, worker 1 until it is lost and again at the end; then 3 stops as well."""
+    moments = [moment / 2 for moment in range(100)]
+    pushes = [(2, moment) for moment in moments] + [(3, moment) for moment in moments if moment < 40.0]
+    pushes += [(1, moment) for moment in moments if not 20.0 < moment < 49.0]
+    events = [Event(Happened.PUSH, worker, at=at) for worker, at in pushes] + [Event(Happened.LOST, 1, at=26.0)]
+    row = faults.seen(sorted(events, key=lambda event: event.at), 20.25)
+    assert (row["before"], row["since"]) == (4.0, round((59 + 39) / 30, 2))
+    assert (row["longest_before"], row["longest_since"]) == (0.5, 10.75)
+    assert (row["lost"], row["back"]) == (5.75, 28.75)
 
 
 def on_4_ranks(results: str) -> None:
