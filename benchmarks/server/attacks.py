@@ -59,7 +59,7 @@ PUSHES, PERIOD, BATCH = 60, 4, 32  # of each worker
 RATES = {"plain": 0.03, "Zeno++": 0.2, "ZenoPS async": 0.1}
 SYNCHRONOUS_RATE = 0.3
 """The workers' learning rates: a mean of ten allows more than ten pushes one after the other."""
-HOSTILE = (0, 2, 4, 6, 8)
+HOSTILE: Sequence[int] = (0, 2, 4, 6, 8)
 MAJORITY_Z = 1.5  # of ALIE, where hostile workers need nobody else for a majority
 
 RULES: dict[str, Callable[[Any], Rule]] = {
@@ -204,11 +204,11 @@ def trusted_alone(cell: Row) -> Row:
     return {"accuracy": accuracy(model, data.test)}
 
 
-def cells(seeds: list[int], numbers: Sequence[int] = HOSTILE) -> list[Row]:
+def cells(seeds: list[int]) -> list[Row]:
     """Without hostile workers there is no attack."""
     return [
         {"rule": rule, "attack": attack, "hostile": hostile, "seed": seed}
-        for hostile in numbers
+        for hostile in HOSTILE
         for seed in seeds
         for attack in (ATTACKS if hostile else ATTACKS[1:2])
         for rule in RULES

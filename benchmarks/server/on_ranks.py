@@ -12,7 +12,7 @@ import random
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from hvd_sketch.methods.server import FedAsync, Mean, Plain
 WORLD = MPI.COMM_WORLD
 STEP = 0.005  # seconds of a step under attack, up to a fifth more or less
 UNIT = 0.02  # seconds of a fast worker's step on data of different classes
-HOSTILE: Sequence[int] = (0, 4)
 
 
 def attack(cell: Row) -> Row:
@@ -136,7 +135,7 @@ def main() -> None:
     options = rows.parser(__doc__).parse_args()
     warnings.simplefilter("ignore", RuntimeWarning)
     torch.set_num_threads(1)
-    rows.fill("attack on ranks", attacks.cells(options.seeds, HOSTILE), attack, options.results, WORLD)
+    rows.fill("attack on ranks", attacks.cells(options.seeds), attack, options.results, WORLD)
     cells = rows.grid(seed=options.seeds, method=METHODS)
     rows.fill("classes on ranks", cells, rare_classes, options.results, WORLD)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.server.curves import real, saga, straggler
 from benchmarks.server.rows import Row, read
@@ -62,28 +63,29 @@ def attacks(mine: Sequence[Row], rows: Sequence[Row], folder: Path) -> str:
 
 
 def attacks_on_ranks(mine: Sequence[Row], rows: Sequence[Row], folder: Path) -> str:
-    """A table of accuracies and one of verdicts, beside those of the clock of its own."""
+    """Accuracies beside those of the clock of its own, and verdicts."""
     names = list(dict.fromkeys(row["attack"] for row in mine if row["hostile"]))
-    (count,) = {row["hostile"] for row in mine if row["hostile"]}
-    columns: list[Row] = [{"hostile": 0}, *({"hostile": count, "attack": name} for name in names)]
+    counts = sorted({row["hostile"] for row in mine} - {0})
     simulated = where(rows, experiment="attack")
 
-    def both(rule: str, column: Row) -> str:
-        cells = (where(which, rule=rule, **column) for which in (mine, simulated))
+    def both(rule: str, **values: Any) -> str:
+        cells = (where(which, rule=rule, **values) for which in (mine, simulated))
         return " / ".join(percent([row["accuracy"] for row in which]) for which in cells)
 
-    rules = dict.fromkeys(row["rule"] for row in mine)
-    return (
-        "## Ten workers, some of them hostile, on real ranks\n\n"
+    parts = [
+        "## Ten workers, some of them hostile, on real ranks\n",
         "`benchmarks.server.on_ranks`: a server and ten workers over MPI, with the data, rules and attacks of above. "
         "A step takes 5 ms, up to a fifth more or less, mostly asleep. Percent read correctly at the end / on the "
-        f"clock of above, without hostile workers and with {count}, mean of the seeds ({seeds(mine)}).\n\n"
-        + table(
-            [f"{count} of 10 hostile", "none", *names], [[rule, *(both(rule, c) for c in columns)] for rule in rules]
-        )
-        + "\nHonest pushes refused / hostile ones accepted, in percent.\n\n"
-        + _verdicts(mine, count, names)
-    )
+        f"clock of above, mean of the seeds ({seeds(mine)}).\n",
+    ]
+    for count in counts:
+        body = [
+            [rule, both(rule, hostile=0), *(both(rule, hostile=count, attack=name) for name in names)]
+            for rule in dict.fromkeys(row["rule"] for row in mine)
+        ]
+        parts.append(table([f"{count} of 10 hostile", "none", *names], body))
+    parts.append("Honest pushes refused / hostile ones accepted, in percent.\n")
+    return "\n".join([*parts, *(_verdicts(mine, count, names) for count in counts)])
 
 
 def _judging(mine: Sequence[Row]) -> list[str]:

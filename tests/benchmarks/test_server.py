@@ -58,10 +58,11 @@ def on_4_ranks(results: str) -> None:
     """Three workers, of which one is hostile or slow, for a moment; twice, of which the second has nothing to do."""
     from benchmarks.server import on_ranks
 
-    attacks.WORKERS, attacks.PUSHES, attacks.ATTACKS = 3, 2, ("label flip", "ALIE")
+    attacks.WORKERS, attacks.PUSHES = 3, 2
+    attacks.ATTACKS, attacks.HOSTILE = ("label flip", "ALIE"), (1,)
     attacks.RULES = {name: attacks.RULES[name] for name in ("Zeno++", "mean")}
     classes.TIERS = [[1, 2], [0]]
-    straggler.WORKERS, on_ranks.HOSTILE, on_ranks.UNIT = 3, (1,), 0.001
+    straggler.WORKERS, on_ranks.UNIT = 3, 0.001
     on_ranks.METHODS = {name: on_ranks.fedat(weights=name) for name in ("mirror", "samples")}
     sys.argv = ["on_ranks", "--seeds", "0", "--results", results]
     on_ranks.main()
