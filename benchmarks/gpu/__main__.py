@@ -48,7 +48,7 @@ def items(small: bool, groups: Collection[str]) -> list[Item]:
     everything = [
         Item("facts", tell_facts, main),
         *(Item("facts", time_rates, d) for d in (main, *others)),
-        *(Item("checks", check, main, limit=120.0) for check in CHECKS),
+        *(Item("checks", check, main, limit=180.0) for check in CHECKS),
         *(Item("steps", step, main) for step in STEPS),
         *(Item("parts", part, main) for part in PARTS),
         Item("optimizers", time_optimizers, main),

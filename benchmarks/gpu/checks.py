@@ -12,7 +12,10 @@ from benchmarks.gpu.measure import Bench
 _TESTS = {
     "kernels": ("tests/sketch", "tests/error_feedback", "tests/exchange", "tests/test_gpu.py", "-k", "gpu"),
     "exchanges": ("tests/exchange/test_device.py",),
+    "ranks": ("tests/frontends/test_ddp_device.py", "--timeout", "300"),
 }
+_IN_TURN = ("ranks",)
+"""Those whose tests look at one launch of ranks, and so belong into one process."""
 _PROCESSES = 6
 """Of pytest-xdist, where that is installed: much of the time is that of compiling kernels."""
 
@@ -38,7 +41,7 @@ def check(name: str) -> Callable[[Bench, int], None]:
 
     def run(bench: Bench, d: int) -> None:
         options = ["-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:faulthandler", "--timeout", "60"]
-        if find_spec("xdist") is not None:
+        if find_spec("xdist") is not None and name not in _IN_TURN:
             options += ["-n", str(_PROCESSES)]
         pytest.main([*options, *_TESTS[name]], plugins=[_Rows(bench)])
 

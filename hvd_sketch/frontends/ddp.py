@@ -18,9 +18,9 @@ from hvd_sketch.error_feedback.ahead import AheadOptimizer
 from hvd_sketch.error_feedback.base import ErrorFeedback
 from hvd_sketch.error_feedback.default import Default
 from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.frontends.ddp_arguments import check_wrapping, wrapped_models
 from hvd_sketch.frontends.ddp_state import State
 from hvd_sketch.frontends.optimizer import DistributedOptimizer
-from hvd_sketch.instances import instances_of
 
 
 def hook(state: State, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -141,18 +141,7 @@ def _distributed(model: torch.nn.Module) -> torch.nn.Module:
 
 def _check_hooks(model: DistributedDataParallel) -> None:
     """Refuse a second hook before the first one's state is replaced, and a model that brings or will bring its own."""
-    parameters = model.module.parameters()
-    unfit = {
-        "mixed_precision=, which averages by a hook of its own; use torch.autocast": model.mixed_precision is not None,
-        "an optimizer that steps inside of backward, by a hook of its own; let it step after backward": any(
-            hasattr(parameter, "_in_backward_optimizers") for parameter in parameters
-        ),
-        "torch._dynamo.config.optimize_ddp='python_reducer', which compiles hooks; leave that setting away": getattr(
-            model, "_use_python_reducer", False
-        ),
-    }
-    for what in (what for what, there in unfit.items() if there):
-        raise ConfigurationError(f"the model was wrapped with {what}, and wrap it again")
+    check_wrapping(model)
     for registered, state in getattr(model, "_comm_hooks", ()):
         if registered is not hook or state is not None:  # else it was left behind, and this is a copy
             name = getattr(registered, "__qualname__", repr(registered))
@@ -165,7 +154,7 @@ def _check_hooks(model: DistributedDataParallel) -> None:
 
 def _of_the_wrapper(model: torch.nn.Module) -> str:
     """Where to find the one that there is already, for a framework hands out the model inside."""
-    if not any(each.module is model for each in instances_of(DistributedDataParallel) if "_modules" in vars(each)):
+    if not any(each.module is model for each in wrapped_models()):
         return ""
     return (
         ". This model is wrapped already: give what wraps it, which is trainer.model_wrapped of Transformers, "

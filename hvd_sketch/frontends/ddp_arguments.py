@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from hvd_sketch.compatibility import check_momentum, check_steps_once, parameters_of
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.error_feedback.base import ErrorFeedback
 from hvd_sketch.error_feedback.default import Default, settle
 from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.instances import instances_of
 from hvd_sketch.methods.wrapper import HOROVODS_MODULE
 
 
@@ -49,6 +51,36 @@ def check(compression: Any, optimizer: torch.optim.Optimizer, trained: Mapping[s
     check_momentum(compression.momentum, optimizer)
     if trained and set(trained.values()).isdisjoint(parameters_of(optimizer)):
         raise ConfigurationError("the optimizer holds none of the model's parameters; give the one that steps them")
+    wrappers = [each for each in wrapped_models() if not set(trained.values()).isdisjoint(each.module.parameters())]
+    if wrappers and all(map(_brings_a_hook, wrappers)):  # else the model was wrapped again
+        check_wrapping(wrappers[0])
+
+
+def wrapped_models() -> list[DistributedDataParallel]:
+    """All that there are and whose making did not fail."""
+    return [each for each in instances_of(DistributedDataParallel) if hasattr(each, "reducer")]
+
+
+def check_wrapping(model: DistributedDataParallel) -> None:
+    """Refuse a model that brings, or will bring, a communication hook of its own.
+
+    Raises:
+        ConfigurationError: with what to leave away.
+    """
+    what = _brings_a_hook(model)
+    if what:
+        raise ConfigurationError(f"the model was wrapped with {what}, and wrap it again")
+
+
+def _brings_a_hook(model: DistributedDataParallel) -> str:
+    """What it was wrapped with, and the remedy; empty if it leaves the place to others."""
+    if model.mixed_precision is not None:
+        return "mixed_precision=, which averages by a hook of its own; use torch.autocast"
+    if any(hasattr(parameter, "_in_backward_optimizers") for parameter in model.module.parameters()):
+        return "an optimizer that steps inside of backward, by a hook of its own; let it step after backward"
+    if getattr(model, "_use_python_reducer", False):
+        return "torch._dynamo.config.optimize_ddp='python_reducer', which compiles hooks; leave that setting away"
+    return ""
 
 
 def settled(

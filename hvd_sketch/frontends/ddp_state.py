@@ -28,7 +28,16 @@ from hvd_sketch.exchange.scaling import LossScale
 from hvd_sketch.frontends.arguments import check_hierarchical
 from hvd_sketch.frontends.ddp_arguments import check, innermost, numbered, settled
 from hvd_sketch.frontends.ddp_buckets import Buckets, after_backward
-from hvd_sketch.frontends.ddp_steps import Steps, Unstepped, leave, listen, listeners, teller, warn_of_local_step
+from hvd_sketch.frontends.ddp_steps import (
+    Steps,
+    Unstepped,
+    check_listens,
+    leave,
+    listen,
+    listeners,
+    teller,
+    warn_of_local_step,
+)
 from hvd_sketch.frontends.grouped import grouped
 from hvd_sketch.layout import describe_values
 
@@ -64,7 +73,8 @@ class State:
         exchange: for its ``stats``.
 
     Raises:
-        ConfigurationError: when a setting cannot work, before any communication.
+        ConfigurationError: when a setting cannot work, before any communication; or in backward, when the model has
+            parameters in common with another one that was registered later.
     """
 
     exchange: Exchange
@@ -143,6 +153,7 @@ class State:
 
     def _begin(self) -> None:
         """The first bucket of a step."""
+        check_listens(self)
         optimizer = self._steps.given
         self._factor = 1.0 if optimizer is None else self._scale.by_hand(optimizer)
         if self._scale.is_guessed:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.exchange.progress import Undo
 
@@ -196,6 +197,20 @@ def listeners() -> list[Any]:
 def leave(listener: Listener) -> None:
     """Tell it no more."""
     _listening[:] = [reference for reference in _listening if reference() is not listener]
+
+
+def check_listens(listener: Listener) -> None:
+    """Refuse an exchange whose parameters belong to another one now.
+
+    Raises:
+        ConfigurationError: with what to do instead.
+    """
+    if listener not in listeners():
+        raise ConfigurationError(
+            "the model has parameters in common with one that was registered after it, and their gradients can be "
+            "exchanged for one of the two only: wrap one module that holds both models, or, if the model was wrapped "
+            "again, train with the later wrapper"
+        )
 
 
 def _begins(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:

@@ -48,7 +48,7 @@ def check_collectives(comm: Communicator) -> None:
 
 def check_rounding(comm: Communicator) -> None:
     """Sums that are rounded have the same bits on all ranks."""
-    values = torch.randn(1001, generator=torch.Generator().manual_seed(comm.rank))
+    values = torch.randn(1001, generator=torch.Generator(torch.get_default_device()).manual_seed(comm.rank))
     for dtype in (torch.float32, torch.float16):
         total = values.to(dtype)
         comm.allreduce(total, f"rounded.{dtype}")

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -327,21 +328,44 @@ def registered_twice() -> None:
         hvd.ddp.register(model, sgd(model), COMPRESSORS["topk"]())
 
 
-def steps_in_backward() -> None:
+def hooked(model: nn.Module) -> None:
+    """As `register`, with the plain hook."""
+    optimizer = sgd(model)
+    model.register_comm_hook(hvd.ddp.State(COMPRESSORS["topk"](), optimizer), hvd.ddp.hook)  # type: ignore[operator]
+
+
+def registered(model: nn.Module) -> None:
+    hvd.ddp.register(model, sgd(model), COMPRESSORS["topk"]())
+
+
+def steps_in_backward() -> nn.Module:
     inner = net()
     _apply_optimizer_in_backward(torch.optim.SGD, inner.parameters(), {"lr": RATE})
-    hvd.ddp.register(wrapped(inner), sgd(inner), COMPRESSORS["topk"]())
+    return wrapped(inner)
 
 
-def mixed_by_ddp() -> None:
-    model = wrapped(net(), mixed_precision=_MixedPrecision(param_dtype=torch.bfloat16))
-    hvd.ddp.register(model, sgd(model), COMPRESSORS["topk"]())
+def mixed_by_ddp() -> nn.Module:
+    return wrapped(net(), mixed_precision=_MixedPrecision(param_dtype=torch.bfloat16))
 
 
-def reduced_by_python() -> None:
+def reduced_by_python() -> nn.Module:
     with torch._dynamo.config.patch(optimize_ddp="python_reducer"):
-        model = wrapped(net())
-    hvd.ddp.register(model, sgd(model), COMPRESSORS["topk"]())
+        return wrapped(net())
+
+
+UNFIT = {"steps in backward": steps_in_backward, "mixed by ddp": mixed_by_ddp, "reduced by python": reduced_by_python}
+
+
+def sharing() -> None:
+    """Two models, the second of which has the first one's layer."""
+    inner = net(), net(1)
+    inner[1][0] = inner[0][0]
+    models = [wrapped(each) for each in inner]
+    optimizer = torch.optim.SGD(dict.fromkeys(p for model in models for p in model.parameters()), RATE)
+    for model in models:
+        hvd.ddp.register(model, optimizer, COMPRESSORS["topk"]())
+    loss(models[1], 0, 0).backward()
+    loss(models[0], 0, 0).backward()
 
 
 def errors() -> dict[str, str]:
@@ -355,9 +379,9 @@ def errors() -> dict[str, str]:
         "alone": alone(),
         "alone in its group": alone_in_its_group(),
         "twice": refused(registered_twice),
-        "steps in backward": refused(steps_in_backward),
-        "mixed by ddp": refused(mixed_by_ddp),
-        "reduced by python": refused(reduced_by_python),
+        **{what: refused(partial(registered, make())) for what, make in UNFIT.items()},
+        **{f"{what}, plain hook": refused(partial(hooked, make())) for what, make in UNFIT.items()},
+        "sharing": refused(sharing),
         "of another model": refused(lambda: hvd.ddp.register(model, sgd(net()), COMPRESSORS["topk"]())),
         "of a part": refused(lambda: hvd.ddp.register(model, sgd(model.module[0]), insisting)),
         "not wrapped": refused(lambda: hvd.ddp.register(net(), sgd(model), COMPRESSORS["topk"]())),
@@ -560,6 +584,10 @@ def test_a_saved_run_continues_as_if_never_saved(seen: list[dict[str, Any]]) -> 
         ("steps in backward", "an optimizer that steps inside of backward.*step after backward"),
         ("mixed by ddp", "mixed_precision=.*use torch.autocast"),
         ("reduced by python", "optimize_ddp='python_reducer'.*leave that setting away"),
+        ("steps in backward, plain hook", "an optimizer that steps inside of backward.*step after backward"),
+        ("mixed by ddp, plain hook", "mixed_precision=.*use torch.autocast"),
+        ("reduced by python, plain hook", "optimize_ddp='python_reducer'.*leave that setting away"),
+        ("sharing", "parameters in common with one that was registered after it.*one module that holds both models"),
         ("of another model", "the optimizer holds none of the model's parameters; give the one that steps them"),
         ("of a part", "anticipate=True needs one optimizer of all parameters, and this one does not hold '2.weight'"),
         ("no compressor", "PyTorch's own fp16_compress_hook"),

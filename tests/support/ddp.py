@@ -103,6 +103,30 @@ def two_optimizers() -> Balance:
     return balance(inner, start, state, computed)
 
 
+def two_models() -> Balance:
+    """Of one optimizer, that is; each is computed alone, both together, or both in one pass, in turn."""
+    inner = Pair()
+    models, optimizer = [wrapped(inner.one), wrapped(inner.other)], sgd(inner)
+    states = [hvd.ddp.register(model, optimizer, Compression.topk(**PLAIN)) for model in models]
+    start, half = flat(inner), flat(inner.one).numel()
+    computed = torch.zeros(2 * half)
+    for number in range(2 * STEPS):
+        optimizer.zero_grad()
+        used = [at for at in range(2) if number % 4 in (at, 2, 3)]
+        for at in used:
+            its = (inner.one, inner.other)[at]
+            computed[at * half :][:half] += local_gradient(its, loss(its, dist.get_rank(), number))
+        losses = [loss(models[at], dist.get_rank(), number) for at in used]
+        for each in [torch.stack(losses).sum()] if number % 4 == 3 else losses:
+            each.backward()
+        optimizer.step()
+    parts = [
+        balance(its, start[at * half :][:half], states[at], computed[at * half :][:half])
+        for at, its in enumerate((inner.one, inner.other))
+    ]
+    return max(parts, key=lambda part: part.difference / part.computed)
+
+
 def thrown_away(throw_away: Callable[[nn.Module], None]) -> Balance:
     """The gradients of every third step, before it."""
     inner = net()
@@ -438,6 +462,7 @@ def through_a_file(model: Any) -> Any:
 def balances() -> Iterable[Balance]:
     """Of all scripts that have one."""
     yield two_optimizers()
+    yield two_models()
     yield thrown_away(lambda model: model.zero_grad(set_to_none=True))
     yield thrown_away(lambda model: model.zero_grad(set_to_none=False))
     yield another_optimizer()

@@ -23,7 +23,8 @@ def net(seed: int = 0) -> nn.Sequential:
 def loss(model: nn.Module, rank: int, step: int) -> Tensor:
     """The loss on one rank's batch of one step."""
     generator = torch.Generator().manual_seed(1000 * rank + step)
-    inputs, targets = torch.randn(16, 30, generator=generator), torch.randn(16, 40, generator=generator)
+    device = next(model.parameters()).device
+    inputs, targets = (torch.randn(16, features, generator=generator).to(device) for features in (30, 40))
     return nn.functional.mse_loss(model(inputs), targets)
 
 
