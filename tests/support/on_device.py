@@ -188,8 +188,6 @@ OPTIMIZER: dict[str, Case] = {
     "optimizer, mixed by Hadamard": partial(by_optimizer, compressor=replace(TOPK, mixing="hadamard")),
     "optimizer, mixed by cosines": partial(by_optimizer, compressor=Compression.mixed(ratio=10.0, warmup_steps=0)),
     "optimizer, void": partial(by_optimizer, compressor=TOPK, spoiled=True),
-    "delayed, topk": partial(by_optimizer, compressor=TOPK, delayed=True),
-    "delayed, sharded": partial(by_optimizer, compressor=SHARDED, delayed=True),
 }
 """Of `DistributedOptimizer`, on several ranks."""
 EVERY: dict[str, Case] = {**HOOK, **OPTIMIZER}
