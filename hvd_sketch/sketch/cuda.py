@@ -1,15 +1,11 @@
 """The GPU kernels: same functions and, for tables without NaN, same results to the last bit as `reference`.
 
 Importing this module needs Triton. Nothing here waits for the GPU: sizes are known beforehand, and what is found on
-the device stays there. Memory beyond table, vector and results: what is drawn, ``2 + rows`` words of 32 bits for each
-chunk of 256 coordinates, about four words for each chunk and row to add, and space for the candidates.
+the device stays there. Memory beyond table and results: what is drawn, ``2 + rows`` words of 32 bits for each chunk of
+256 coordinates, and space for the candidates.
 
-**Adding.** Each program keeps some columns of one row of one tile in registers and takes the chunks that have
-something for them in ascending order: no atomic operation, and the order of additions that the reference defines.
-Which chunks those are, a sixth of all that the tile has, is listed before. A small table has few tiles, so the columns
-of a program are halved, from 128 down to 32, until there are programs enough for a large GPU.
-
-**Choosing.** The estimates are computed anew in each pass over the table, which is small, and never stored:
+Adding is in `hvd_sketch.sketch.add_cuda`. To choose, the estimates are computed anew in each pass over the table,
+which is small, and never stored:
 
 1. count the upper 16 bits of magnitudes in every 64th step: that tells about how large the k-th largest is;
 2. count, in each run of coordinates, those somewhat below it and above: the candidates;
@@ -22,7 +18,6 @@ digit among all estimates, in passes that otherwise do nothing. The result is th
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -31,104 +26,32 @@ from torch import Tensor
 
 from hvd_sketch.gpu import Recorded, find_digit
 from hvd_sketch.sketch import cuda_kernels as kernels
+from hvd_sketch.sketch.add_cuda import add
 from hvd_sketch.sketch.geometry import PIECE, Geometry
+from hvd_sketch.sketch.geometry_cuda import all_draws
 from hvd_sketch.sparse.cuda import Candidates, settle
 from hvd_sketch.sparse.cuda_kernels import COLLECTED, FIELDS, HIGH, LOW
+
+__all__ = ["Chooser", "add", "estimate_all", "top_k"]
 
 _PROGRAMS = 4096
 """As many as keep a large GPU busy."""
 _LANES = 1024
-_PART, _NARROWEST = 128, 32
-"""Columns of a program that adds, at most and at least."""
-_AHEAD = 2
-"""Chunks whose values are on their way at once."""
-_TOGETHER = 32
 _SAMPLE = 64
 _MARGIN = 1.2
 _COPIES = 8
 """Of the counts, to be added up: so fewer programs meet at an address."""
-_DRAWN_TOGETHER = 256
 _LOW_BITS = 15
 _DIGITS = 1 << (31 - _LOW_BITS)
 _MOST_CANDIDATES = 2**31
 """Of coordinates: an index of a candidate has 32 bits."""
 
 
-def add(geometry: Geometry, seed: int, table: Tensor, vector: Tensor, offset: int, scale: float | Tensor) -> None:
-    """As `reference.add`; ``vector`` is contiguous, of dtype float32, float16 or bfloat16, a tensor on its device."""
-    if not vector.numel():
-        return
-    first_block = offset // geometry.block
-    blocks = -(-(offset + vector.numel()) // geometry.block) - first_block
-    first = first_block * geometry.tiles
-    with torch.cuda.device_of(table):
-        draws = _draws(geometry, seed, table.device, first, blocks * geometry.tiles)
-        factor = scale if isinstance(scale, Tensor) else _number(scale, table.device)
-        lists = _Lists(geometry, draws, blocks)
-        kernels.add[geometry.rows * lists.parts * geometry.tiles,](
-            table,
-            draws,
-            vector,
-            factor,
-            lists.counts,
-            lists.starts,
-            lists.chunks,
-            first,
-            offset,
-            vector.numel(),
-            blocks,
-            geometry.cols,
-            geometry.width,
-            geometry.length,
-            geometry.tiles,
-            lists.parts,
-            rows=geometry.rows,
-            lanes=lists.columns,
-            ahead=_AHEAD,
-            num_warps=1,
-            enable_fp_fusion=False,
-        )
-
-
-class _Lists:
-    """Of each row of a tile, cut into parts of some columns: which chunks there are for each part."""
-
-    def __init__(self, geometry: Geometry, draws: Tensor, blocks: int) -> None:
-        cells = geometry.rows * geometry.tiles * geometry.width
-        columns = _power_of_two(geometry.width, _NARROWEST, _PART)
-        while columns > _NARROWEST and cells < columns * _PROGRAMS:
-            columns //= 2
-        self.columns, self.parts = columns, -(-geometry.width // columns)
-        lines, device = geometry.rows * geometry.tiles, draws.device
-        most = min(self.parts, -(-geometry.length // columns) + 3)  # parts that one chunk has something for
-        self.counts = torch.empty(lines * self.parts, dtype=torch.int32, device=device)
-        self.chunks = torch.empty(draws.shape[1] * geometry.rows * most, dtype=torch.int32, device=device)
-        self.starts = torch.empty(lines * self.parts, dtype=torch.int64, device=device)
-        for lists in (False, True):
-            kernels.list_chunks[lines,](
-                self.counts,
-                self.starts,
-                self.chunks,
-                draws,
-                blocks,
-                geometry.rows,
-                geometry.width,
-                geometry.length,
-                geometry.tiles,
-                self.parts,
-                lanes=columns,
-                together=_TOGETHER,
-                most_parts=1 << (self.parts - 1).bit_length(),
-                lists=lists,
-            )
-            torch.sub(self.counts.cumsum(0), self.counts, out=self.starts)
-
-
 def estimate_all(geometry: Geometry, seed: int, table: Tensor) -> Tensor:
     """The estimates (float32) of all ``geometry.dim`` coordinates."""
     estimates = torch.empty(geometry.dim, dtype=torch.float32, device=table.device)
     with torch.cuda.device_of(table):
-        passes = _Passes(geometry, _all_draws(geometry, seed, table.device), table)
+        passes = _Passes(geometry, all_draws(geometry, seed, table.device), table)
         passes.launch(kernels.estimate_all, passes.steps, estimates)
     return estimates
 
@@ -136,7 +59,7 @@ def estimate_all(geometry: Geometry, seed: int, table: Tensor) -> Tensor:
 def top_k(geometry: Geometry, seed: int, table: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """As `reference.top_k`, without waiting for the GPU."""
     with torch.cuda.device_of(table):
-        return _top_k(geometry, _all_draws(geometry, seed, table.device), table, k)
+        return _top_k(geometry, all_draws(geometry, seed, table.device), table, k)
 
 
 class Chooser:
@@ -150,7 +73,7 @@ class Chooser:
     def __call__(self, seed: int) -> tuple[Tensor, Tensor]:
         """As `top_k`."""
         with torch.cuda.device_of(self._table):
-            self._draws = _all_draws(self._geometry, seed, self._table.device, self._draws)
+            self._draws = all_draws(self._geometry, seed, self._table.device, self._draws)
             indices, estimates = self._choose()
             return indices.clone(), estimates.clone()
 
@@ -170,11 +93,6 @@ def _top_k(geometry: Geometry, draws: Tensor, table: Tensor, k: int) -> tuple[Te
     return indices, estimates
 
 
-@functools.lru_cache(maxsize=64)
-def _number(value: float, device: torch.device) -> Tensor:
-    return torch.full((), value, dtype=torch.float32, device=device)
-
-
 def _room_for(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """For what is chosen: indices and estimates."""
     return torch.empty(k, dtype=torch.int64, device=device), torch.empty(k, dtype=torch.float32, device=device)
@@ -186,7 +104,7 @@ class _Passes:
     def __init__(self, geometry: Geometry, draws: Tensor, table: Tensor) -> None:
         self._geometry, self._table, self._draws = geometry, table, draws
         blocks = -(-geometry.dim // geometry.block)
-        self._lanes = _power_of_two(geometry.block, PIECE, _LANES)
+        self._lanes = min(_LANES, max(PIECE, 1 << (geometry.block - 1).bit_length()))
         self._chunks = blocks * geometry.tiles
         self.steps = blocks * -(-geometry.block // self._lanes)
         self.run = -(-self.steps // (2 * _PROGRAMS))
@@ -258,26 +176,3 @@ class _Passes:
         shape = {"stride": stride, "lower": lower, "low_bits": _LOW_BITS, "copies": _COPIES, "bins": bins}
         self.launch(kernels.count_digits, self.runs, counts, torch.cat([limit, beyond]), **shape)
         return counts.sum(dim=0, keepdim=True)
-
-
-def _power_of_two(number: int, least: int, most: int) -> int:
-    """That or the next larger one, within bounds."""
-    return min(most, max(least, 1 << (number - 1).bit_length()))
-
-
-def _all_draws(geometry: Geometry, seed: int, device: torch.device, into: Tensor | None = None) -> Tensor:
-    """What is drawn for all chunks."""
-    return _draws(geometry, seed, device, 0, -(-geometry.dim // geometry.block) * geometry.tiles, into)
-
-
-def _draws(
-    geometry: Geometry, seed: int, device: torch.device, first: int, chunks: int, into: Tensor | None = None
-) -> Tensor:
-    """What is drawn for the chunks ``first, first + 1, …``; see `hvd_sketch.sketch.cuda_kernels`."""
-    draws = torch.empty(2 + geometry.rows, chunks, dtype=torch.int32, device=device) if into is None else into
-    grid = (-(-chunks // _DRAWN_TOGETHER), 2 + geometry.rows)
-    word = (seed + 2**63) % 2**64 - 2**63
-    kernels.draw[grid](
-        draws, word, first, chunks, geometry.width, geometry.tiles, lanes=_DRAWN_TOGETHER, enable_fp_fusion=False
-    )
-    return draws

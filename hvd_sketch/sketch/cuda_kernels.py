@@ -1,12 +1,8 @@
-"""What runs on the GPU: the Triton kernels that `hvd_sketch.sketch.cuda` launches.
+"""What runs on the GPU to choose from a sketch: the Triton kernels that `hvd_sketch.sketch.cuda` launches.
 
-What is drawn for a chunk is drawn once, by `draw`, and kept as ``draws``, int32 of shape ``(2 + rows, chunks)``: the
-tile, the key of the sign words, and each row's offset. The other kernels hash 32 bits for each coordinate and row.
 What they take together is part of a block: lane by lane, coordinates that follow each other. In the passes over all
-estimates a line of 64 lanes is a piece, of which one chunk has all.
-
-Signs are applied by flipping the sign bit, so no product is followed by a sum that a compiler could fuse with it, and
-every result has the bits of `hvd_sketch.sketch.reference`.
+estimates a line of 64 lanes is a piece, of which one chunk has all. What is drawn for chunks comes from
+`hvd_sketch.sketch.geometry_cuda`.
 """
 
 # mypy: ignore-errors
@@ -17,178 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _mix64(x):
-    x += 0x9E3779B97F4A7C15
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return x ^ (x >> 31)
-
-
-@triton.jit
-def _mix32(x):
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    return (x ^ (x >> 15)) * 0x846CA68B
-
-
-@triton.jit
-def _drawn(seed, number, index):
-    """32 bits for each index, as int64: the number-th of what is drawn for it."""
-    start = _mix64(seed.to(tl.uint64) + (number // 2).to(tl.uint64) * 0xD1B54A32D192ED03)
-    word = _mix64(start ^ index.to(tl.uint64))
-    return (tl.where(number % 2 == 0, word >> 32, word) & 0xFFFFFFFF).to(tl.int64)
-
-
-@triton.jit
-def _below(bits, bound):
-    return (bits * bound) >> 32
-
-
-@triton.jit(do_not_specialize=["seed", "first", "chunks", "width", "tiles"])
-def draw(
-    draws: tl.tensor,
-    seed: tl.int64,
-    first: tl.int64,
-    chunks: tl.int64,
-    width: tl.int64,
-    tiles: tl.int64,
-    lanes: tl.constexpr,
-):
-    """Fill ``draws`` for the chunks ``first, first + 1, …``. Grid: (cdiv(chunks, lanes), 2 + rows)."""
-    line = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0).to(tl.int64) * lanes + tl.arange(0, lanes)
-    chunk = first + column
-    if line == 0:
-        rotation = _below(_drawn(seed, line + (1 << 21), chunk // tiles), tiles)
-        word = (chunk % tiles + rotation) % tiles
-    elif line == 1:
-        word = _drawn(seed, line - 1, chunk)
-    else:
-        word = _below(_drawn(seed, line - 1, chunk), width)
-    tl.store(draws + line * chunks + column, word.to(tl.int32), mask=column < chunks)
-
-
-@triton.jit
-def _flip(value, key, piece, place, row, rows: tl.constexpr):
-    """The value with the sign that a place of a piece has in this row; one word has signs for 16 // rows pieces."""
-    together: tl.constexpr = 16 // rows
-    word = _mix32(key.to(tl.uint32, bitcast=True) + (piece // together * 64 + place).to(tl.uint32))
-    sign = (word << (piece % together * rows + row).to(tl.uint32)) & 0x80000000
-    return (value.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _wrapped(number, bound):
-    """A number from -bound to bound - 1, modulo the bound."""
-    return tl.where(number < 0, number + bound, number)
-
-
-@triton.jit(do_not_specialize=["blocks", "rows", "width", "length", "tiles", "parts"])
-def list_chunks(
-    counts: tl.tensor,
-    starts: tl.tensor,
-    listed: tl.tensor,
-    draws: tl.tensor,
-    blocks: tl.int64,
-    rows: tl.int64,
-    width: tl.int64,
-    length: tl.int64,
-    tiles: tl.int64,
-    parts: tl.int64,
-    lanes: tl.constexpr,
-    together: tl.constexpr,
-    most_parts: tl.constexpr,
-    lists: tl.constexpr,
-):
-    """Of each part of lanes columns of a tile and row: which chunks have something for it, in ascending order.
-
-    Without ``lists`` only ``counts`` is written; with it, ``starts`` says where the list of each part begins.
-    ``together`` blocks are looked at at once. Grid: rows * tiles.
-    """
-    program = tl.program_id(0).to(tl.int64)
-    row, tile = program % rows, program // rows
-    span, size = width.to(tl.int32), length.to(tl.int32)
-    part = tl.arange(0, most_parts)
-    line = program * parts + part
-    number = tl.zeros((most_parts,), tl.int32)
-    if lists:
-        start = tl.load(starts + line, mask=part < parts, other=0)
-    for first in range(0, blocks, together):
-        block = first + tl.arange(0, together)
-        there = block < blocks
-        slot = _wrapped(tile - tl.load(draws + block * tiles, mask=there, other=0), tiles)
-        chunk = block * tiles + slot
-        shift = tl.load(draws + (2 + row) * blocks * tiles + chunk, mask=there, other=0)
-        ahead = _wrapped(part[None, :] * lanes - shift[:, None], span)
-        meets = (there[:, None] & (part < parts)[None, :]) & ((ahead < size) | (ahead + lanes > span))
-        met = meets.to(tl.int32)
-        if lists:
-            at = (start + number)[None, :] + tl.cumsum(met, axis=0) - met
-            tl.store(listed + at, chunk.to(tl.int32)[:, None] + tl.zeros_like(met), mask=meets)
-        number += tl.sum(met, axis=0)
-    if not lists:
-        tl.store(counts + line, number, mask=part < parts)
-
-
-@triton.jit(do_not_specialize=["first", "offset", "count", "blocks", "cols", "width", "length", "tiles", "parts"])
-def add(
-    table: tl.tensor,
-    draws: tl.tensor,
-    vector: tl.tensor,
-    scale: tl.tensor,
-    counts: tl.tensor,
-    starts: tl.tensor,
-    listed: tl.tensor,
-    first: tl.int64,
-    offset: tl.int64,
-    count: tl.int64,
-    blocks: tl.int64,
-    cols: tl.int64,
-    width: tl.int64,
-    length: tl.int64,
-    tiles: tl.int64,
-    parts: tl.int64,
-    rows: tl.constexpr,
-    lanes: tl.constexpr,
-    ahead: tl.constexpr,
-):
-    """Add the vector to the table; ``first`` is the chunk with which ``draws`` begins, and a block too.
-
-    A program keeps lanes columns of one tile and row in registers and adds to them, in order, what each chunk on their
-    list has for them, the values of ``ahead`` chunks on their way at once. Programs of one tile follow each other, so
-    they read the same chunks at the same time, from the cache. Grid: rows * parts * tiles.
-    """
-    program = tl.program_id(0).to(tl.int64)
-    row, part, tile = program % rows, program // rows % parts, program // rows // parts
-    span, size, stride = width.to(tl.int32), length.to(tl.int32), (tiles * 64).to(tl.int32)
-    column = (part * lanes).to(tl.int32) + tl.arange(0, lanes)
-    inside = column < span
-    cells = table + (row * cols + tile * width) + column
-    sums = tl.load(cells, mask=inside)
-    factor = tl.load(scale)
-    line = (tile * rows + row) * parts + part
-    begin = tl.load(starts + line)
-    end = begin + tl.load(counts + line)
-    for start in range(begin, end, ahead):
-        added, taken = (), ()
-        for number in tl.static_range(ahead):
-            there = start + number < end
-            chunk = tl.load(listed + start + number, mask=there, other=0)
-            key = tl.load(draws + blocks * tiles + chunk)
-            shift = tl.load(draws + (2 + row) * blocks * tiles + chunk)
-            block = chunk // tiles.to(tl.int32)
-            slot = chunk - block * tiles.to(tl.int32)
-            position = _wrapped(column - shift, span)
-            base = first * length + block.to(tl.int64) * (tiles * length) + slot * 64 - offset
-            at = base + (position // 64 * stride + position % 64)
-            used = inside & (position < tl.where(there, size, 0)) & (at >= 0) & (at < count)
-            value = tl.load(vector + at, mask=used, other=0.0).to(tl.float32) * factor
-            added += (_flip(value, key, position // 64, position % 64, row.to(tl.int32), rows),)
-            taken += (used,)
-        for number in tl.static_range(ahead):
-            sums = tl.where(taken[number], sums + added[number], sums)
-    tl.store(cells, sums, mask=inside)
+from hvd_sketch.sketch.geometry_cuda import flip
 
 
 @triton.jit
@@ -231,7 +56,7 @@ def _estimates(
         column = (piece * 64 + tl.load(draws + (2 + row) * chunks + chunk, mask=there, other=0))[:, None] + within
         column = tl.where(column < span, column, column - span)
         value = tl.load(table + ((row * cols + tile)[:, None] + column), mask=inside, other=0.0)
-        values += (_flip(value, key, piece[:, None], within, tl.full((), row, tl.int32), row_count),)
+        values += (flip(value, key, piece[:, None], within, tl.full((), row, tl.int32), row_count),)
     return index, _median(values, row_count), inside
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hvd_sketch.sketch.cuda_kernels import _below, _drawn, _flip
+from hvd_sketch.sketch.geometry_cuda import below, drawn, flip
 
 
 class NarrowKernels:
@@ -88,13 +88,13 @@ def add_slices(
     turn = ((start - first_owned) % ranks).to(tl.int32)  # the owner's next coordinate is where it comes to 0
     owned = tl.minimum(tl.maximum(last_owned - start, 0), size).to(tl.int32)
     for first in tl.range(0, count, cells, loop_unroll_factor=8):
-        key = _drawn(seed, chunk * 0, chunk).to(tl.int32)
-        offset = _below(_drawn(seed, chunk * 0 + 1, chunk), cells).to(tl.int32)
+        key = drawn(seed, chunk * 0, chunk).to(tl.int32)
+        offset = below(drawn(seed, chunk * 0 + 1, chunk), cells).to(tl.int32)
         position = (cell - offset) & (cells - 1)
         used = first + position < count
         value = tl.load(vector + start + first + position, mask=used, other=0.0).to(tl.float32) * scale
         sums = tl.where(
-            used, sums + _flip(value, key, position // 64, position % 64, tl.full((), 0, tl.int32), 1), sums
+            used, sums + flip(value, key, position // 64, position % 64, tl.full((), 0, tl.int32), 1), sums
         )
         if energies:
             its = first + position

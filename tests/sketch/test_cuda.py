@@ -33,10 +33,11 @@ pytestmark = pytest.mark.usefixtures("one_thread", "few_programs")
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the interpreter, where each of them takes a millisecond."""
     if INTERPRETED:
-        from hvd_sketch.sketch import cuda
+        from hvd_sketch.sketch import add_cuda, cuda
         from hvd_sketch.sparse import cuda as choice
 
-        monkeypatch.setattr(cuda, "_PROGRAMS", 8)
+        for module in (add_cuda, cuda):
+            monkeypatch.setattr(module, "_PROGRAMS", 8)
         monkeypatch.setattr(choice, "_PARTS", 2)
 
 
@@ -118,9 +119,10 @@ def test_any_shape(
     programs: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from hvd_sketch.sketch import cuda
+    from hvd_sketch.sketch import add_cuda, cuda
 
-    monkeypatch.setattr(cuda, "_PROGRAMS", programs)
+    for module in (add_cuda, cuda):
+        monkeypatch.setattr(module, "_PROGRAMS", programs)
     geometry = Geometry(dim, rows, cols)
     start = dim // 7
     vector = numbers(dim - start - dim // 9).clamp(-60_000, 60_000).to(dtype)
@@ -199,18 +201,18 @@ def test_an_empty_vector_changes_nothing() -> None:
 
 def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     """All of them, with the types of their arguments other than int64 and their constants."""
-    from hvd_sketch.sketch import cuda_kernels
+    from hvd_sketch.sketch import add_cuda, cuda_kernels, geometry_cuda
 
     table = {"table": "*fp32", "draws": "*i32"}
     counted = {**table, "limit": "*i32", "above": "*i64", "equal": "*i64"}
-    yield cuda_kernels.draw, {"draws": "*i32"}, {"lanes": 256}
+    yield geometry_cuda.draw, {"draws": "*i32"}, {"lanes": 256}
     lists = {"counts": "*i32", "starts": "*i64", "listed": "*i32"}
     for listing in (False, True):
         shape = {"lanes": 32, "together": 64, "most_parts": 32, "lists": listing}
-        yield cuda_kernels.list_chunks, {**lists, "draws": "*i32"}, shape
+        yield add_cuda.list_chunks, {**lists, "draws": "*i32"}, shape
     for dtype in ("*fp16", "*bf16", "*fp32"):
         shape = {"rows": 3, "lanes": 128, "ahead": 4}
-        yield cuda_kernels.add, {**table, **lists, "vector": dtype, "scale": "*fp32"}, shape
+        yield add_cuda.add_listed, {**table, **lists, "vector": dtype, "scale": "*fp32"}, shape
     for rows in (4, 9):
         shape = {"row_count": rows, "lanes": 512}
         yield cuda_kernels.estimate_all, {**table, "to": "*fp32"}, shape
