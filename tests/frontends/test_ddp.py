@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from hvd_sketch.comm.in_process import run_in_process
 from tests.support import ddp as scripts
 from tests.support import ddp_parity
 from tests.support.ddp import AHEAD, PLAIN, RATE, SIZE, STEPS, Balance, balance, local_gradient, sgd, step, wrapped
-from tests.support.ranks import ranks
+from tests.support.ranks import launch, ranks
 from tests.support.training import flat, flat_gradient, loss, net
 
 COMPRESSORS: Mapping[str, Callable[[], Any]] = {
@@ -568,6 +569,17 @@ def test_the_plain_hook(seen: list[dict[str, Any]]) -> None:
 
 def test_a_saved_run_continues_as_if_never_saved(seen: list[dict[str, Any]]) -> None:
     assert all(one["resumed"] for one in seen)
+
+
+def test_a_rank_that_is_killed_is_started_again_and_nothing_is_lost(tmp_path: Path) -> None:
+    """By torchrun, told to make a store for each attempt: in the last one's, ranks find the addresses of the dead."""
+    command = ("--max-restarts", "1", sys.executable, "tests/scripts/restarted_training.py", str(tmp_path))
+    done = launch(SIZE, command, launcher="torchrun", env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+    assert done.returncode == 0, done.output
+    for rank in range(SIZE):
+        start, end = torch.load(tmp_path / f"rank{rank}.end")
+        assert start == 3
+        assert torch.equal(end, expected("topk", momentum=0.5))
 
 
 @pytest.mark.parametrize(
