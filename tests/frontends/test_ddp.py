@@ -219,6 +219,28 @@ def scaled() -> tuple[Tensor, Tensor]:
     return ends[0], ends[1]
 
 
+def scale_found(fused: bool) -> tuple[Tensor, Tensor]:
+    """Of a scaler that nobody tells of, and one that a fused step unscales for: what is kept with it and without."""
+    kept = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        model = wrapped(net())
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=fused)
+        state = hvd.ddp.register(model, optimizer, COMPRESSORS["topk"]())
+        if scaler is None:
+            state.flush()  # as the first step does of which the scale is not known yet
+        for number in range(STEPS):
+            optimizer.zero_grad()
+            value = loss(model, dist.get_rank(), number)
+            (scaler.scale(value) if scaler else value).backward()
+            if scaler:
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+        kept.append(state.exchange.memory.residual)
+    return kept[0], kept[1]
+
+
 def autocast() -> Tensor:
     model = wrapped(net())
     optimizer = sgd(model)
@@ -424,6 +446,7 @@ def on_a_rank(folder: str) -> dict[str, Any]:
         "void": [void(), void(closure=True)],
         "void, scaled": void(scales=True),
         "scaled": scaled(),
+        "scale found": [scale_found(fused) for fused in (False, True)],
         "autocast": autocast(),
         "compiled": compiled(),
         "plain hook": plain_hook(),
@@ -555,6 +578,8 @@ def test_a_bad_gradient_on_one_rank_makes_the_step_void(seen: list[dict[str, Any
 def test_mixed_precision(seen: list[dict[str, Any]]) -> None:
     for one in seen:
         assert torch.equal(*one["scaled"])
+        for without, scale in one["scale found"]:
+            torch.testing.assert_close(scale, without, rtol=1e-5, atol=1e-7)
         assert torch.equal(one["autocast"], seen[0]["autocast"])
         torch.testing.assert_close(one["autocast"], expected("sharded"), rtol=0.1, atol=0.02)
 
