@@ -56,8 +56,8 @@ pytestmark = [
 ]
 
 
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), 1e-2)
+def adamw(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), 1e-2, **settings)
 
 
 def wrapped(device: torch.device) -> DistributedDataParallel:
@@ -134,10 +134,12 @@ def anticipating(device: torch.device, feedback: Any) -> Tensor:
     return flat(model)
 
 
-def mixed_precision(device: torch.device, dtype: torch.dtype) -> tuple[list[float], Tensor, bool, int, float]:
+def mixed_precision(
+    device: torch.device, dtype: torch.dtype, *, fused: bool = False
+) -> tuple[list[float], Tensor, bool, int, float]:
     """Losses, parameters, whether the memory is finite, void steps, and the scale at the end."""
     model = wrapped(device)
-    optimizer = adamw(model)
+    optimizer = adamw(model, fused=fused)
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**40, enabled=dtype == torch.float16)
     state = hvd.ddp.register(model, optimizer, Compression.sharded(**AHEAD))
     losses = []
@@ -146,8 +148,9 @@ def mixed_precision(device: torch.device, dtype: torch.dtype) -> tuple[list[floa
         with torch.autocast(device.type, dtype):
             value = loss(model, dist.get_rank(), 0)
         scaler.scale(value).backward()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), 100.0)
+        if not fused:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 100.0)
         scaler.step(optimizer)
         scaler.update()
         losses.append(float(value))
@@ -191,6 +194,7 @@ SCRIPTS: dict[str, Callable[[torch.device], Any]] = {
     "anticipating, optimizer": lambda device: anticipating(device, Anticipate(0.4)),
     "bfloat16": lambda device: mixed_precision(device, torch.bfloat16),
     "float16": lambda device: mixed_precision(device, torch.float16),
+    "float16, fused": lambda device: mixed_precision(device, torch.float16, fused=True),
 }
 OF_ONE: dict[str, Callable[[torch.device], Any]] = {**SCRIPTS, "of both": of_both, "host goes on": host_goes_on}
 OF_TWO: dict[str, Callable[[torch.device], Any]] = {**SCRIPTS, "uneven": uneven, "drifting": drifting}
@@ -334,7 +338,7 @@ def test_anticipated_gradients_train_one_model(seen: list[dict[str, Any]], name:
     assert bool(ends[0].isfinite().all())
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float16, fused"])
 def test_mixed_precision_trains_one_model(seen: list[dict[str, Any]], dtype: str) -> None:
     """A scaler whose scale is too large at first makes the same steps void on all ranks."""
     told = of_all(seen, dtype)
@@ -343,7 +347,7 @@ def test_mixed_precision_trains_one_model(seen: list[dict[str, Any]], dtype: str
         assert torch.equal(end, told[0][1])
         assert finite
         assert (skipped, scale) == told[0][3:]
-        assert (skipped > 0) == (dtype == "float16")
+        assert (skipped > 0) == (dtype != "bfloat16")
 
 
 def test_uneven_data_of_two_ranks_end_in_one_model(two: list[dict[str, Any]]) -> None:

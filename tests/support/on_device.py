@@ -131,8 +131,6 @@ def by_optimizer(
 ) -> End:
     model, optimizer = distributed(place, compressor, **settings)
     train(model, optimizer, gradients_of(place.rank, passes, spoiled=spoiled))
-    if hasattr(optimizer, "finish"):
-        optimizer.finish()
     return end_of(model, optimizer.exchange)
 
 
@@ -188,8 +186,6 @@ OPTIMIZER: dict[str, Case] = {
     "optimizer, mixed by Hadamard": partial(by_optimizer, compressor=replace(TOPK, mixing="hadamard")),
     "optimizer, mixed by cosines": partial(by_optimizer, compressor=Compression.mixed(ratio=10.0, warmup_steps=0)),
     "optimizer, void": partial(by_optimizer, compressor=TOPK, spoiled=True),
-    "delayed, topk": partial(by_optimizer, compressor=TOPK, delayed=True),
-    "delayed, sharded": partial(by_optimizer, compressor=SHARDED, delayed=True),
 }
 """Of `DistributedOptimizer`, on several ranks."""
 EVERY: dict[str, Case] = {**HOOK, **OPTIMIZER}
