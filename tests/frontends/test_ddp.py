@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -277,8 +278,8 @@ def plain_hook() -> tuple[Tensor, int, float]:
     return averaged, state.exchange.stats.steps, float(state.exchange.memory.residual.abs().max())
 
 
-def resumed(folder: str) -> bool:
-    """A run saved by torch.distributed.checkpoint goes on as if it had never been saved."""
+def resumed(folder: str) -> tuple[bool, Tensor]:
+    """A run saved by torch.distributed.checkpoint goes on as if it had never been; what it saves after a flush."""
     model = wrapped(net())
     optimizer = sgd(model, momentum=0.5)
     state = hvd.ddp.register(model, optimizer, COMPRESSORS["sharded"]())
@@ -298,7 +299,11 @@ def resumed(folder: str) -> bool:
     load({"memory": SavedMemory(state)}, checkpoint_id=folder)
     for number in range(3, STEPS):
         step(other, second, number)
-    return torch.equal(flat(model), flat(other))
+    same = torch.equal(flat(model), flat(other))
+    state.flush()
+    step(other, second, STEPS)
+    save({"model": other.module.state_dict(), "optimizer": second.state_dict()}, checkpoint_id=f"{folder}/flushed")
+    return same, flat(other)
 
 
 def refused(body: Callable[[], Any]) -> str:
@@ -458,8 +463,14 @@ def on_a_rank(folder: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return ranks(SIZE, on_a_rank, str(tmp_path_factory.mktemp("checkpoint")), launcher="torchrun", timeout=240)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the ranks' checkpoints."""
+    return tmp_path_factory.mktemp("checkpoint")
+
+
+@pytest.fixture(scope="module")
+def seen(folder: Path) -> list[dict[str, Any]]:
+    return ranks(SIZE, on_a_rank, str(folder), launcher="torchrun", timeout=240)
 
 
 def expected(compressor: str, passes: int = 1, momentum: float = 0.0, **feedback: Any) -> Tensor:
@@ -547,10 +558,11 @@ def test_memories_of_a_script_that_saves_loads_and_copies_where_it_likes(seen: l
 
 def test_a_script_that_trains_in_vain_is_told(seen: list[dict[str, Any]]) -> None:
     for one in seen:
-        twice, once, locally = one["scripts"]["warned"]
+        twice, once, locally, without = one["scripts"]["warned"]
         assert "averages the whole gradients before DistributedOptimizer" in twice
         assert once == ""
         assert "stepped with this rank's own gradients, computed inside no_sync()" in locally
+        assert "the model has no hook: model.register_comm_hook(state, hvd_sketch.ddp.hook)" in without
 
 
 def test_values_may_lie_in_memory_as_they_like(seen: list[dict[str, Any]]) -> None:
@@ -593,7 +605,36 @@ def test_the_plain_hook(seen: list[dict[str, Any]]) -> None:
 
 
 def test_a_saved_run_continues_as_if_never_saved(seen: list[dict[str, Any]]) -> None:
-    assert all(one["resumed"] for one in seen)
+    assert all(one["resumed"][0] for one in seen)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")  # is not there, and one process reads
+def test_a_flushed_checkpoint_fits_another_number_of_ranks(seen: list[dict[str, Any]], folder: Path) -> None:
+    def body(comm: Communicator) -> tuple[Tensor, Tensor]:
+        model = net(9)
+        plain = sgd(model, momentum=0.5)
+        step_of(comm, model, plain)  # makes the optimizer's state, into which it is read
+        entries = {"model": model.state_dict(), "optimizer": plain.state_dict()}
+        with reading:
+            load(entries, checkpoint_id=folder / "flushed")
+        model.load_state_dict(entries["model"])
+        plain.load_state_dict(entries["optimizer"])
+        start = flat(model)
+        step_of(comm, model, plain)
+        return start, flat(model)
+
+    def step_of(comm: Communicator, model: nn.Module, plain: torch.optim.Optimizer) -> None:
+        named = model.named_parameters()
+        optimizer: Any = hvd.DistributedOptimizer(plain, named, COMPRESSORS["sharded"](), comm=comm)
+        loss(model, comm.rank, STEPS + 1).backward()
+        optimizer.step()
+
+    reading = threading.Lock()
+    ends = run_in_process(3, body)
+    for start, end in ends:
+        assert torch.equal(start, seen[0]["resumed"][1])
+        assert torch.equal(end, ends[0][1])
+        assert not torch.equal(end, start)
 
 
 def test_a_rank_that_is_killed_is_started_again_and_nothing_is_lost(tmp_path: Path) -> None:
