@@ -94,12 +94,15 @@ class Memory:
         nesterov = self._momentum is not None and self._momentum.nesterov
         _add(self.velocity.mul_(self._factor), gradient, self._factor if nesterov else 1.0, clip)
 
-    def advance(self, gradient: Tensor, clip: float, sketch: CountSketch, chosen: Chosen, left: Tensor) -> None:
+    def advance(
+        self, gradient: Tensor, clip: float | Tensor, sketch: CountSketch, chosen: Chosen, left: Tensor
+    ) -> None:
         """`absorb`, `keep` what is left of what was chosen to be sent, and `sketch_carried` into the next step.
 
-        Of the sketch's coordinates, in one pass where there is no momentum; the others are left to be kept.
+        In one pass, of the sketch's coordinates, where there is no momentum and the host knows the factor; the others
+        are left to be kept.
         """
-        if self.velocity is None:
+        if self.velocity is None and not isinstance(clip, Tensor):
             dim = sketch.geometry.dim
             sketch.add_advanced(self.residual[:dim], gradient[:dim], self.gain * clip, chosen, left)
             return

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.layout import Layout, Slot
+from hvd_sketch.precision import full_precision
 
 LARGEST = 64
 """Side of the largest block."""
@@ -107,6 +108,12 @@ def _largest_power_of_two(length: int) -> int:
 
 
 @cache
+def _cosines_on(device: torch.device, dtype: torch.dtype, size: int) -> Tensor:
+    """Kept there: a copy from the host would wait for the device."""
+    return cosines(size).to(device, dtype)
+
+
+@cache
 def cosines(size: int) -> Tensor:
     """The orthonormal DCT-II of so many numbers, float64, a frequency a row."""
     numbers = torch.arange(size, dtype=torch.float64, device="cpu")
@@ -117,8 +124,8 @@ def cosines(size: int) -> Tensor:
 
 def _cosine(values: Tensor, inverse: bool) -> Tensor:
     """The DCT along the middle one of three dimensions, or its inverse."""
-    with torch.autocast(values.device.type, enabled=False):
-        matrix = cosines(values.shape[1]).to(values.device, values.dtype)
+    with torch.autocast(values.device.type, enabled=False), full_precision():
+        matrix = _cosines_on(values.device, values.dtype, values.shape[1])
         if values.shape[2] == 1:
             return values.squeeze(2) @ (matrix if inverse else matrix.t())
         return torch.matmul(matrix.t() if inverse else matrix, values)

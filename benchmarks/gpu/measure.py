@@ -20,7 +20,7 @@ from benchmarks.gpu.record import Record, Row
 _CACHE_BYTES = 256 << 20
 """More than any second-level cache holds."""
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
-_LONGEST = 8
+_LONGEST = 16
 """Kernels that are named in a row."""
 Call = Callable[[], object]
 

@@ -6,6 +6,7 @@ import importlib
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,8 @@ class CountSketch:
                 f"got {table.dtype} of shape {tuple(table.shape)}"
             )
         self.table = table
+        self._choosers: dict[tuple[int, int], Any] = {}
+        """On a GPU: what chooses so many of this table, by its address."""
 
     @property
     def _kernel(self) -> ModuleType:
@@ -82,19 +85,23 @@ class CountSketch:
         self.seed = seed
         self.table.zero_()
 
-    def add(self, vector: Tensor, offset: int = 0, scale: float = 1.0) -> None:
+    def add(self, vector: Tensor, offset: int = 0, scale: float | Tensor = 1.0) -> None:
         """Add ``scale * vector`` as coordinates ``offset, offset + 1, …`` of the sketched vector.
 
         Args:
             vector: contiguous, float32, float16 or bfloat16, of any shape; read as flat.
             offset: coordinate of its first element.
-            scale: factor, rounded to float32.
+            scale: factor, rounded to float32; or as one number of that type on the device, which need not be waited
+                for where the GPU's kernel serves.
 
         Raises:
             ValueError: when the slice does not fit, or its dtype, device or layout is not supported.
         """
         self._check(vector, offset)
-        self._kernel.add(self.geometry, self.seed, self.table, vector.view(-1), offset, scale)
+        kernel = self._kernel
+        if isinstance(scale, Tensor) and kernel in (native, reference):
+            scale = float(scale)
+        kernel.add(self.geometry, self.seed, self.table, vector.view(-1), offset, scale)
 
     def add_many(self, vectors: Sequence[Tensor], offsets: Sequence[int], scale: float = 1.0) -> None:
         """`add` each vector at its offset, at the cost of a single one where they are small.
@@ -181,8 +188,18 @@ class CountSketch:
         """
         if not 1 <= k <= self.geometry.dim:
             raise ValueError(f"CountSketch.top_k: k must be in 1 … dim={self.geometry.dim}, got {k}")
-        indices, estimates = self._kernel.top_k(self.geometry, self.seed, self.table, k)
+        kernel = self._kernel
+        if kernel in (native, reference):
+            indices, estimates = kernel.top_k(self.geometry, self.seed, self.table, k)
+        else:
+            indices, estimates = self._chooser(kernel, k)(self.seed)
         return indices, estimates
+
+    def _chooser(self, kernel: ModuleType, k: int) -> Any:
+        key = k, self.table.data_ptr()
+        if key not in self._choosers:
+            self._choosers = {key: kernel.Chooser(self.geometry, self.table, k)}
+        return self._choosers[key]
 
     def l2_norm(self) -> Tensor:
         """Estimate of ``||v||``, float64: the square root of the median over rows of the row's energy."""

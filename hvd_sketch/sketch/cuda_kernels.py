@@ -84,7 +84,7 @@ def add(
     table: tl.tensor,
     draws: tl.tensor,
     vector: tl.tensor,
-    scale: tl.float32,
+    scale: tl.tensor,
     first: tl.int64,
     offset: tl.int64,
     count: tl.int64,
@@ -111,6 +111,7 @@ def add(
     inside = column < span
     cells = table + (row * cols + tile * width) + column
     sums = tl.load(cells, mask=inside)
+    factor = tl.load(scale)
     for block in tl.range(0, blocks, loop_unroll_factor=4):
         slot = tile - tl.load(draws + block * tiles)
         chunk = block * tiles + tl.where(slot < 0, slot + tiles, slot)
@@ -124,7 +125,7 @@ def add(
             base = (first + block * tiles) * length + (chunk - block * tiles) * 64 - offset
             at = base + position // 64 * (tiles * 64) + position % 64
             used = inside & (position < size) & (at >= 0) & (at < count)
-            value = tl.load(vector + at, mask=used).to(tl.float32) * scale
+            value = tl.load(vector + at, mask=used).to(tl.float32) * factor
             sums = tl.where(used, sums + _flip(value, key, position, row.to(tl.int32), rows.to(tl.int32)), sums)
     tl.store(cells, sums, mask=inside)
 
@@ -245,6 +246,13 @@ def count_digits(
         tl.atomic_add(counts + digit, 1, mask=inside & counted & (bits > 0), sem="relaxed")
 
 
+@triton.jit
+def _run(program, run, steps, least):
+    """The steps of a program, from and to; none where the limit is negative."""
+    begin = program * run
+    return begin, tl.where(least < 0, begin, tl.minimum(begin + run, steps))
+
+
 @triton.jit(do_not_specialize=["dim", "cols", "width", "length", "tiles", "chunks", "steps", "run"])
 def weigh(
     table: tl.tensor,
@@ -263,12 +271,12 @@ def weigh(
     row_count: tl.constexpr,
     lanes: tl.constexpr,
 ):
-    """How many magnitudes of each run of steps lie above the limit, and how many are equal to it."""
+    """How many magnitudes of each run of steps lie above the limit, and how many are equal to it. Grid: runs."""
     program = tl.program_id(0).to(tl.int64)
-    begin = program * run
     least = tl.load(limit)
+    begin, last = _run(program, run, steps, least)
     more, same = tl.zeros((), tl.int64), tl.zeros((), tl.int64)
-    for step in range(begin, tl.minimum(begin + run, steps)):
+    for step in range(begin, last):
         _, estimate, inside = _estimates(table, draws, dim, cols, width, length, tiles, chunks, step, row_count, lanes)
         bits = _magnitude(estimate)
         total = tl.sum(_kind(bits, least, inside))
@@ -276,6 +284,45 @@ def weigh(
         same += total >> 16
     tl.store(above + program, more)
     tl.store(equal + program, same)
+
+
+@triton.jit(do_not_specialize=["dim", "cols", "width", "length", "tiles", "chunks", "steps", "run", "room"])
+def collect(
+    table: tl.tensor,
+    draws: tl.tensor,
+    limit: tl.tensor,
+    above: tl.tensor,
+    kept_indices: tl.tensor,
+    kept: tl.tensor,
+    dim: tl.int64,
+    cols: tl.int64,
+    width: tl.int64,
+    length: tl.int64,
+    tiles: tl.int64,
+    chunks: tl.int64,
+    steps: tl.int64,
+    run: tl.int64,
+    room: tl.int64,
+    row_count: tl.constexpr,
+    lanes: tl.constexpr,
+):
+    """Write index and estimate of what lies above the limit, in ascending order, as far as there is room.
+
+    ``above`` tells how many lie before each run of steps. Grid: runs.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    least, place = tl.load(limit), tl.load(above + program)
+    begin, last = _run(program, run, steps, least)
+    for step in range(begin, last):
+        index, estimate, inside = _estimates(
+            table, draws, dim, cols, width, length, tiles, chunks, step, row_count, lanes
+        )
+        taken = (inside & (_magnitude(estimate) > least)).to(tl.int32)
+        to = place + tl.cumsum(taken) - taken
+        keeps = (taken > 0) & (to < room)
+        tl.store(kept_indices + to, index.to(tl.int32), mask=keeps)
+        tl.store(kept + to, estimate, mask=keeps)
+        place += tl.sum(taken)
 
 
 @triton.jit(do_not_specialize=["dim", "cols", "width", "length", "tiles", "chunks", "steps", "k", "run"])
@@ -306,10 +353,10 @@ def write(
     whatever the table holds: with NaN in it the passes need not agree.
     """
     program = tl.program_id(0).to(tl.int64)
-    begin = program * run
     least, room = tl.load(limit), tl.load(ties)
+    begin, last = _run(program, run, steps, least)
     more, same = tl.load(above + program), tl.load(equal + program)
-    for step in range(begin, tl.minimum(begin + run, steps)):
+    for step in range(begin, last):
         index, estimate, inside = _estimates(
             table, draws, dim, cols, width, length, tiles, chunks, step, row_count, lanes
         )

@@ -39,76 +39,82 @@ def heaviest(vector: Tensor, shards: int, count: int) -> tuple[Tensor, Tensor]:
 
     Not for more shards than a warp can take at once, nor for 2^31 rows.
     """
-    rows = torch.empty(shards, count, dtype=torch.int64, device=vector.device)
-    values = torch.empty(shards, count, dtype=torch.float32, device=vector.device)
     with torch.cuda.device_of(vector):
-        choice = _Choice(vector.contiguous(), shards, count)
-        choice.collect()
-        choice.find()
-        choice.write(rows, values)
-    return rows, values
+        return _candidates(vector.contiguous(), shards, count).choose(count)
 
 
-class _Choice:
-    """Which of a vector's entries are chosen."""
+class Candidates:
+    """What is looked at for the largest entries of each shard, ascending; see `hvd_sketch.sparse.cuda_kernels`.
 
-    def __init__(self, vector: Tensor, shards: int, count: int) -> None:
-        size, device = vector.numel(), vector.device
-        wide = 1 << (shards - 1).bit_length()
-        self._vector, self._count, self._shards, self._size = vector, count, shards, size
-        self._rows = -(-size // shards)
-        self._shape = {"wide": shards, "shards": wide, "rows": max(1, _TOGETHER // wide)}
-        self._ranks = _ranks(self._rows, count)
-        self._room = min(self._rows, max(count, _within(self._rows, self._ranks[0])))
-        self._state = torch.empty(shards, kernels.FIELDS.value, dtype=torch.int64, device=device)
-        kept = torch.empty(2, shards, self._room, dtype=torch.int32, device=device)
-        self._looked_at = (vector, kept[0], kept[1].view(torch.float32))
-        parts = max(1, _PARTS // shards)
-        self._grid = (parts, shards)
-        self._before = torch.empty(2, shards, parts, dtype=torch.int64, device=device)
-        self._lanes: dict[str, Any] = {"wide": shards, "lanes": _LANES, "num_warps": 1}
+    Args:
+        vector: of which a shard is looked at if there are no candidates of it.
+        state: int64, a line for each shard; ``FOUND`` and what it stands on is settled.
+        room: for so many candidates of each shard there is space.
+    """
 
-    def collect(self) -> None:
-        """Take the sample, and read the vector twice to write down the candidates."""
-        together = self._shape["rows"]
-        run = -(-self._rows // (_RUNS * together)) * together
-        runs, one = -(-self._rows // run), (self._shards,)
-        counts = torch.empty(3, self._shards, runs, dtype=torch.int64, device=self._vector.device)
-        whole: dict[str, Any] = {"size": self._size, "run": run, **self._shape}
-        sample: dict[str, Any] = {"wide": self._shards, "sample": _SAMPLE, "num_warps": 16}
-        kernels.bracket[one](self._vector, self._state, self._size, *self._ranks, **sample)
-        kernels.count[runs,](self._vector, self._state, *counts, **whole, num_warps=1)
-        kernels.settle[one](
-            self._state,
-            *counts,
-            self._size,
-            self._count,
-            self._room,
-            runs,
-            wide=self._shards,
-            most_runs=_RUNS,
-            num_warps=8,
-        )
-        vector, *kept = self._looked_at
-        kernels.collect[runs,](vector, self._state, counts[0], *kept, **whole, room=self._room, num_warps=1)
+    def __init__(self, vector: Tensor, state: Tensor, room: int) -> None:
+        self.state, self.room = state, room
+        self._shards, self._device = len(state), state.device
+        kept = torch.empty(2, self._shards, room, dtype=torch.int32, device=self._device)
+        self.rows, self.values = kept[0], kept[1].view(torch.float32)
+        self._looked_at = (vector, self.rows, self.values)
+        self._parts = max(1, _PARTS // self._shards)
+        self._lanes: dict[str, Any] = {"wide": self._shards, "lanes": _LANES, "num_warps": 1}
 
-    def find(self) -> None:
-        """Find the k-th largest of each shard."""
-        counts = torch.zeros(
-            len(_DIGITS), self._shards * _COPIES << max(_DIGITS), dtype=torch.int32, device=self._vector.device
-        )
-        for digit_bits, each in zip(_DIGITS, counts, strict=True):
-            digit = {"digit_bits": digit_bits, "copies": _COPIES}
-            kernels.count_digits[self._grid](*self._looked_at, self._state, each, self._room, **digit, **self._lanes)
-            kernels.find_digit[self._shards,](self._state, each, **digit)
+    def choose(self, count: int) -> tuple[Tensor, Tensor]:
+        """The ``count`` largest of each shard: rows (int64) and values, each ``(shards, count)``."""
+        rows = torch.empty(self._shards, count, dtype=torch.int64, device=self._device)
+        values = torch.empty(self._shards, count, dtype=torch.float32, device=self._device)
+        self.write(rows, values)
+        return rows, values
 
     def write(self, rows: Tensor, values: Tensor) -> None:
-        """Write what is chosen."""
-        kernels.weigh[self._grid](*self._looked_at, self._state, *self._before, self._room, **self._lanes)
-        kernels.add_up[self._shards,](*self._before, self._grid[0], most_parts=_PARTS)
-        kernels.write[self._grid](
-            *self._looked_at, self._state, *self._before, rows, values, self._room, self._count, **self._lanes
+        """The same, to where they are wanted; nothing of a shard of which nothing is looked at."""
+        self._find()
+        grid, count = (self._parts, self._shards), rows.shape[1]
+        before = torch.empty(2, self._shards, self._parts, dtype=torch.int64, device=self._device)
+        kernels.weigh[grid](*self._looked_at, self.state, *before, self.room, **self._lanes)
+        kernels.add_up[self._shards,](*before, self._parts, most_parts=_PARTS)
+        kernels.write[grid](*self._looked_at, self.state, *before, rows, values, self.room, count, **self._lanes)
+
+    def _find(self) -> None:
+        """Find the k-th largest of each shard."""
+        counts = torch.zeros(
+            len(_DIGITS), self._shards * _COPIES << max(_DIGITS), dtype=torch.int32, device=self._device
         )
+        grid = (self._parts, self._shards)
+        for digit_bits, each in zip(_DIGITS, counts, strict=True):
+            digit = {"digit_bits": digit_bits, "copies": _COPIES}
+            kernels.count_digits[grid](*self._looked_at, self.state, each, self.room, **digit, **self._lanes)
+            kernels.find_digit[self._shards,](self.state, each, **digit)
+
+
+def settle(state: Tensor, counts: Tensor, size: int, count: int, room: int) -> None:
+    """See the kernel of that name; ``counts`` are ``(3, shards, runs)``: above, equal, chosen."""
+    shards, runs = counts.shape[1:]
+    numbers: dict[str, Any] = {"wide": shards, "most_runs": _RUNS, "num_warps": 8}
+    kernels.settle[shards,](state, *counts, size, count, room, runs, **numbers)
+
+
+def _candidates(vector: Tensor, shards: int, count: int) -> Candidates:
+    """Take the sample, and read the vector twice to write down the candidates."""
+    size, device = vector.numel(), vector.device
+    rows, wide = -(-size // shards), 1 << (shards - 1).bit_length()
+    ranks = _ranks(rows, count)
+    room = min(rows, max(count, _within(rows, ranks[0])))
+    state = torch.empty(shards, kernels.FIELDS.value, dtype=torch.int64, device=device)
+    together = max(1, _TOGETHER // wide)
+    run = -(-rows // (_RUNS * together)) * together
+    runs = -(-rows // run)
+    counts = torch.empty(3, shards, runs, dtype=torch.int64, device=device)
+    whole: dict[str, Any] = {"size": size, "run": run, "wide": shards, "shards": wide, "rows": together}
+    kernels.bracket[shards,](vector, state, size, *ranks, wide=shards, sample=_SAMPLE, num_warps=16)
+    kernels.count[runs,](vector, state, *counts, **whole, num_warps=1)
+    settle(state, counts, size, count, room)
+    candidates = Candidates(vector, state, room)
+    to = (candidates.rows, candidates.values)
+    kernels.collect[runs,](vector, state, counts[0], *to, **whole, room=room, num_warps=1)
+    return candidates
 
 
 def _ranks(rows: int, count: int) -> tuple[int, int]:

@@ -75,7 +75,7 @@ def test_a_training_ends_when_its_time_is_over(plan: Plan) -> None:
 
 
 def test_rows_are_kept_and_what_is_missing_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = {name: command.METHODS[name] for name in ("dense", "sharded", "powersgd", "local SGD")}
+    few = {name: command.METHODS[name] for name in ("dense", "soft sign, mixed by dct", "powersgd", "local SGD")}
     monkeypatch.setattr(command, "METHODS", few)
     out = tmp_path / "large.json"
     arguments = ["--small", "--device", "cpu", "--ranks", "2", "--steps", "9", "--out", str(out)]
@@ -84,8 +84,8 @@ def test_rows_are_kept_and_what_is_missing_is_trained(tmp_path: Path, monkeypatc
     rows = json.loads(out.read_text())
     assert len(rows) == 10
     assert all(row["finished"] for row in rows)
-    (sharded,) = (row for row in rows if (row["method"], row["setting"]) == ("sharded", 40.0))
-    assert sharded["ratio"] == pytest.approx(40.0, rel=0.1)
+    (mixed,) = (row for row in rows if (row["method"], row["setting"]) == ("soft sign, mixed by dct", 40.0))
+    assert mixed["ratio"] == pytest.approx(40.0, rel=0.1)
     rows[2]["finished"] = False
     out.write_text(json.dumps(rows))
     command.main(arguments)

@@ -26,7 +26,16 @@ on_gpu = pytest.mark.skipif(
 WIDE = 2 * TILE_WIDTH + 5
 """Columns of two tiles."""
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "few_programs")
+
+
+@pytest.fixture
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the interpreter, where each of them takes a millisecond."""
+    if INTERPRETED:
+        from hvd_sketch.sparse import cuda
+
+        monkeypatch.setattr(cuda, "_PARTS", 4)
 
 
 def bits(values: Tensor) -> Tensor:
@@ -127,6 +136,22 @@ def test_ties_zeros_and_every_choice(rows: int) -> None:
 
 
 @on_interpreter
+@pytest.mark.parametrize(("margin", "room"), [(-9.0, None), (1.2, 1)])
+def test_a_sample_that_misleads_changes_nothing(
+    margin: float, room: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too few candidates, or too little room for them: then all estimates are looked at."""
+    from hvd_sketch.sketch import cuda
+
+    settle = cuda.settle
+    monkeypatch.setattr(cuda, "_MARGIN", margin)
+    if room is not None:
+        monkeypatch.setattr(cuda, "settle", lambda *arguments: settle(*arguments[:-1], room))
+    geometry = Geometry(1100, 3, 300)
+    check_estimates(geometry, 1, check_add(geometry, 1, numbers(1100).clamp(-9, 9), 0, 1.0), 60)
+
+
+@on_interpreter
 def test_infinities_are_chosen_first() -> None:
     geometry = Geometry(500, 3, 600)
     vector = numbers(500)
@@ -180,7 +205,7 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     counted = {**table, "limit": "*i32", "above": "*i64", "equal": "*i64"}
     yield cuda_kernels.draw, {"draws": "*i32"}, {"lanes": 256}
     for dtype in ("*fp16", "*bf16", "*fp32"):
-        yield cuda_kernels.add, {**table, "vector": dtype, "scale": "fp32"}, {"lanes": 32}
+        yield cuda_kernels.add, {**table, "vector": dtype, "scale": "*fp32"}, {"lanes": 32}
     for rows in (4, 9):
         shape = {"row_count": rows, "lanes": 512}
         yield cuda_kernels.estimate_all, {**table, "to": "*fp32"}, shape
@@ -189,6 +214,8 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
             counts = {"lower": lower, "low_bits": 15, "copies": 8, "bins": 1 << (15 if lower else 16)}
             yield cuda_kernels.count_digits, digits, {**shape, **counts}
         yield cuda_kernels.weigh, counted, shape
+        candidates = {"kept_indices": "*i32", "kept": "*fp32"}
+        yield cuda_kernels.collect, {**table, "limit": "*i32", "above": "*i64", **candidates}, shape
         yield cuda_kernels.write, {**counted, "ties": "*i64", "indices": "*i64", "estimates": "*fp32"}, shape
 
 
@@ -257,3 +284,16 @@ def test_nothing_waits_for_the_gpu() -> None:
             torch.cuda.set_sync_debug_mode("error")
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+def test_what_is_recorded_chooses_as_what_is_not_on_a_gpu() -> None:
+    from hvd_sketch.sketch import cuda
+
+    sketch = CountSketch(1_000_000, 3, 10_000, device="cuda")
+    for seed in range(6):  # the fourth and later ones are replayed; the fifth has many equal estimates
+        sketch.reset(seed)
+        sketch.add((numbers(1_000_000, seed) if seed != 4 else torch.ones(1_000_000)).cuda())
+        expected = cuda.top_k(sketch.geometry, seed, sketch.table, 5000)
+        for ours, theirs in zip(sketch.top_k(5000), expected, strict=True):
+            assert torch.equal(ours, theirs)

@@ -53,13 +53,8 @@ def test_a_sample_that_misleads_changes_nothing(
     for name, value in small.items():
         monkeypatch.setattr(cuda, name, value)
     if room is not None:
-        made = cuda._Choice.__init__
-
-        def without_room(self: Any, vector: Tensor, shards: int, count: int) -> None:
-            made(self, vector, shards, count)
-            self._room = room
-
-        monkeypatch.setattr(cuda._Choice, "__init__", without_room)
+        settle = cuda.settle
+        monkeypatch.setattr(cuda, "settle", lambda *arguments: settle(*arguments[:-1], room))
     generator = torch.Generator().manual_seed(1)
     for vector in (torch.randn(601, generator=generator) ** 3, torch.randn(601, generator=generator).round()):
         vector[::7] = torch.tensor([float("inf"), -float("inf")]).repeat(43)[: len(vector[::7])]

@@ -18,22 +18,39 @@ from hvd_sketch import Anticipate, Compression, ConfigurationError
 
 RESULTS = Path("benchmarks/results/accuracy-large.json")
 PERIOD = 8
-LOCAL = "local SGD"
+_PLAIN: dict[str, Any] = {"warmup_steps": 0}
 METHODS: dict[str, Any] = {
     "dense": lambda setting: Method(),
-    "sharded, anticipate": lambda ratio: Method(Compression.sharded(ratio=ratio, warmup_steps=0), Anticipate()),
-    "auto, dense at first": lambda ratio: Method(Compression.auto(ratio=ratio, warmup_steps=100)),
-    "sketch, anticipate": lambda ratio: Method(
-        Compression.sketch(ratio=ratio, warmup_steps=0, in_turn=0.75, dense_below=0), Anticipate()
-    ),
+    "dense, clipped": lambda ratio: Method(Compression.sharded(ratio=ratio, **_PLAIN)),
+    "sharded, anticipate": lambda ratio: Method(Compression.sharded(ratio=ratio, **_PLAIN), Anticipate()),
     "powersgd": lambda rank: Method(Compression.powersgd(rank=int(rank), start_step=0)),
-    "sharded": lambda ratio: Method(Compression.sharded(ratio=ratio, warmup_steps=0)),
-    "sketch": lambda ratio: Method(Compression.sketch(ratio=ratio, warmup_steps=0)),
-    LOCAL: lambda ratio: Method(
-        Compression.sharded(ratio=ratio / PERIOD, warmup_steps=0, clip_norm=None), period=PERIOD
+    "soft sign, mixed by dct": lambda ratio: Method(Compression.mixed(ratio=ratio, **_PLAIN), soft_sign=True),
+    "sketch, anticipate": lambda ratio: Method(
+        Compression.sketch(ratio=ratio, in_turn=0.75, dense_below=0, **_PLAIN), Anticipate()
+    ),
+    "auto, dense at first": lambda ratio: Method(Compression.auto(ratio=ratio, warmup_steps=100)),
+    "sharded": lambda ratio: Method(Compression.sharded(ratio=ratio, **_PLAIN)),
+    "sketch": lambda ratio: Method(Compression.sketch(ratio=ratio, **_PLAIN)),
+    "local SGD": lambda ratio: Method(
+        Compression.sharded(ratio=ratio / PERIOD, clip_norm=None, **_PLAIN), period=PERIOD
     ),
 }
 """By name, of the ratio or of PowerSGD's rank."""
+_IMPORTANT = (
+    ("dense", 1.0),
+    ("dense, clipped", 1.0),
+    ("sharded, anticipate", 40.0),
+    ("powersgd", 8.0),
+    ("soft sign, mixed by dct", 40.0),
+    ("soft sign, mixed by dct", 400.0),
+    ("powersgd", 1.0),
+    ("sharded, anticipate", 100.0),
+    ("soft sign, mixed by dct", 100.0),
+    ("powersgd", 4.0),
+    ("sketch, anticipate", 40.0),
+    ("local SGD", 40.0),
+)
+"""What is trained first."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -55,14 +72,15 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _runs(options: argparse.Namespace) -> Iterator[tuple[str, float, int]]:
-    """(method, ratio or rank, seed), what matters most before the rest; local steps, of many models, take long."""
-    exchanging = [method for method in METHODS if method != LOCAL]
+    """(method, ratio or rank, seed), what matters most before the rest."""
+    ratios, ranks = (40.0, 100.0, 400.0), (8.0, 4.0, 1.0)
+    settings = {method: ranks if method == "powersgd" else ratios for method in METHODS}
+    settings |= {"dense": (1.0,), "dense, clipped": (1.0,)}
+    everything = [(method, setting) for method in METHODS for setting in settings[method]]
     for seed in range(options.seeds):
-        for methods in (exchanging, [method for method in METHODS if method == LOCAL]):
-            for setting, rank in zip((40.0, 100.0, 400.0), (8.0, 4.0, 1.0), strict=True):
-                for method in methods:
-                    if method != "dense" or setting == 40.0:
-                        yield method, {"dense": 1.0, "powersgd": rank}.get(method, setting), seed
+        for method, setting in dict.fromkeys([*_IMPORTANT, *everything]):
+            if method in METHODS:
+                yield method, setting, seed
 
 
 def _row(key: Row, plan: Plan, method: Method) -> Row:

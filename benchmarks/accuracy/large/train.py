@@ -38,11 +38,13 @@ class Method:
         compressor: of gradients in every step, or with a period of models; None for dense.
         anticipate: the error feedback, if any.
         period: local steps between two exchanges; 0 to exchange every gradient.
+        soft_sign: whether the step is `hvd_sketch.SoftSign`'s.
     """
 
     compressor: Compressor | None = None
     anticipate: Anticipate | None = None
     period: int = 0
+    soft_sign: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ class SharedRanks:
         ]
         index = self._exchanges[0].layout.index()
         self._places = {index[name]: parameter for name, parameter in self._parameters.items()}
-        self.optimizer = plan.optimizer(model)
+        optimizer = plan.optimizer(model)
+        self.optimizer = hvd_sketch.SoftSign(optimizer) if method.soft_sign else optimizer
         self._shares: list[CommonShare] = []
         self._moments: list[MomentsObserver] = []
         self._anticipate = method.anticipate

@@ -10,7 +10,9 @@ from torch import Tensor
 from hvd_sketch import grid, wire
 from hvd_sketch.comm.base import Communicator
 from hvd_sketch.compressors.sketch.plan import SketchPlan
+from hvd_sketch.exchange.base import Factor
 from hvd_sketch.exchange.update import Part
+from hvd_sketch.gpu import Recorded
 from hvd_sketch.grid import Grid
 from hvd_sketch.memory import Memory
 from hvd_sketch.saved import Form, Maybe
@@ -76,6 +78,7 @@ class SketchBucket:
         self._sketch = CountSketch(compressed, plan.rows, plan.cols, device=device)
         self._first = torch.zeros(wire.HEADER + plan.rows * plan.cols, dtype=dtype, device=device)
         scales.comb.resize(most_of(compressed, plan.stride))
+        self._told = Recorded(self._tell, device)
         self.energy = self.norm = 0.0
         """Of what the last step sent, squared, and of the memory's sum by the sketch's estimate."""
 
@@ -84,19 +87,20 @@ class SketchBucket:
         self._sketch.reset(seed)
         self._memory.sketch_carried(self._sketch)
 
-    def pack(self, clip: float, ranks: int) -> Tensor:
+    def pack(self, clip: Factor, ranks: int) -> Tensor:
         """Round 1: complete the table of what is computed; its message."""
         self._clip = clip
-        self._sketch.add(self._gradient[: self._compressed], scale=self._memory.gain * clip)
+        scale = clip if self._memory.gain == 1.0 else self._memory.gain * clip
+        self._sketch.add(self._gradient[: self._compressed], scale=scale)
         self._message = self._first.to(self._dtype if self._scales.cell else torch.float32)
         wire.pack(self._message[wire.HEADER :], self._sketch.table.view(-1), self._scales.cell or 1.0, ranks)
         return self._message
 
     def open(self, ranks: int) -> wire.Header:
         """Read round 1's sum: the table and the header."""
-        cells = wire.unpack(self._message[wire.HEADER :], self._scales.cell or 1.0, self._sketch.table.view(-1))
-        sizes = torch.stack([_largest(cells), self._sketch.l2_norm().float()])
-        *lanes, largest, self.norm = torch.cat([self._message[: wire.HEADER], sizes]).tolist()
+        wire.unpack(self._message[wire.HEADER :], self._scales.cell or 1.0, self._sketch.table.view(-1))
+        (told,) = self._told(self._message[: wire.HEADER].float())
+        *lanes, largest, self.norm = told.tolist()
         header = wire.Header.of(lanes)
         self._all_present = header.present == ranks
         self._next_cell = self._scales.cell
@@ -168,6 +172,11 @@ class SketchBucket:
             Part(slice(where.start, edge), self._sums.mul_(1.0 / divisor), self._chosen),
             Part(slice(edge, where.stop), self._dense_update.mul_(1.0 / divisor)),
         )
+
+    def _tell(self, header: Tensor) -> tuple[Tensor]:
+        """The header's lanes, the largest cell, and the norm of what is sketched."""
+        sizes = torch.stack([_largest(self._sketch.table.view(-1)), self._sketch.l2_norm().float()])
+        return (torch.cat([header, sizes]),)
 
     def _drop_lightest(self) -> None:
         """Of more candidates than k, keep those of the largest sums."""

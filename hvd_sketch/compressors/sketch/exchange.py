@@ -139,7 +139,7 @@ class SketchExchange(Exchange):
     def send(self, plan: SketchPlan, clip: Factor, finite: Finite) -> bool:
         """Both rounds of every bucket."""
         while len(self._firsts) < len(self._buckets):
-            self._start_first(float(clip), finite)
+            self._start_first(clip, finite)
         headers, seconds = [], []
         for number in range(len(self._buckets)):
             headers.append(self._end_first(number))
@@ -168,7 +168,7 @@ class SketchExchange(Exchange):
             with self.stats.counting(self.comm):
                 self._start_first(self.clip_factor(math.hypot(*self._norms)), math.isfinite(self._norms[number]))
 
-    def _start_first(self, clip: float, finite: Finite) -> None:
+    def _start_first(self, clip: Factor, finite: Finite) -> None:
         """Start round 1 of the next bucket."""
         number = len(self._firsts)
         with self.stats.phase("sketch"):
@@ -228,9 +228,9 @@ class SketchExchange(Exchange):
     def _draws_of(self, step: int) -> int:
         return (self._seed << 32) + step
 
-    def measure(self) -> tuple[float, bool]:
-        """As numbers of the host: what a sketch is scaled by is one."""
-        return self.judge(self.gradient_norm())
+    def measure(self) -> tuple[Factor, Finite]:
+        """As for every `Exchange`; of several buckets the norms of those that have started are numbers of the host."""
+        return super().measure() if len(self._norms) == 1 else self.judge(self.gradient_norm())
 
     def gradient_norm(self) -> float:
         """Of the buckets that have started already, the norm is known."""
