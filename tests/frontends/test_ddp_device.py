@@ -121,11 +121,13 @@ def trained(
     return flat(model)
 
 
-def anticipating(device: torch.device, feedback: Any) -> Tensor:
+def anticipating(device: torch.device, feedback: Any, hierarchical: bool | None = None) -> Tensor:
     """By the hook, or by the optimizer that takes its place."""
     model = wrapped(device)
     plain = adamw(model)
-    made: Any = hvd.ddp.register(model, plain, Compression.sharded(**AHEAD), error_feedback=feedback)
+    made: Any = hvd.ddp.register(
+        model, plain, Compression.sharded(**AHEAD), error_feedback=feedback, hierarchical=hierarchical
+    )
     optimizer = made if isinstance(feedback, Anticipate) else plain
     for at in range(2 * STEPS):
         optimizer.zero_grad()
@@ -197,7 +199,13 @@ SCRIPTS: dict[str, Callable[[torch.device], Any]] = {
     "float16, fused": lambda device: mixed_precision(device, torch.float16, fused=True),
 }
 OF_ONE: dict[str, Callable[[torch.device], Any]] = {**SCRIPTS, "of both": of_both, "host goes on": host_goes_on}
-OF_TWO: dict[str, Callable[[torch.device], Any]] = {**SCRIPTS, "uneven": uneven, "drifting": drifting}
+OF_TWO: dict[str, Callable[[torch.device], Any]] = {
+    **SCRIPTS,
+    "anticipating, host": lambda device: anticipating(device, Default.OF_COMPRESSION, hierarchical=True),
+    "anticipating, optimizer of a host": lambda device: anticipating(device, Anticipate(0.4), hierarchical=True),
+    "uneven": uneven,
+    "drifting": drifting,
+}
 
 
 class Failed(str):
@@ -333,7 +341,15 @@ def test_a_compiled_model_is_trained_alike(seen: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("name", ["anticipating", "anticipating, optimizer"])
 def test_anticipated_gradients_train_one_model(seen: list[dict[str, Any]], name: str) -> None:
-    ends = of_all(seen, name)
+    check_one_model(of_all(seen, name))
+
+
+@pytest.mark.parametrize("name", ["anticipating, host", "anticipating, optimizer of a host"])
+def test_anticipated_gradients_of_two_ranks_with_one_memory(two: list[dict[str, Any]], name: str) -> None:
+    check_one_model(of_all(two, name))
+
+
+def check_one_model(ends: list[Tensor]) -> None:
     assert all(torch.equal(end, ends[0]) for end in ends)
     assert bool(ends[0].isfinite().all())
 
