@@ -127,7 +127,7 @@ def write_header(
     if isinstance(finite, Tensor):
         lanes[1::_TOLD].add_(finite.isnan())
     if isinstance(problem, Tensor):
-        lanes[3::_TOLD].add_(problem)
+        lanes[3::_TOLD].add_(problem.to(lanes.device))  # of hosts, the header is not where messages are
 
 
 @functools.cache

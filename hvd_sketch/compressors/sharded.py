@@ -185,7 +185,7 @@ class ShardedExchange(SparseExchange):
 
     def _start_up(self, number: int, part: ShardedPart, header: Tensor | None) -> Pending:
         with self.stats.phase("select"):
-            message = wire.seal(part.choose())
+            message = part.choose()
         if header is not None:
             message = torch.cat([message, header.expand(len(message), -1)], dim=1)
         with self.stats.phase("exchange"):
@@ -197,12 +197,12 @@ class ShardedExchange(SparseExchange):
     def _start_down(self, number: int, part: ShardedPart, up: Pending) -> Pending:
         name = self.rounds.name_of(f"up{number}")
         with self.stats.phase("exchange"):
-            received = self.rounds.unseal(up.wait()[:, : part.nbytes], name)
+            received = up.wait()[:, : part.nbytes]
         with self.stats.phase("select"):
             code = part.combine(received)
-            self.rounds.note_damage(~part.known, f"what came in {name} is no code")
+            self._look_at(part, name)
         with self.stats.phase("exchange"):
-            pending = self.comm.start_allgather(wire.seal(code)[0], self.rounds.name_of(f"down{number}"))
+            pending = self.comm.start_allgather(code, self.rounds.name_of(f"down{number}"))
         with self.stats.phase("memory"):
             part.give_out()
         return pending
@@ -210,11 +210,16 @@ class ShardedExchange(SparseExchange):
     def _read(self, number: int, where: slice, part: ShardedPart, down: Pending) -> Part:
         name = self.rounds.name_of(f"down{number}")
         with self.stats.phase("exchange"):
-            gathered = self.rounds.unseal(down.wait(), name)
+            gathered = down.wait()
         with self.stats.phase("memory"):
             rows, values = part.read(gathered)
-            self.rounds.note_damage(~part.known, f"what came in {name} is no code")
+            self._look_at(part, name)
             return Part(where, values.mul_(1.0 / self.divisor), Rows(self.comm.size, 0, rows))
+
+    def _look_at(self, part: ShardedPart, name: str) -> None:
+        """Note what a part has received otherwise than it was sent."""
+        self.rounds.note_unsealed(part.intact, name)
+        self.rounds.note_damage(~part.known, f"what came in {name} is no code")
 
 
 class ShardedPart:
@@ -224,7 +229,7 @@ class ShardedPart:
 
     Attributes:
         norms: of what `choose` chose, and of the part.
-        known: whether all that came last were codes; of one that was none, values are zero.
+        intact, known: whether all that came last was as it was sent, and codes; of what was not, values are zero.
     """
 
     def __init__(self, memory: Memory, codec: SparseCodec, comm: Communicator) -> None:
@@ -240,7 +245,7 @@ class ShardedPart:
         return self._codec.nbytes + wire.SEAL
 
     def choose(self) -> Tensor:
-        """Choose of every shard; the code for every owner."""
+        """Choose of every shard; the code for every owner, sealed."""
         self._rows, self._left, code, *norms = self._chosen()
         self.norms = (norms[0], norms[1])
         return code
@@ -251,9 +256,9 @@ class ShardedPart:
             self._memory.keep(Rows(self._size, first, self._rows[others]), self._left[others], mask=True)
 
     def combine(self, received: Tensor) -> Tensor:
-        """Sum what came for this rank's shard, and choose of it; the code for everybody."""
-        self._rows, self._left, code, self.known = self._combined(received)
-        return code
+        """Sum what came for this rank's shard, and choose of it; the code for everybody, sealed."""
+        self._rows, self._left, code, self.intact, self.known = self._combined(received)
+        return code[0]
 
     def give_out(self) -> None:
         """Lose what everybody is sent."""
@@ -261,7 +266,7 @@ class ShardedPart:
 
     def read(self, gathered: Tensor) -> tuple[Tensor, Tensor]:
         """Rows and values of every shard, the same on all ranks."""
-        rows, values, self.known = self._decoded(gathered)
+        rows, values, self.intact, self.known = self._decoded(gathered)
         return rows, values
 
     def _choose(self) -> tuple[Tensor, ...]:
@@ -269,20 +274,21 @@ class ShardedPart:
         rows, values = heaviest_of_shards(residual, self._size, self._codec.count)
         code, decoded = self._codec.encode(rows, values)
         norms = torch.linalg.vector_norm(values), torch.linalg.vector_norm(residual)
-        return rows, values.sub_(decoded), code, *norms
+        return rows, values.sub_(decoded), wire.seal(code), *norms
 
     def _combine(self, received: Tensor) -> tuple[Tensor, ...]:
         residual, size, rank = self._memory.residual, self._size, self._rank
-        rows, values, known = self._decode(received)
+        rows, values, *flags = self._decode(received)
         for others in (slice(rank), slice(rank + 1, None)):
             add(residual, size, rank, rows[others], values[others])
         rows, values = heaviest_of_shards(residual[rank::size], 1, self._codec.count)
         code, decoded = self._codec.encode(rows, values)
-        return rows, values.sub_(decoded), code, known
+        return rows, values.sub_(decoded), wire.seal(code), *flags
 
     def _decode(self, received: Tensor) -> tuple[Tensor, ...]:
-        rows, values, known = self._codec.decode(received)
-        return rows, values.where(known.unsqueeze(1), 0.0), known.all()
+        code, intact = wire.open_sealed(received)
+        rows, values, known = self._codec.decode(code.mul_(intact.unsqueeze(1)))
+        return rows, values.where(known.unsqueeze(1), 0.0), intact.all(), known.all()
 
 
 def _is_finite(told: Finite) -> bool:

@@ -79,8 +79,12 @@ class Rounds:
     def unseal(self, received: Tensor, what: str) -> Tensor:
         """Rows of bytes that were sealed; those that were damaged on the way are noted, and zero."""
         rows, intact = wire.open_sealed(received)
-        self.note_damage(~intact.all(), f"what came in {what} of {self.comm.occupation} is not what was sent")
+        self.note_unsealed(intact.all(), what)
         return rows.mul_(intact.unsqueeze(1))
+
+    def note_unsealed(self, intact: Tensor, what: str) -> None:
+        """Note whether what was sealed came as it was sent: a bool of its device."""
+        self.note_damage(~intact, f"what came in {what} of {self.comm.occupation} is not what was sent")
 
     def sum(self, message: Tensor, finite: bool | Tensor, what: str) -> bool:
         """Allreduce the first message of a step; False if some rank is not finite or wants to flush.

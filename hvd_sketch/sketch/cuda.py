@@ -2,11 +2,12 @@
 
 Importing this module needs Triton. Nothing here waits for the GPU: sizes are known beforehand, and what is found on
 the device stays there. Memory beyond table, vector and results: what is drawn, ``2 + rows`` words of 32 bits for each
-chunk of 256 coordinates, and a megabyte to choose with.
+chunk of 256 coordinates, about four words for each chunk and row to add, and space for the candidates.
 
-**Adding.** Each program keeps some columns of one row of one tile in registers and takes the blocks in ascending
-order: no atomic operation, and the order of additions that the reference defines. A small table has few tiles, so
-the columns of a program are halved, from 512 down to 32, until there are programs enough for a large GPU.
+**Adding.** Each program keeps some columns of one row of one tile in registers and takes the chunks that have
+something for them in ascending order: no atomic operation, and the order of additions that the reference defines.
+Which chunks those are, a sixth of all that the tile has, is listed before. A small table has few tiles, so the columns
+of a program are halved, from 128 down to 32, until there are programs enough for a large GPU.
 
 **Choosing.** The estimates are computed anew in each pass over the table, which is small, and never stored:
 
@@ -30,13 +31,18 @@ from torch import Tensor
 
 from hvd_sketch.gpu import Recorded, find_digit
 from hvd_sketch.sketch import cuda_kernels as kernels
-from hvd_sketch.sketch.geometry import Geometry
+from hvd_sketch.sketch.geometry import PIECE, Geometry
 from hvd_sketch.sparse.cuda import Candidates, settle
 from hvd_sketch.sparse.cuda_kernels import COLLECTED, FIELDS, HIGH, LOW
 
 _PROGRAMS = 4096
 """As many as keep a large GPU busy."""
-_WIDEST, _NARROWEST = 512, 32
+_LANES = 1024
+_PART, _NARROWEST = 128, 32
+"""Columns of a program that adds, at most and at least."""
+_AHEAD = 2
+"""Chunks whose values are on their way at once."""
+_TOGETHER = 32
 _SAMPLE = 64
 _MARGIN = 1.2
 _COPIES = 8
@@ -55,33 +61,67 @@ def add(geometry: Geometry, seed: int, table: Tensor, vector: Tensor, offset: in
     first_block = offset // geometry.block
     blocks = -(-(offset + vector.numel()) // geometry.block) - first_block
     first = first_block * geometry.tiles
-    cells = geometry.rows * geometry.tiles * geometry.width
-    columns = _columns(geometry.width)
-    while columns > _NARROWEST and cells < columns * _PROGRAMS:
-        columns //= 2
-    parts = -(-geometry.width // columns)
     with torch.cuda.device_of(table):
         draws = _draws(geometry, seed, table.device, first, blocks * geometry.tiles)
         factor = scale if isinstance(scale, Tensor) else _number(scale, table.device)
-        kernels.add[geometry.rows * parts * geometry.tiles,](
+        lists = _Lists(geometry, draws, blocks)
+        kernels.add[geometry.rows * lists.parts * geometry.tiles,](
             table,
             draws,
             vector,
             factor,
+            lists.counts,
+            lists.starts,
+            lists.chunks,
             first,
             offset,
             vector.numel(),
             blocks,
-            geometry.rows,
             geometry.cols,
             geometry.width,
             geometry.length,
             geometry.tiles,
-            parts,
-            lanes=columns,
-            num_warps=max(1, columns // 256),
+            lists.parts,
+            rows=geometry.rows,
+            lanes=lists.columns,
+            ahead=_AHEAD,
+            num_warps=1,
             enable_fp_fusion=False,
         )
+
+
+class _Lists:
+    """Of each row of a tile, cut into parts of some columns: which chunks there are for each part."""
+
+    def __init__(self, geometry: Geometry, draws: Tensor, blocks: int) -> None:
+        cells = geometry.rows * geometry.tiles * geometry.width
+        columns = _power_of_two(geometry.width, _NARROWEST, _PART)
+        while columns > _NARROWEST and cells < columns * _PROGRAMS:
+            columns //= 2
+        self.columns, self.parts = columns, -(-geometry.width // columns)
+        lines, device = geometry.rows * geometry.tiles, draws.device
+        most = min(self.parts, -(-geometry.length // columns) + 3)  # parts that one chunk has something for
+        self.counts = torch.empty(lines * self.parts, dtype=torch.int32, device=device)
+        self.chunks = torch.empty(draws.shape[1] * geometry.rows * most, dtype=torch.int32, device=device)
+        self.starts = torch.empty(lines * self.parts, dtype=torch.int64, device=device)
+        for lists in (False, True):
+            kernels.list_chunks[lines,](
+                self.counts,
+                self.starts,
+                self.chunks,
+                draws,
+                blocks,
+                geometry.rows,
+                geometry.width,
+                geometry.length,
+                geometry.tiles,
+                self.parts,
+                lanes=columns,
+                together=_TOGETHER,
+                most_parts=1 << (self.parts - 1).bit_length(),
+                lists=lists,
+            )
+            torch.sub(self.counts.cumsum(0), self.counts, out=self.starts)
 
 
 def estimate_all(geometry: Geometry, seed: int, table: Tensor) -> Tensor:
@@ -146,7 +186,7 @@ class _Passes:
     def __init__(self, geometry: Geometry, draws: Tensor, table: Tensor) -> None:
         self._geometry, self._table, self._draws = geometry, table, draws
         blocks = -(-geometry.dim // geometry.block)
-        self._lanes = _columns(geometry.block)
+        self._lanes = _power_of_two(geometry.block, PIECE, _LANES)
         self._chunks = blocks * geometry.tiles
         self.steps = blocks * -(-geometry.block // self._lanes)
         self.run = -(-self.steps // (2 * _PROGRAMS))
@@ -220,9 +260,9 @@ class _Passes:
         return counts.sum(dim=0, keepdim=True)
 
 
-def _columns(width: int) -> int:
-    """Of so many columns or coordinates, those that a program takes at once: a power of two."""
-    return min(_WIDEST, max(_NARROWEST, 1 << (width - 1).bit_length()))
+def _power_of_two(number: int, least: int, most: int) -> int:
+    """That or the next larger one, within bounds."""
+    return min(most, max(least, 1 << (number - 1).bit_length()))
 
 
 def _all_draws(geometry: Geometry, seed: int, device: torch.device, into: Tensor | None = None) -> Tensor:

@@ -2,7 +2,8 @@
 
 What is drawn for a chunk is drawn once, by `draw`, and kept as ``draws``, int32 of shape ``(2 + rows, chunks)``: the
 tile, the key of the sign words, and each row's offset. The other kernels hash 32 bits for each coordinate and row.
-What they take together is part of a block: lane by lane, coordinates that follow each other.
+What they take together is part of a block: lane by lane, coordinates that follow each other. In the passes over all
+estimates a line of 64 lanes is a piece, of which one chunk has all.
 
 Signs are applied by flipping the sign bit, so no product is followed by a sum that a compiler could fuse with it, and
 every result has the bits of `hvd_sketch.sketch.reference`.
@@ -69,64 +70,124 @@ def draw(
 
 
 @triton.jit
-def _flip(value, key, position, row, rows):
-    """The value with the sign that this position has in this row; one word has signs for 16 // rows pieces."""
-    piece, together = position // 64, 16 // rows
-    word = _mix32(key.to(tl.uint32, bitcast=True) + (piece // together * 64 + position % 64).to(tl.uint32))
+def _flip(value, key, piece, place, row, rows: tl.constexpr):
+    """The value with the sign that a place of a piece has in this row; one word has signs for 16 // rows pieces."""
+    together: tl.constexpr = 16 // rows
+    word = _mix32(key.to(tl.uint32, bitcast=True) + (piece // together * 64 + place).to(tl.uint32))
     sign = (word << (piece % together * rows + row).to(tl.uint32)) & 0x80000000
     return (value.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
 
 
-@triton.jit(
-    do_not_specialize=["first", "offset", "count", "blocks", "rows", "cols", "width", "length", "tiles", "parts"]
-)
-def add(
-    table: tl.tensor,
+@triton.jit
+def _wrapped(number, bound):
+    """A number from -bound to bound - 1, modulo the bound."""
+    return tl.where(number < 0, number + bound, number)
+
+
+@triton.jit(do_not_specialize=["blocks", "rows", "width", "length", "tiles", "parts"])
+def list_chunks(
+    counts: tl.tensor,
+    starts: tl.tensor,
+    listed: tl.tensor,
     draws: tl.tensor,
-    vector: tl.tensor,
-    scale: tl.tensor,
-    first: tl.int64,
-    offset: tl.int64,
-    count: tl.int64,
     blocks: tl.int64,
     rows: tl.int64,
-    cols: tl.int64,
     width: tl.int64,
     length: tl.int64,
     tiles: tl.int64,
     parts: tl.int64,
     lanes: tl.constexpr,
+    together: tl.constexpr,
+    most_parts: tl.constexpr,
+    lists: tl.constexpr,
+):
+    """Of each part of lanes columns of a tile and row: which chunks have something for it, in ascending order.
+
+    Without ``lists`` only ``counts`` is written; with it, ``starts`` says where the list of each part begins.
+    ``together`` blocks are looked at at once. Grid: rows * tiles.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    row, tile = program % rows, program // rows
+    span, size = width.to(tl.int32), length.to(tl.int32)
+    part = tl.arange(0, most_parts)
+    line = program * parts + part
+    number = tl.zeros((most_parts,), tl.int32)
+    if lists:
+        start = tl.load(starts + line, mask=part < parts, other=0)
+    for first in range(0, blocks, together):
+        block = first + tl.arange(0, together)
+        there = block < blocks
+        slot = _wrapped(tile - tl.load(draws + block * tiles, mask=there, other=0), tiles)
+        chunk = block * tiles + slot
+        shift = tl.load(draws + (2 + row) * blocks * tiles + chunk, mask=there, other=0)
+        ahead = _wrapped(part[None, :] * lanes - shift[:, None], span)
+        meets = (there[:, None] & (part < parts)[None, :]) & ((ahead < size) | (ahead + lanes > span))
+        met = meets.to(tl.int32)
+        if lists:
+            at = (start + number)[None, :] + tl.cumsum(met, axis=0) - met
+            tl.store(listed + at, chunk.to(tl.int32)[:, None] + tl.zeros_like(met), mask=meets)
+        number += tl.sum(met, axis=0)
+    if not lists:
+        tl.store(counts + line, number, mask=part < parts)
+
+
+@triton.jit(do_not_specialize=["first", "offset", "count", "blocks", "cols", "width", "length", "tiles", "parts"])
+def add(
+    table: tl.tensor,
+    draws: tl.tensor,
+    vector: tl.tensor,
+    scale: tl.tensor,
+    counts: tl.tensor,
+    starts: tl.tensor,
+    listed: tl.tensor,
+    first: tl.int64,
+    offset: tl.int64,
+    count: tl.int64,
+    blocks: tl.int64,
+    cols: tl.int64,
+    width: tl.int64,
+    length: tl.int64,
+    tiles: tl.int64,
+    parts: tl.int64,
+    rows: tl.constexpr,
+    lanes: tl.constexpr,
+    ahead: tl.constexpr,
 ):
     """Add the vector to the table; ``first`` is the chunk with which ``draws`` begins, and a block too.
 
-    A program keeps lanes columns of one tile and row in registers and adds to them what each block in turn has for
-    them, if anything: a chunk fills a part of the tile. Programs of one tile follow each other, so they read the same
-    chunks at the same time, from the cache.
-    Grid: rows * parts * tiles.
+    A program keeps lanes columns of one tile and row in registers and adds to them, in order, what each chunk on their
+    list has for them, the values of ``ahead`` chunks on their way at once. Programs of one tile follow each other, so
+    they read the same chunks at the same time, from the cache. Grid: rows * parts * tiles.
     """
     program = tl.program_id(0).to(tl.int64)
     row, part, tile = program % rows, program // rows % parts, program // rows // parts
-    span, size = width.to(tl.int32), length.to(tl.int32)
+    span, size, stride = width.to(tl.int32), length.to(tl.int32), (tiles * 64).to(tl.int32)
     column = (part * lanes).to(tl.int32) + tl.arange(0, lanes)
     inside = column < span
     cells = table + (row * cols + tile * width) + column
     sums = tl.load(cells, mask=inside)
     factor = tl.load(scale)
-    for block in tl.range(0, blocks, loop_unroll_factor=4):
-        slot = tile - tl.load(draws + block * tiles)
-        chunk = block * tiles + tl.where(slot < 0, slot + tiles, slot)
-        key = tl.load(draws + blocks * tiles + chunk)
-        shift = tl.load(draws + (2 + row) * blocks * tiles + chunk)
-        ahead = (part * lanes).to(tl.int32) - shift
-        ahead = tl.where(ahead < 0, ahead + span, ahead)
-        if (ahead < size) | (ahead + lanes > span):
-            place = column - shift
-            position = tl.where(place < 0, place + span, place)
-            base = (first + block * tiles) * length + (chunk - block * tiles) * 64 - offset
-            at = base + position // 64 * (tiles * 64) + position % 64
-            used = inside & (position < size) & (at >= 0) & (at < count)
-            value = tl.load(vector + at, mask=used).to(tl.float32) * factor
-            sums = tl.where(used, sums + _flip(value, key, position, row.to(tl.int32), rows.to(tl.int32)), sums)
+    line = (tile * rows + row) * parts + part
+    begin = tl.load(starts + line)
+    end = begin + tl.load(counts + line)
+    for start in range(begin, end, ahead):
+        added, taken = (), ()
+        for number in tl.static_range(ahead):
+            there = start + number < end
+            chunk = tl.load(listed + start + number, mask=there, other=0)
+            key = tl.load(draws + blocks * tiles + chunk)
+            shift = tl.load(draws + (2 + row) * blocks * tiles + chunk)
+            block = chunk // tiles.to(tl.int32)
+            slot = chunk - block * tiles.to(tl.int32)
+            position = _wrapped(column - shift, span)
+            base = first * length + block.to(tl.int64) * (tiles * length) + slot * 64 - offset
+            at = base + (position // 64 * stride + position % 64)
+            used = inside & (position < tl.where(there, size, 0)) & (at >= 0) & (at < count)
+            value = tl.load(vector + at, mask=used, other=0.0).to(tl.float32) * factor
+            added += (_flip(value, key, position // 64, position % 64, row.to(tl.int32), rows),)
+            taken += (used,)
+        for number in tl.static_range(ahead):
+            sums = tl.where(taken[number], sums + added[number], sums)
     tl.store(cells, sums, mask=inside)
 
 
@@ -148,28 +209,37 @@ def _median(values, row_count: tl.constexpr):
 def _estimates(
     table, draws, dim, cols, width, length, tiles, chunks, step, row_count: tl.constexpr, lanes: tl.constexpr
 ):
-    """Of a step's coordinates: which they are, their estimates, and which of them there are.
+    """Of a step's coordinates: which they are, their estimates, and which of them there are, a piece in each line.
 
     A block has as many steps as it has times lanes coordinates.
     """
-    span, size = width.to(tl.int32), (tiles * length).to(tl.int32)
+    span, size, turns = width.to(tl.int32), (tiles * length).to(tl.int32), tiles.to(tl.int32)
     steps = (size + lanes - 1) // lanes
     block = step // steps
-    place = (step % steps).to(tl.int32) * lanes + tl.arange(0, lanes)
+    dealt = (step % steps).to(tl.int32) * (lanes // 64) + tl.arange(0, lanes // 64)
+    within = tl.arange(0, 64)[None, :]
+    place = dealt[:, None] * 64 + within
     index = block * size + place
     inside = (place < size) & (index < dim)
-    dealt, turns = place // 64, tiles.to(tl.int32)
-    position = dealt // turns * 64 + place % 64
-    chunk = block * tiles + dealt % turns
-    tile = tl.load(draws + chunk, mask=inside, other=0).to(tl.int64)
-    key = tl.load(draws + chunks + chunk, mask=inside, other=0)
+    there = dealt * 64 < size
+    piece = dealt // turns
+    chunk = block * tiles + (dealt - piece * turns)
+    tile = tl.load(draws + chunk, mask=there, other=0).to(tl.int64) * width
+    key = tl.load(draws + chunks + chunk, mask=there, other=0)[:, None]
     values = ()
     for row in tl.static_range(row_count):
-        column = position + tl.load(draws + (2 + row) * chunks + chunk, mask=inside, other=0)
+        column = (piece * 64 + tl.load(draws + (2 + row) * chunks + chunk, mask=there, other=0))[:, None] + within
         column = tl.where(column < span, column, column - span)
-        value = tl.load(table + (row * cols + tile * width) + column, mask=inside, other=0.0)
-        values += (_flip(value, key, position, tl.full((), row, tl.int32), row_count),)
+        value = tl.load(table + ((row * cols + tile)[:, None] + column), mask=inside, other=0.0)
+        values += (_flip(value, key, piece[:, None], within, tl.full((), row, tl.int32), row_count),)
     return index, _median(values, row_count), inside
+
+
+@triton.jit
+def _before(kind):
+    """Sums of all entries before each, line by line."""
+    totals = tl.sum(kind, axis=1)
+    return (tl.cumsum(totals, axis=0) - totals)[:, None] + tl.cumsum(kind, axis=1) - kind
 
 
 @triton.jit
@@ -318,7 +388,7 @@ def collect(
             table, draws, dim, cols, width, length, tiles, chunks, step, row_count, lanes
         )
         taken = (inside & (_magnitude(estimate) > least)).to(tl.int32)
-        to = place + tl.cumsum(taken) - taken
+        to = place + _before(taken)
         keeps = (taken > 0) & (to < room)
         tl.store(kept_indices + to, index.to(tl.int32), mask=keeps)
         tl.store(kept + to, estimate, mask=keeps)
@@ -363,7 +433,7 @@ def write(
         bits = _magnitude(estimate)
         if tl.max(tl.where(inside, bits, -1)) >= least:
             kind = _kind(bits, least, inside)
-            before = tl.cumsum(kind) - kind
+            before = _before(kind)
             same_before = same + (before >> 16)
             at = more + (before & 0xFFFF) + tl.minimum(same_before, room)
             taken = ((kind == 1) | ((kind > 1) & (same_before < room))) & (at < k)

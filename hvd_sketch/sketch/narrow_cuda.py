@@ -93,7 +93,9 @@ def add_slices(
         position = (cell - offset) & (cells - 1)
         used = first + position < count
         value = tl.load(vector + start + first + position, mask=used, other=0.0).to(tl.float32) * scale
-        sums = tl.where(used, sums + _flip(value, key, position, tl.full((), 0, tl.int32), 1), sums)
+        sums = tl.where(
+            used, sums + _flip(value, key, position // 64, position % 64, tl.full((), 0, tl.int32), 1), sums
+        )
         if energies:
             its = first + position
             value = tl.where((its < owned) & ((turn + its) % ranks.to(tl.int32) == 0), value * share, value)

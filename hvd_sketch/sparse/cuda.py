@@ -23,7 +23,7 @@ from torch import Tensor
 from hvd_sketch.sparse import cuda_kernels as kernels
 
 _RUNS = 8192
-_TOGETHER = 512
+_TOGETHER = 256
 """Entries that a warp takes at once."""
 _SAMPLE = 1 << 14
 _MARGIN = 6.0

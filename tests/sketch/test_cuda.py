@@ -33,9 +33,11 @@ pytestmark = pytest.mark.usefixtures("one_thread", "few_programs")
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the interpreter, where each of them takes a millisecond."""
     if INTERPRETED:
-        from hvd_sketch.sparse import cuda
+        from hvd_sketch.sketch import cuda
+        from hvd_sketch.sparse import cuda as choice
 
-        monkeypatch.setattr(cuda, "_PARTS", 4)
+        monkeypatch.setattr(cuda, "_PROGRAMS", 8)
+        monkeypatch.setattr(choice, "_PARTS", 2)
 
 
 def bits(values: Tensor) -> Tensor:
@@ -97,7 +99,7 @@ def check_bounds(sketch: CountSketch, k: int) -> None:
 @pytest.mark.parametrize(
     ("dim", "rows", "cols", "seed", "dtype", "programs"),
     [
-        (700, 3, 33, 1, torch.float32, 4096),
+        (700, 3, 33, 1, torch.float32, 64),
         (300, 1, 7, -(2**70), torch.float16, 2),
         (40, 5, 1, 2**63, torch.bfloat16, 3),
         (2500, 3, 600, (5 << 32) + 1, torch.bfloat16, 1),
@@ -204,8 +206,13 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     table = {"table": "*fp32", "draws": "*i32"}
     counted = {**table, "limit": "*i32", "above": "*i64", "equal": "*i64"}
     yield cuda_kernels.draw, {"draws": "*i32"}, {"lanes": 256}
+    lists = {"counts": "*i32", "starts": "*i64", "listed": "*i32"}
+    for listing in (False, True):
+        shape = {"lanes": 32, "together": 64, "most_parts": 32, "lists": listing}
+        yield cuda_kernels.list_chunks, {**lists, "draws": "*i32"}, shape
     for dtype in ("*fp16", "*bf16", "*fp32"):
-        yield cuda_kernels.add, {**table, "vector": dtype, "scale": "*fp32"}, {"lanes": 32}
+        shape = {"rows": 3, "lanes": 128, "ahead": 4}
+        yield cuda_kernels.add, {**table, **lists, "vector": dtype, "scale": "*fp32"}, shape
     for rows in (4, 9):
         shape = {"row_count": rows, "lanes": 512}
         yield cuda_kernels.estimate_all, {**table, "to": "*fp32"}, shape
