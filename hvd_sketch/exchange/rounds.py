@@ -114,9 +114,9 @@ class Rounds:
         return header
 
     def write_header(self, message: Tensor, finite: bool | Tensor) -> None:
-        """Put what this rank has to say of the step in front of a message, of the host it may be."""
+        """Put what this rank has to say of the step in front of a message."""
         damages = [damaged for damaged, _ in self._damages]
-        problem = self._problem is not None or (bool(damages) and torch.stack(damages).any().to(message.device))
+        problem = self._problem is not None or (bool(damages) and torch.stack(damages).any())
         wire.write_header(message, finite, incomplete=self.incomplete, problem=problem, flush=self.flush_asked)
         digest = message[wire.DIGEST]
         digest.zero_() if self.digest is None else digest.copy_(self.digest)
