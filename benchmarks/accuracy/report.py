@@ -57,7 +57,7 @@ what it measures are rows and columns, much of matrices as small as these, so it
 over `Compression.mixed`: see [the recipe](../recipe.md). "soft sign, uncompressed" is its step alone; what compression
 costs there is the distance to that row.
 
-These models are small. [At a real size](gpu.md#accuracy-at-a-real-size), on a GPU, the order is another.
+These models are small. [At a real size](gpu.md#accuracy-at-a-real-size), on a GPU, no training was long enough yet.
 """
 
 

@@ -35,49 +35,58 @@ PARTS = {
 
 
 class Results(NamedTuple):
-    """The rows of the three runs on a GPU, of the training of two ranks, and of the accuracy at a real size."""
+    """The rows of the runs on a GPU, of the training of two ranks, and of the accuracy at a real size."""
 
-    first: list[Row]
-    second: list[Row]
-    last: list[Row]
+    runs: list[list[Row]]
     training: list[Row]
     large: list[Row]
+
+    def latest(self, op: str) -> list[Row]:
+        """The measurements of that kind, of the last run that has any."""
+        return next((rows for run in reversed(self.runs) if (rows := _of(run, op))), [])
+
+
+_RUNS = ("first", "second", "third", "fourth", "fifth")
+_COMPARED = 3
+"""Runs, the last ones, that stand beside each other."""
 
 
 def read() -> Results:
     """All rows that are kept."""
-    names = ("gpu-first", "gpu-second", "gpu", "gpu-training", "accuracy-large")
-    return Results(*(json.loads((RESULTS / f"{name}.json").read_text()) for name in names))
+    runs = [_rows(f"gpu-{name}") for name in _RUNS[:-1]]
+    return Results([*runs, _rows("gpu")], _rows("gpu-training"), _rows("accuracy-large"))
+
+
+def _rows(name: str) -> list[Row]:
+    rows: list[Row] = json.loads((RESULTS / f"{name}.json").read_text())
+    return rows
 
 
 def page(results: Results) -> str:
     """The whole text."""
-    last, steps = results.last, _of(results.last, "step")
-    parts = [_head(results), GOAL_LEAD, _goals(last), STEPS.format(ranks=steps[0]["ranks"], ratio=steps[0]["ratio"])]
-    parts += [_steps(results), PEERS, _beside(results), *_parts(last), _correct(results)]
+    (step, *_), head = results.latest("step"), _head(results)
+    parts = [head, GOAL_LEAD, _goals(results), STEPS.format(ranks=step["ranks"], ratio=step["ratio"])]
+    parts += [_steps(results), PEERS, _beside(results), *_parts(results), _correct(results)]
     parts += [LARGE.format(**_training_facts(results.large)), large_table(results.large)]
     parts += [TRAINING, _trained(results.training), MISSING]
     return "\n".join(parts) + "\n"
 
 
 def _head(results: Results) -> str:
-    facts = [next(row for row in rows if row["op"] == "facts") for rows in results[:3]]
+    facts = [next(row for row in rows if row["op"] == "facts") for rows in results.runs]
     runs = [f"| {name} | {row['when']} | {row['code']} |" for name, row in zip(_RUNS, facts, strict=True)]
-    devices = sorted({row["device"] for rows in results[:3] for row in rows if row.get("device")})
+    devices = sorted({row["device"] for rows in results.runs for row in rows if row.get("device")})
     table = "\n".join(["| run | ended | version of the code |", "|---|---|---|", *runs])
     software = ", ".join(each for each in facts[-1]["note"].split(", ") if not each.startswith("host "))
     return HEAD.format(devices=", ".join(devices), facts=software, runs=table)
 
 
-_RUNS = ("first", "second", "third")
-
-
-def _goals(rows: list[Row]) -> str:
+def _goals(results: Results) -> str:
     """A step's own work at 100 M against the aim."""
     lines = ["| at 100 M | ms | goal | times the goal | host ms | bound by |", "|---|---:|---:|---:|---:|---|"]
-    own = {row["impl"]: row for row in rows if row["op"] == "step" and _order(row) == 8}
+    own = {row["impl"]: row for row in results.latest("step") if _order(row) == 8}
     lines += [_goal(impl, row, {"seconds": 0.0, "host_seconds": 0.0}, GOAL_SECONDS) for impl, row in own.items()]
-    whole = {row["impl"]: row for row in rows if row["op"] == "optimizer" and _order(row) == 8}
+    whole = {row["impl"]: row for row in results.latest("optimizer") if _order(row) == 8}
     plain = whole.pop("adamw")
     lines += [_goal(f"{impl}, less Adam", row, plain, GOAL_AHEAD_SECONDS) for impl, row in whole.items()]
     return "\n".join(lines)
@@ -90,27 +99,29 @@ def _goal(impl: str, row: Row, less: Row, goal: float) -> str:
 
 
 def _steps(results: Results) -> str:
-    head = ["exchange", "coordinates", "first ms", "second ms", "third ms", "passes", "goal", "host ms"]
+    names = [f"{name} ms" for name in _RUNS[-_COMPARED:]]
+    head = ["exchange", "coordinates", *names, "passes", "goal", "host ms"]
     lines = _header([*head, "waits", "launches", "peak GB", "peak bytes a coordinate"], texts=1)
-    runs = [{(row["impl"], row["d"]): row for row in _of(rows, "step")} for rows in results[:3]]
+    compared = results.runs[-_COMPARED:]
+    runs = [{(row["impl"], row["d"]): row for row in _of(rows, "step")} for rows in compared]
     kinds = list(PASSES)
-    for impl, d in sorted(runs[2], key=lambda key: (kinds.index(key[0].split(",")[0]), key)):
-        row = runs[2][impl, d]
+    for impl, d in sorted(runs[-1], key=lambda key: (kinds.index(key[0].split(",")[0]), key)):
+        row = runs[-1][impl, d]
         before = [_ms(run.get((impl, d))) for run in runs]
         peak = row["peak_bytes"] or 0
         cells = [impl, _millions(row), *before, f"{row['passes']:.1f}", f"{PASSES[impl.split(',')[0]]:g}"]
         cells += [_ms(row, "host_seconds"), _number(row, "waits"), _number(row, "launches")]
         lines.append(_line([*cells, f"{peak / 1e9:.2f}", f"{peak / d:.1f}"]))
-    met = sum(row["passes"] <= PASSES[row["impl"].split(",")[0]] for row in runs[2].values())
-    return "\n".join([*lines, f"\nOf these {len(runs[2])} rows, {met} reach their passes."])
+    met = sum(row["passes"] <= PASSES[row["impl"].split(",")[0]] for row in runs[-1].values())
+    return "\n".join([*lines, f"\nOf these {len(runs[-1])} rows, {met} reach their passes."])
 
 
 def _beside(results: Results) -> str:
     """Ours against what others do, at about the same size."""
     lines = _header(["ours", "coordinates", "ms", "GB", "theirs", "ms", "GB", "theirs / ours"], texts=1)
     for (op, impl), others in BESIDE.items():
-        for row in (row for row in results.last if (row["op"], row.get("impl")) == (op, impl)):
-            for their in (each for rows in results[:3] for each in rows if _is_beside(each, others, row)):
+        for row in (row for row in results.latest(op) if row.get("impl") == impl):
+            for their in (each for rows in results.runs for each in rows if _is_beside(each, others, row)):
                 times = f"{their['seconds'] / row['seconds']:.2f}"
                 cells = [f"{op}, {impl}", _millions(row), _ms(row), _gb(row), f"{their['op']}, {their['impl']}"]
                 lines.append(_line([*cells, _ms(their), _gb(their), times]))
@@ -121,11 +132,11 @@ def _is_beside(row: Row, others: Sequence[tuple[str, str]], ours: Row) -> bool:
     return (row["op"], row.get("impl")) in others and _order(row) == _order(ours) and "seconds" in row
 
 
-def _parts(rows: list[Row]) -> list[str]:
+def _parts(results: Results) -> list[str]:
     parts = []
     for title, ops in PARTS.items():
         lines = _header(["what", "by", "coordinates", "ms", "passes", "host ms", "waits", "launches"], texts=2)
-        for row in sorted((row for op in ops for row in _of(rows, op)), key=lambda row: ops.index(row["op"])):
+        for row in (row for op in ops for row in results.latest(op)):
             cells = [row["op"], row["impl"], _millions(row), _ms(row), f"{row['passes']:.1f}"]
             lines.append(_line([*cells, _ms(row, "host_seconds"), _number(row, "waits"), _number(row, "launches")]))
         parts += [f"\n## {title}\n", *lines]
@@ -133,11 +144,10 @@ def _parts(rows: list[Row]) -> list[str]:
 
 
 def _correct(results: Results) -> str:
-    checks = [[row for row in rows if row["op"] == "check"] for rows in results[:3]]
+    checks = [[row for row in rows if row["op"] == "check"] for rows in results.runs]
     counts = [f"{sum(row['passed'] for row in rows)} of {len(rows)}" for rows in checks]
-    told = ", ".join(f"{count} in the {run}" for count, run in zip(counts, _RUNS, strict=True))
-    failed = "; ".join(f"`{row['impl']}`" for row in checks[-1] if not row["passed"])
-    return CORRECT.format(counts=told, failed=failed)
+    told = [f"{count} in the {run}" for count, run, rows in zip(counts, _RUNS, checks, strict=True) if rows]
+    return CORRECT.format(counts=", ".join(told))
 
 
 def _training_facts(large: list[Row]) -> dict[str, Any]:
@@ -148,8 +158,8 @@ def _training_facts(large: list[Row]) -> dict[str, Any]:
 
 def large_table(large: list[Row]) -> str:
     """Losses of the trainings at a real size, the best first; those that were cut short at the end."""
-    lines = _header(["method", "ratio", "loss", "gap to dense %", "steps", "seconds of the GPU"], texts=1)
-    dense = next(row["final_loss"] for row in large if row["method"] == "dense")
+    lines = _header(["method", "ratio", "loss", "gap to dense, clipped %", "steps", "seconds of the GPU"], texts=1)
+    dense = next(row["final_loss"] for row in large if row["method"] == "dense, clipped")
     for row in sorted(large, key=lambda row: (not row["finished"], row["final_loss"])):
         gap = f"{100 * (row['final_loss'] / dense - 1):+.1f}" if row["finished"] else "-"
         cells = [named(row), f"{row['ratio']:.1f}", f"{row['final_loss']:.4f}", gap, str(row["losses"][-1][0])]
@@ -159,8 +169,8 @@ def large_table(large: list[Row]) -> str:
 
 def named(row: Row) -> str:
     """A method with what was asked of it."""
-    if row["method"] == "dense":
-        return "dense"
+    if row["method"].startswith("dense"):
+        return str(row["method"])
     name, _, more = row["method"].partition(",")
     setting = f"rank {row['setting']:g}" if name == "powersgd" else f"{row['setting']:g}"
     return f"{name} {setting}" + (f",{more}" if more else "")

@@ -11,13 +11,11 @@ of gradients.
 
 from __future__ import annotations
 
-import argparse
 import heapq
 import math
 import random
 import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,7 +59,7 @@ PUSHES, PERIOD, BATCH = 60, 4, 32  # of each worker
 RATES = {"plain": 0.03, "Zeno++": 0.2, "ZenoPS async": 0.1}
 SYNCHRONOUS_RATE = 0.3
 """The workers' learning rates: a mean of ten allows more than ten pushes one after the other."""
-HOSTILE = (0, 2, 4, 6, 8)
+HOSTILE: Sequence[int] = (0, 2, 4, 6, 8)
 MAJORITY_Z = 1.5  # of ALIE, where hostile workers need nobody else for a majority
 
 RULES: dict[str, Callable[[Any], Rule]] = {
@@ -77,7 +75,7 @@ RULES: dict[str, Callable[[Any], Rule]] = {
     "Zeno": lambda validate: Zeno(validate, 8),
     "ZenoPS": lambda validate: ZenoPS(validate, rate=SYNCHRONOUS_RATE, steps=PERIOD),
 }
-ATTACKS = ("label flip", "sign x 10", "Gaussian", "ALIE", "IPM")
+ATTACKS: Sequence[str] = ("label flip", "sign x 10", "Gaussian", "ALIE", "IPM")
 
 
 class Honest:
@@ -194,10 +192,10 @@ def verdicts(stats: ServerStats, hostile: int) -> Row:
     return {"refused": refused, "missed": missed if others else math.nan}
 
 
-def trusted_alone(seed: int) -> Row:
+def trusted_alone(cell: Row) -> Row:
     """The reference: as many steps as all workers take together, on the trusted data and nothing else."""
-    data, model = split(), network(seed)
-    generator = torch.Generator().manual_seed(seed)
+    data, model = split(), network(cell["seed"])
+    generator = torch.Generator().manual_seed(cell["seed"])
     sgd = torch.optim.SGD(model.parameters(), lr=RATES["Zeno++"])
     for _ in range(PUSHES * PERIOD * WORKERS):
         sgd.zero_grad()
@@ -219,15 +217,10 @@ def cells(seeds: list[int]) -> list[Row]:
 
 def main() -> None:
     """Measure what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--results", type=Path, default=rows.RESULTS)
-    options = parser.parse_args()
+    options = rows.parser(__doc__).parse_args()
     warnings.simplefilter("ignore", RuntimeWarning)
-    for cell in rows.missing("attack", cells(options.seeds), options.results):
-        rows.add("attack", cell, run(cell), options.results)
-    for cell in rows.missing("trusted alone", [{"seed": seed} for seed in options.seeds], options.results):
-        rows.add("trusted alone", cell, trusted_alone(cell["seed"]), options.results)
+    rows.fill("attack", cells(options.seeds), run, options.results)
+    rows.fill("trusted alone", rows.grid(seed=options.seeds), trusted_alone, options.results)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ In one process, as `benchmarks.server.straggler`.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from benchmarks.server import rows
-from benchmarks.server.digits import accuracy, split
+from benchmarks.server.digits import Digits, accuracy, split
 from benchmarks.server.rows import Row
 from benchmarks.server.straggler import HORIZON, SLOW, WORKERS, Moment, Task, served, task_of
 from hvd_sketch.methods.server import FedAsync, Mean, Plain
@@ -43,35 +43,37 @@ METHODS: dict[str, Callable[[Task], Iterator[Moment]]] = {
 }
 
 
+def shares() -> list[Digits]:
+    """The rare classes are the slow worker's."""
+    data = split().workers
+    rare = data.labels >= RARE
+    common = data.at(~rare)
+    spread = [common.at(slice(number, None, WORKERS - 1)) for number in range(WORKERS - 1)]
+    return [*spread[:SLOW], data.at(rare), *spread[SLOW:]]
+
+
+def read_of(model: nn.Module) -> Row:
+    """What a model reads of the slow worker's classes and of the others."""
+    test = split().test
+    rare = test.labels >= RARE
+    return {"rare": accuracy(model, test.at(rare)), "common": accuracy(model, test.at(~rare))}
+
+
 def run(cell: Row) -> Row:
-    """What the server's model reads of the slow worker's classes and of the others when the time is over."""
-    data = split()
-    rare = data.workers.labels >= RARE
-    common = data.workers.at(~rare)
-    shares = [common.at(slice(number, None, WORKERS - 1)) for number in range(WORKERS - 1)]
-    shares.insert(SLOW, data.workers.at(rare))
-    task = task_of({"factor": FACTOR, **cell}, RATE / (WORKERS if cell["method"] == "AsyncSGD" else 1), shares)
+    """What the server's model reads when the time is over."""
+    task = task_of({"factor": FACTOR, **cell}, RATE / (WORKERS if cell["method"] == "AsyncSGD" else 1), shares())
     shown = task.parameters.new()
     for now, model, _ in METHODS[cell["method"]](task):
         if now <= HORIZON:
             shown.vector.copy_(model)
     task.parameters.write(shown)
-    seldom = data.test.labels >= RARE
-    return {
-        "rare": accuracy(task.model, data.test.at(seldom)),
-        "common": accuracy(task.model, data.test.at(~seldom)),
-    }
+    return read_of(task.model)
 
 
 def main() -> None:
     """Measure what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--results", type=Path, default=rows.RESULTS)
-    options = parser.parse_args()
-    cells: list[Row] = [{"method": method, "seed": seed} for seed in options.seeds for method in METHODS]
-    for cell in rows.missing("classes", cells, options.results):
-        rows.add("classes", cell, run(cell), options.results)
+    options = rows.parser(__doc__).parse_args()
+    rows.fill("classes", rows.grid(seed=options.seeds, method=METHODS), run, options.results)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,8 @@ Host 1 is the server, all others push as fast as they are answered; nothing is c
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,7 +50,7 @@ def clock(seconds: float) -> Iterator[None]:
 def run(cell: Row, seconds: float) -> Row:
     """Push for a while; the server's rank counts."""
     model, (up, down) = Vector(cell["parameters"]), CODES[cell["code"]]
-    generator = torch.Generator().manual_seed(WORLD.rank)
+    generator = torch.Generator().manual_seed(1000 * cell["seed"] + WORLD.rank)
     gradient = torch.randn(cell["parameters"], generator=generator).pow_(3)
     changes: list[float] = []
     optimizer = hvd.AsyncSGD(
@@ -86,23 +84,19 @@ def run(cell: Row, seconds: float) -> Row:
 
 def main() -> None:
     """Measure what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = rows.parser(__doc__)
     parser.add_argument("--mbit", type=float, required=True, help="of the links, for the record")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of parameters")
     parser.add_argument("--seconds", type=float, default=20.0)
-    parser.add_argument("--results", type=Path, default=rows.RESULTS)
     options = parser.parse_args()
-    cells: list[Row] = [
-        {"mbit": options.mbit, "workers": WORLD.size - 1, "parameters": parameters, "code": code}
-        for parameters in options.sizes
-        for code in CODES
-    ]
-    for cell in WORLD.bcast(rows.missing("link", cells, options.results)):
+
+    def measure(cell: Row) -> Row:
         transfer = 4 * cell["parameters"] / (options.mbit * 1e6 / 8)  # of a dense update
-        measured = run(cell, options.seconds + (10 * transfer if cell["code"] == "dense" else 0))
-        if WORLD.rank == 0:
-            rows.add("link", cell, measured, options.results)
-            print(cell, measured, flush=True)
+        return run(cell, options.seconds + (10 * transfer if cell["code"] == "dense" else 0))
+
+    links = {"mbit": [options.mbit], "workers": [WORLD.size - 1]}
+    cells = rows.grid(seed=options.seeds, **links, parameters=options.sizes, code=CODES)
+    rows.fill("link", cells, measure, options.results, WORLD)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Hostile workers that know everything read the honest ones' last updates out of m
 
 from __future__ import annotations
 
-import argparse
 import random
 import tempfile
 import time
@@ -22,17 +21,15 @@ from mpi4py import MPI
 from torch import Tensor, nn
 
 import hvd_sketch as hvd
-from benchmarks.server import attacks, classes, rows
+from benchmarks.server import attacks, classes, rows, straggler
 from benchmarks.server.digits import Digits, accuracy, loss_of, network, split
 from benchmarks.server.link import clock
 from benchmarks.server.rows import Row
-from benchmarks.server.straggler import HORIZON, SLOW, WORKERS
 from hvd_sketch.methods.server import FedAsync, Mean, Plain
 
 WORLD = MPI.COMM_WORLD
 STEP = 0.005  # seconds of a step under attack, up to a fifth more or less
-UNIT = 0.02  # seconds that `HORIZON` is counted in
-HOSTILE = (0, 4)
+UNIT = 0.02  # seconds of a fast worker's step on data of different classes
 
 
 def attack(cell: Row) -> Row:
@@ -49,10 +46,10 @@ def attack(cell: Row) -> Row:
             sgd, model, WORLD, rule=rule, period=attacks.PERIOD, outgoing=[doing] if number >= 0 else []
         )
         share = attacks.share_of(max(number, 0), flipped=bad and cell["attack"] == "label flip")
-        pace = random.Random(f"{cell['seed']} {number}")
+        pace, generator = random.Random(f"{cell['seed']} {number}"), generator_of(cell)
         with optimizer:
             for _ in optimizer.work(range(attacks.PUSHES * attacks.PERIOD)):
-                step(optimizer, model, share, pace.uniform(0.8, 1.2) * STEP)
+                step(optimizer, model, share.batch(generator, attacks.BATCH), pace.uniform(0.8, 1.2) * STEP)
         WORLD.barrier()
     if WORLD.rank:
         return {}
@@ -68,11 +65,16 @@ def shared(file: str, count: int) -> Tensor:
     return torch.from_file(file, shared=True, size=attacks.WORKERS * count).view(attacks.WORKERS, count)
 
 
-def step(optimizer: Any, model: nn.Module, share: Digits, seconds: float) -> None:
+def generator_of(cell: Row) -> torch.Generator:
+    """Of this rank's batches."""
+    return torch.Generator().manual_seed(1000 * cell["seed"] + WORLD.rank)
+
+
+def step(optimizer: Any, model: nn.Module, batch: Digits, seconds: float) -> None:
     """One local step that takes so long at least."""
     time.sleep(seconds)
     optimizer.zero_grad()
-    loss_of(model, share.batch(torch.default_generator, attacks.BATCH)).backward()
+    loss_of(model, batch).backward()
     optimizer.step()
 
 
@@ -104,7 +106,7 @@ METHODS: dict[str, Callable[..., Any]] = {
 
 def rare_classes(cell: Row) -> Row:
     """What is read of the slow worker's classes and of the others, by the first nine ranks."""
-    trains = WORLD.rank <= WORKERS
+    trains = WORLD.rank <= straggler.WORKERS
     comm = WORLD.Split(trains)
     row = _train(comm, cell) if trains else {}
     done = WORLD.Ibarrier()
@@ -115,55 +117,27 @@ def rare_classes(cell: Row) -> Row:
 
 def _train(comm: Any, cell: Row) -> Row:
     model, number = network(cell["seed"]), comm.rank - 1
-    rare = split().workers.labels >= classes.RARE
-    common = split().workers.at(~rare)
-    share = split().workers.at(rare) if number == SLOW else common.at(slice(max(number, 0), None, comm.size - 2))
     rate = classes.RATE / (comm.size - 1 if cell["method"] == "AsyncSGD" else 1)
     optimizer = METHODS[cell["method"]](torch.optim.SGD(model.parameters(), lr=rate), model, comm)
-    seconds = UNIT * (classes.FACTOR if number == SLOW else 1.0)
+    share, generator = classes.shares()[max(number, 0)], generator_of(cell)
+    seconds = UNIT * (classes.FACTOR if number == straggler.SLOW else 1.0)
     with optimizer:
-        for _ in optimizer.work(clock(UNIT * HORIZON)):
-            step(optimizer, model, share, seconds)
+        for _ in optimizer.work(clock(UNIT * straggler.HORIZON)):
+            step(optimizer, model, share.batch(generator, straggler.BATCH), seconds)
     if comm.rank:
         return {}
-    test = split().test
-    seldom = test.labels >= classes.RARE
     with optimizer.server_model() as served:
-        return {"rare": accuracy(served, test.at(seldom)), "common": accuracy(served, test.at(~seldom))}
-
-
-def cells(seeds: list[int]) -> list[tuple[str, Row]]:
-    """Of both experiments, by the names of their rows."""
-    hostile = [
-        {"rule": rule, "attack": kind, "hostile": count, "seed": seed}
-        for seed in seeds
-        for count in HOSTILE
-        for kind in (attacks.ATTACKS if count else attacks.ATTACKS[1:2])
-        for rule in attacks.RULES
-    ]
-    different = [{"method": method, "seed": seed} for seed in seeds for method in METHODS]
-    return [*(("attack on ranks", cell) for cell in hostile), *(("classes on ranks", cell) for cell in different)]
-
-
-RUNS: dict[str, Callable[[Row], Row]] = {"attack on ranks": attack, "classes on ranks": rare_classes}
+        return classes.read_of(served)
 
 
 def main() -> None:
     """Measure what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--results", type=Path, default=rows.RESULTS)
-    options = parser.parse_args()
+    options = rows.parser(__doc__).parse_args()
     warnings.simplefilter("ignore", RuntimeWarning)
     torch.set_num_threads(1)
-    there = WORLD.bcast(rows.read(options.results))
-    for name, cell in cells(options.seeds):
-        if any(row["experiment"] == name and cell.items() <= row.items() for row in there):
-            continue
-        torch.manual_seed(1000 * cell["seed"] + WORLD.rank)
-        measured = RUNS[name](cell)
-        if WORLD.rank == 0:
-            rows.add(name, cell, measured, options.results)
+    rows.fill("attack on ranks", attacks.cells(options.seeds), attack, options.results, WORLD)
+    cells = rows.grid(seed=options.seeds, method=METHODS)
+    rows.fill("classes on ranks", cells, rare_classes, options.results, WORLD)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Runs `examples/async_training.py`: a step takes half a second, mostly asleep, an
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -52,13 +51,10 @@ def row_of(curve: dict[str, Any]) -> Row:
 
 def main() -> None:
     """Measure what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--results", type=Path, default=rows.RESULTS)
-    options = parser.parse_args()
+    options = rows.parser(__doc__).parse_args()
     for seed in options.seeds:
         for factor in FACTORS:
-            cells: list[Row] = [{"method": method, "factor": factor, "seed": seed} for method in METHODS]
+            cells = rows.grid(method=METHODS, factor=[factor], seed=[seed])
             missing = [str(cell["method"]) for cell in rows.missing("real ranks", cells, options.results)]
             if missing:
                 for curve in run(factor, seed, missing):

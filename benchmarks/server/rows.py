@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,3 +32,28 @@ def add(experiment: str, cell: Row, measured: Row, path: Path = RESULTS) -> None
     """Write a row behind the others."""
     rows = [*read(path), {"experiment": experiment, **cell, **measured}]
     path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+
+
+def parser(about: str) -> argparse.ArgumentParser:
+    """What every experiment can be told."""
+    made = argparse.ArgumentParser(description=about)
+    made.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    made.add_argument("--results", type=Path, default=RESULTS)
+    return made
+
+
+def grid(**values: Iterable[Any]) -> list[Row]:
+    """A cell for every combination."""
+    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
+
+
+def fill(
+    experiment: str, cells: list[Row], measure: Callable[[Row], Row], path: Path = RESULTS, comm: Any = None
+) -> None:
+    """Measure the cells that have no row yet, by all ranks of `comm` where there is one: its first keeps the rows."""
+    first = comm is None or comm.rank == 0
+    todo = missing(experiment, cells, path) if first else []
+    for cell in todo if comm is None else comm.bcast(todo):
+        measured = measure(cell)
+        if first:
+            add(experiment, cell, measured, path)

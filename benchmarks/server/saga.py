@@ -8,10 +8,8 @@ time.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -185,23 +183,16 @@ def run(cell: Row, seconds: float) -> Row:
 
 def main() -> None:
     """Measure what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser = rows.parser(__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--results", type=Path, default=rows.RESULTS)
     options = parser.parse_args()
     torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # with the first one PyTorch imports its compiler: seconds
-    cells: list[Row] = [
-        {"method": method, "workers": workers, "seed": seed}
-        for seed in options.seeds
-        for method in METHODS
-        for workers in ((2, 4, 8) if method == "ADSAGA" else (8,))
+    cells = [
+        cell
+        for cell in rows.grid(seed=options.seeds, method=METHODS, workers=(2, 4, 8))
+        if cell["method"] == "ADSAGA" or cell["workers"] == 8
     ]
-    for cell in WORLD.bcast(rows.missing("saga", cells, options.results)):
-        measured = run(cell, options.seconds)
-        if WORLD.rank == 0:
-            rows.add("saga", cell, measured, options.results)
-            print(cell, measured["points"][-1], flush=True)
+    rows.fill("saga", cells, lambda cell: run(cell, options.seconds), options.results, WORLD)
 
 
 if __name__ == "__main__":

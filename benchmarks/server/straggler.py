@@ -9,11 +9,10 @@ out here. Every method has the learning rate, of six, that ends lowest where the
 
 from __future__ import annotations
 
-import argparse
 import heapq
 import random
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -208,6 +207,7 @@ def _loss(task: Task, shown: Flat) -> float:
     return loss if loss == loss else float("inf")
 
 
+@cache
 def best_rate(method: str) -> float:
     """Of six, the one that ends lowest."""
     return min(RATES, key=lambda rate: float(run({"method": method, **TUNED_AT}, rate)["losses"][-1]))
@@ -215,18 +215,9 @@ def best_rate(method: str) -> float:
 
 def main() -> None:
     """Measure what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--results", type=Path, default=rows.RESULTS)
-    options = parser.parse_args()
-    for method in METHODS:
-        cells: list[Row] = [
-            {"method": method, "factor": factor, "seed": seed} for factor in FACTORS for seed in options.seeds
-        ]
-        todo = rows.missing("straggler", cells, options.results)
-        rate = best_rate(method) if todo else 0.0
-        for cell in todo:
-            rows.add("straggler", cell, run(cell, rate), options.results)
+    options = rows.parser(__doc__).parse_args()
+    cells = rows.grid(method=METHODS, factor=FACTORS, seed=options.seeds)
+    rows.fill("straggler", cells, lambda cell: run(cell, best_rate(cell["method"])), options.results)
 
 
 if __name__ == "__main__":

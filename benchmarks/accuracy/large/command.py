@@ -74,9 +74,8 @@ def main(arguments: Sequence[str]) -> None:
 def _runs(options: argparse.Namespace) -> Iterator[tuple[str, float, int]]:
     """(method, ratio or rank, seed), what matters most before the rest."""
     ratios, ranks = (40.0, 100.0, 400.0), (8.0, 4.0, 1.0)
-    settings = {method: ranks if method == "powersgd" else ratios for method in METHODS}
-    settings |= {"dense": (1.0,), "dense, clipped": (1.0,)}
-    everything = [(method, setting) for method in METHODS for setting in settings[method]]
+    settings: dict[str, tuple[float, ...]] = {"powersgd": ranks, "dense": (1.0,), "dense, clipped": (1.0,)}
+    everything = [(method, setting) for method in METHODS for setting in settings.get(method, ratios)]
     for seed in range(options.seeds):
         for method, setting in dict.fromkeys([*_IMPORTANT, *everything]):
             if method in METHODS:

@@ -138,10 +138,11 @@ class Engine:
         if Engine._served is self:
             Engine._served = None
         atexit.unregister(self.leave)
-        serving = self._serving
+        serving, away = self._serving, {self._line.server} if self.client.done else set()
         if serving is not None:
             serving.stopped = True
-        self._line.close(serving.lost | serving.gone if serving is not None else (), _LAST_WORDS)
+            away = serving.lost | serving.gone
+        self._line.close(away, _LAST_WORDS)
 
     def _everybody(self) -> list[int]:
         """Whom it concerns that this rank ends: the server's workers, or a worker's server."""

@@ -68,7 +68,7 @@ class AsyncSGD(Member, Method):
         samples: how many this worker has, for rules that weigh by it.
         outgoing: transforms of what this worker pushes: `LocalNoise`, or an attack, see
             `hvd_sketch.methods.server.attacks`.
-        patience: seconds without an answer to a ping after which a rank counts as lost.
+        patience: seconds without a sign of life, which is asked for meanwhile, after which a rank counts as lost.
         restarts: how often the server starts the script again for a lost worker, as a new process, which MPI must
             allow; the script gets its rank from `place` then.
         log: a file for the server to record what came, see `hvd_sketch.methods.server.replay`.

@@ -23,7 +23,7 @@ _MOST_LETTERS = 2  # of one worker: it waits for the answer to each, but may end
 class Serving:
     """Serves a store until no worker is left.
 
-    A worker that does not answer pings for ``patience`` seconds counts as lost, which is told by a
+    A worker that gives no sign of life for ``patience`` seconds counts as lost, which is told by a
     warning, and is waited for no longer; what it sends later counts again. One whose messages cannot
     be right is told why, and not listened to any more.
 

@@ -84,10 +84,10 @@ class ZenoPS(_Validated, Gathered):
 
     A push that is all zeros is none. Judged whole, where the published form judges every tensor for
     itself, which lets a poisoned tensor through beside good ones. Costs ``steps`` gradients a
-    validator and round, at the server. With ``up=`` a compressor and
-    ``memory="reset"`` at the workers this is the whole of the paper; there, what was skipped once is lost, here it is
-    sent later. Source: Xie,
-    Koyejo, Gupta, "ZenoPS" (Algorithms 15(7), 2022).
+    validator and round, at the server. With ``up=`` a compressor and ``memory="reset"`` at the workers
+    this is the paper's error reset; there, what was skipped once is lost, here it is sent later. There, a
+    worker also takes part in a round with a given probability only; here all that are left take part in
+    all of them. Source: Xie, Koyejo, Gupta, "ZenoPS" (Algorithms 15(7), 2022).
 
     Args:
         validators: the loss of each of the V validators on its trusted data, see `Validate`, or one.
