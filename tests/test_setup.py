@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import venv
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -124,16 +125,29 @@ def test_the_metadata_say_what_it_is_and_what_it_needs(wheel: Path) -> None:
     assert all(url.split(", ")[1].startswith("https://arxiv.org/") for url in told.get_all("Project-URL", []))
 
 
+def packed(package: str, folder: Path) -> None:
+    """A wheel of an installed package, for who may ask no index."""
+    distribution = metadata.distribution(package)
+    files = [file for file in distribution.files or () if file.suffix != ".pyc" and ".." not in file.parts]
+    with zipfile.ZipFile(folder / f"{package}-{distribution.version}-py3-none-any.whl", "w") as archive:
+        for file in files:
+            archive.write(str(file.locate()), str(file))
+
+
 @pytest.fixture(scope="module")
-def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of a fresh environment with this wheel and, of all others, what the present one has."""
+def fresh(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of a fresh environment after ``pip install .``, with what else the present one has.
+
+    The build has an environment of its own, as by default; the wheel above was built in the present one.
+    """
     folder = tmp_path_factory.mktemp("fresh")
+    packed("setuptools", folder)
     venv.create(folder, with_pip=False)
     programs = folder / "bin"
     (packages,) = (folder / "lib").glob("python*/site-packages")
     (packages / "present.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
     pip = (sys.executable, "-m", "pip", f"--python={programs / 'python'}", "install", "--no-index", "--no-deps")
-    done = run(*pip, "--ignore-installed", wheel, cwd=folder)
+    done = run(*pip, f"--find-links={folder}", "--ignore-installed", ".", cwd=sources, CXXFLAGS="-O0")
     assert done.returncode == 0, done.stdout
     return programs
 

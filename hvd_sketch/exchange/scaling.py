@@ -19,6 +19,13 @@ _SEVERAL = (
     "hvd_sketch.DistributedOptimizer"
 )
 
+_NOT_THEIRS = (
+    "hvd_sketch: gradients were synchronized by hand before a first step could tell whether the GradScaler in use is "
+    "theirs. It is not: they were taken to carry its scale, and what is kept of this one step, and what the "
+    "compressor's clip_norm saw, is too small by it. Pass grad_scaler= to hvd_sketch.DistributedOptimizer; "
+    "torch.amp.GradScaler(enabled=False) for an optimizer without one"
+)
+
 
 class LossScale:
     """The scale that an optimizer's gradients carry when they are exchanged.
@@ -43,28 +50,40 @@ class LossScale:
 
     def in_backward(self, optimizer: torch.optim.Optimizer) -> float | None:
         """While gradients are computed; None if a scaler is in use, and no step has told yet whether for these."""
-        if self._told is None and self._scaler_steps is False:
-            return 1.0
         scale = self.by_hand(optimizer)
         unknown = self._told is None and self._scaler_steps is None and self._found is not None
         return None if unknown else scale
 
-    def note_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take note, in `step`, of whether a scaler calls it."""
-        self._scaler_steps = "found_inf" in vars(optimizer)
+    def note_step(self, optimizer: torch.optim.Optimizer, *, by_hand: bool) -> None:
+        """Take note, in `step`, of whether a scaler calls it or has unscaled the gradients, and warn of a wrong guess.
+
+        Args:
+            optimizer: the one that steps.
+            by_hand: whether its gradients were synchronized before.
+        """
+        scaler = None if self._found is None else self._found()
+        state = None if scaler is None else _state_of(scaler, optimizer)
+        unscaled = state is not None and state["stage"] is OptState.UNSCALED
+        scaled = "found_inf" in vars(optimizer) or unscaled
+        if by_hand and self.is_guessed and not scaled and _scale_of(scaler, optimizer) != 1.0:
+            warnings.warn(_NOT_THEIRS, stacklevel=4)
+        self._scaler_steps = scaled
 
     @property
     def is_guessed(self) -> bool:
         """Whether it is the only scaler's, and no step has told yet whether that one is for these gradients."""
         return self._told is None and self._found is not None and self._scaler_steps is None
 
-    def settle(self) -> None:
-        """Take note, as a step begins of an optimizer that nobody wraps, of whether the scaler calls it."""
+    def settle(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take note, as a step begins of an optimizer that nobody wraps, of whether the scaler calls it.
+
+        It has unscaled the gradients before, perhaps of another one around it, or has left that to a fused step.
+        """
         if self.is_guessed:
             scaler = self._found and self._found()
             states = scaler._per_optimizer_states.values() if scaler else ()
-            self._scaler_steps = any(state["stage"] is OptState.UNSCALED for state in states)
-            self._found = self._found if self._scaler_steps else None
+            unscaled = any(state["stage"] is OptState.UNSCALED for state in states)
+            self._scaler_steps = unscaled or "found_inf" in vars(optimizer)
 
     def in_step(self, optimizer: torch.optim.Optimizer) -> float:
         """Inside `step`: what the scaler that calls it, if one does, left on the optimizer."""
@@ -75,6 +94,8 @@ class LossScale:
 
     def by_hand(self, optimizer: torch.optim.Optimizer) -> float:
         """Outside of it."""
+        if self._told is None and self._scaler_steps is False:
+            return 1.0
         if self._told is None and not self._looked:
             used = _scalers_in_use()
             self._found, self._looked = weakref.ref(used[0]) if len(used) == 1 else None, True

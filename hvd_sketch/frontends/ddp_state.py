@@ -278,7 +278,7 @@ class State:
         self._back_at_the_model()
         self._local = bool(self._buckets.used) and not self._fresh
         if self._fresh:
-            self._scale.settle()
+            self._scale.settle(optimizer)
         if self._fresh and self.exchange.void:
             self._clear()
         self._unstepped.take_back_cleared()

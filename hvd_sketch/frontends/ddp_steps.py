@@ -153,7 +153,7 @@ def warn_of_local_step() -> None:
     warnings.warn(
         "hvd_sketch: an optimizer has stepped with this rank's own gradients, computed inside no_sync(): they are not "
         "exchanged, and the ranks' models differ unless the script averages them; step after a backward pass outside "
-        "of it",
+        "of it. Without no_sync(), the model has no hook: model.register_comm_hook(state, hvd_sketch.ddp.hook)",
         stacklevel=2,
     )
 

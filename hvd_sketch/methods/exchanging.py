@@ -133,7 +133,7 @@ class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
             return self._step_alone(closure, keywords)
         if closure is not None:
             return self._step_plainly(self._exchanging(closure), keywords)
-        self._scale.note_step(self)
+        self._scale.note_step(self, by_hand=self._synchronized)
         void = False
         with torch.no_grad():
             if self._should_synchronize and not self._synchronized:

@@ -173,6 +173,9 @@ class Client:
     def in_step(self, change: int) -> None:
         """One level deeper in the optimizer's step, or back; at the second one its gradients are final."""
         self._depth += change
+        optimizer = self.optimizer()
+        if optimizer is not None and (change, self._depth) == (1, 1):
+            self._scale.note_step(optimizer, by_hand=self._undo is not None)
         if self._companion is not None:
             self._companion.finish()
         if change < 0 or self._depth < 2:
@@ -207,7 +210,7 @@ class Client:
             gradient = parameter.grad
             if gradient is not None and (gradient.is_sparse or (parameter in made and not bool(gradient.any()))):
                 self.gradients.leave_out(parameter)
-        scale = self._scale.by_hand(self.optimizer())  # type: ignore[arg-type]
+        scale = self._scale_of_gradients()
         self._take_back()
         self._undo = None if self._depth else self.exchange.snapshot()
         self.gradients.hand_in(1.0 / scale)
@@ -220,6 +223,13 @@ class Client:
                 gradient.fill_(math.nan)
         else:
             self.gradients.write(scale)
+
+    def _scale_of_gradients(self) -> float:
+        """A scaler that calls the step has unscaled them before, or tells it."""
+        optimizer = self.optimizer()
+        if optimizer is None:
+            return 1.0
+        return self._scale.in_step(optimizer) if self._depth else self._scale.by_hand(optimizer)
 
     def _check_parameters(self) -> None:
         """Those that train must be among those that trained in the first step: Horovod hooks no others."""

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +32,7 @@ from hvd_sketch.comm.in_process import run_in_process
 from tests.support import ddp as scripts
 from tests.support import ddp_parity
 from tests.support.ddp import AHEAD, PLAIN, RATE, SIZE, STEPS, Balance, balance, local_gradient, sgd, step, wrapped
-from tests.support.ranks import ranks
+from tests.support.ranks import launch, ranks
 from tests.support.training import flat, flat_gradient, loss, net
 
 COMPRESSORS: Mapping[str, Callable[[], Any]] = {
@@ -218,6 +220,28 @@ def scaled() -> tuple[Tensor, Tensor]:
     return ends[0], ends[1]
 
 
+def scale_found(fused: bool) -> tuple[Tensor, Tensor]:
+    """Of a scaler that nobody tells of, and one that a fused step unscales for: what is kept with it and without."""
+    kept = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        model = wrapped(net())
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=fused)
+        state = hvd.ddp.register(model, optimizer, COMPRESSORS["topk"]())
+        if scaler is None:
+            state.flush()  # as the first step does of which the scale is not known yet
+        for number in range(STEPS):
+            optimizer.zero_grad()
+            value = loss(model, dist.get_rank(), number)
+            (scaler.scale(value) if scaler else value).backward()
+            if scaler:
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+        kept.append(state.exchange.memory.residual)
+    return kept[0], kept[1]
+
+
 def autocast() -> Tensor:
     model = wrapped(net())
     optimizer = sgd(model)
@@ -254,8 +278,8 @@ def plain_hook() -> tuple[Tensor, int, float]:
     return averaged, state.exchange.stats.steps, float(state.exchange.memory.residual.abs().max())
 
 
-def resumed(folder: str) -> bool:
-    """A run saved by torch.distributed.checkpoint goes on as if it had never been saved."""
+def resumed(folder: str) -> tuple[bool, Tensor]:
+    """A run saved by torch.distributed.checkpoint goes on as if it had never been; what it saves after a flush."""
     model = wrapped(net())
     optimizer = sgd(model, momentum=0.5)
     state = hvd.ddp.register(model, optimizer, COMPRESSORS["sharded"]())
@@ -275,7 +299,11 @@ def resumed(folder: str) -> bool:
     load({"memory": SavedMemory(state)}, checkpoint_id=folder)
     for number in range(3, STEPS):
         step(other, second, number)
-    return torch.equal(flat(model), flat(other))
+    same = torch.equal(flat(model), flat(other))
+    state.flush()
+    step(other, second, STEPS)
+    save({"model": other.module.state_dict(), "optimizer": second.state_dict()}, checkpoint_id=f"{folder}/flushed")
+    return same, flat(other)
 
 
 def refused(body: Callable[[], Any]) -> str:
@@ -423,6 +451,7 @@ def on_a_rank(folder: str) -> dict[str, Any]:
         "void": [void(), void(closure=True)],
         "void, scaled": void(scales=True),
         "scaled": scaled(),
+        "scale found": [scale_found(fused) for fused in (False, True)],
         "autocast": autocast(),
         "compiled": compiled(),
         "plain hook": plain_hook(),
@@ -434,8 +463,14 @@ def on_a_rank(folder: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return ranks(SIZE, on_a_rank, str(tmp_path_factory.mktemp("checkpoint")), launcher="torchrun", timeout=240)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the ranks' checkpoints."""
+    return tmp_path_factory.mktemp("checkpoint")
+
+
+@pytest.fixture(scope="module")
+def seen(folder: Path) -> list[dict[str, Any]]:
+    return ranks(SIZE, on_a_rank, str(folder), launcher="torchrun", timeout=240)
 
 
 def expected(compressor: str, passes: int = 1, momentum: float = 0.0, **feedback: Any) -> Tensor:
@@ -523,10 +558,11 @@ def test_memories_of_a_script_that_saves_loads_and_copies_where_it_likes(seen: l
 
 def test_a_script_that_trains_in_vain_is_told(seen: list[dict[str, Any]]) -> None:
     for one in seen:
-        twice, once, locally = one["scripts"]["warned"]
+        twice, once, locally, without = one["scripts"]["warned"]
         assert "averages the whole gradients before DistributedOptimizer" in twice
         assert once == ""
         assert "stepped with this rank's own gradients, computed inside no_sync()" in locally
+        assert "the model has no hook: model.register_comm_hook(state, hvd_sketch.ddp.hook)" in without
 
 
 def test_values_may_lie_in_memory_as_they_like(seen: list[dict[str, Any]]) -> None:
@@ -554,6 +590,8 @@ def test_a_bad_gradient_on_one_rank_makes_the_step_void(seen: list[dict[str, Any
 def test_mixed_precision(seen: list[dict[str, Any]]) -> None:
     for one in seen:
         assert torch.equal(*one["scaled"])
+        for without, scale in one["scale found"]:
+            torch.testing.assert_close(scale, without, rtol=1e-5, atol=1e-7)
         assert torch.equal(one["autocast"], seen[0]["autocast"])
         torch.testing.assert_close(one["autocast"], expected("sharded"), rtol=0.1, atol=0.02)
 
@@ -567,7 +605,47 @@ def test_the_plain_hook(seen: list[dict[str, Any]]) -> None:
 
 
 def test_a_saved_run_continues_as_if_never_saved(seen: list[dict[str, Any]]) -> None:
-    assert all(one["resumed"] for one in seen)
+    assert all(one["resumed"][0] for one in seen)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")  # is not there, and one process reads
+def test_a_flushed_checkpoint_fits_another_number_of_ranks(seen: list[dict[str, Any]], folder: Path) -> None:
+    def body(comm: Communicator) -> tuple[Tensor, Tensor]:
+        model = net(9)
+        plain = sgd(model, momentum=0.5)
+        step_of(comm, model, plain)  # makes the optimizer's state, into which it is read
+        entries = {"model": model.state_dict(), "optimizer": plain.state_dict()}
+        with reading:
+            load(entries, checkpoint_id=folder / "flushed")
+        model.load_state_dict(entries["model"])
+        plain.load_state_dict(entries["optimizer"])
+        start = flat(model)
+        step_of(comm, model, plain)
+        return start, flat(model)
+
+    def step_of(comm: Communicator, model: nn.Module, plain: torch.optim.Optimizer) -> None:
+        named = model.named_parameters()
+        optimizer: Any = hvd.DistributedOptimizer(plain, named, COMPRESSORS["sharded"](), comm=comm)
+        loss(model, comm.rank, STEPS + 1).backward()
+        optimizer.step()
+
+    reading = threading.Lock()
+    ends = run_in_process(3, body)
+    for start, end in ends:
+        assert torch.equal(start, seen[0]["resumed"][1])
+        assert torch.equal(end, ends[0][1])
+        assert not torch.equal(end, start)
+
+
+def test_a_rank_that_is_killed_is_started_again_and_nothing_is_lost(tmp_path: Path) -> None:
+    """By torchrun, told to make a store for each attempt: in the last one's, ranks find the addresses of the dead."""
+    command = ("--max-restarts", "1", sys.executable, "tests/scripts/restarted_training.py", str(tmp_path))
+    done = launch(SIZE, command, launcher="torchrun", env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+    assert done.returncode == 0, done.output
+    for rank in range(SIZE):
+        start, end = torch.load(tmp_path / f"rank{rank}.end")
+        assert start == 3
+        assert torch.equal(end, expected("topk", momentum=0.5))
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,8 @@ pytestmark = [
 ]
 
 
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), 1e-2)
+def adamw(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), 1e-2, **settings)
 
 
 def wrapped(device: torch.device) -> DistributedDataParallel:
@@ -121,11 +121,13 @@ def trained(
     return flat(model)
 
 
-def anticipating(device: torch.device, feedback: Any) -> Tensor:
+def anticipating(device: torch.device, feedback: Any, hierarchical: bool | None = None) -> Tensor:
     """By the hook, or by the optimizer that takes its place."""
     model = wrapped(device)
     plain = adamw(model)
-    made: Any = hvd.ddp.register(model, plain, Compression.sharded(**AHEAD), error_feedback=feedback)
+    made: Any = hvd.ddp.register(
+        model, plain, Compression.sharded(**AHEAD), error_feedback=feedback, hierarchical=hierarchical
+    )
     optimizer = made if isinstance(feedback, Anticipate) else plain
     for at in range(2 * STEPS):
         optimizer.zero_grad()
@@ -134,10 +136,12 @@ def anticipating(device: torch.device, feedback: Any) -> Tensor:
     return flat(model)
 
 
-def mixed_precision(device: torch.device, dtype: torch.dtype) -> tuple[list[float], Tensor, bool, int, float]:
+def mixed_precision(
+    device: torch.device, dtype: torch.dtype, *, fused: bool = False
+) -> tuple[list[float], Tensor, bool, int, float]:
     """Losses, parameters, whether the memory is finite, void steps, and the scale at the end."""
     model = wrapped(device)
-    optimizer = adamw(model)
+    optimizer = adamw(model, fused=fused)
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**40, enabled=dtype == torch.float16)
     state = hvd.ddp.register(model, optimizer, Compression.sharded(**AHEAD))
     losses = []
@@ -146,8 +150,9 @@ def mixed_precision(device: torch.device, dtype: torch.dtype) -> tuple[list[floa
         with torch.autocast(device.type, dtype):
             value = loss(model, dist.get_rank(), 0)
         scaler.scale(value).backward()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), 100.0)
+        if not fused:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 100.0)
         scaler.step(optimizer)
         scaler.update()
         losses.append(float(value))
@@ -191,9 +196,16 @@ SCRIPTS: dict[str, Callable[[torch.device], Any]] = {
     "anticipating, optimizer": lambda device: anticipating(device, Anticipate(0.4)),
     "bfloat16": lambda device: mixed_precision(device, torch.bfloat16),
     "float16": lambda device: mixed_precision(device, torch.float16),
+    "float16, fused": lambda device: mixed_precision(device, torch.float16, fused=True),
 }
 OF_ONE: dict[str, Callable[[torch.device], Any]] = {**SCRIPTS, "of both": of_both, "host goes on": host_goes_on}
-OF_TWO: dict[str, Callable[[torch.device], Any]] = {**SCRIPTS, "uneven": uneven, "drifting": drifting}
+OF_TWO: dict[str, Callable[[torch.device], Any]] = {
+    **SCRIPTS,
+    "anticipating, host": lambda device: anticipating(device, Default.OF_COMPRESSION, hierarchical=True),
+    "anticipating, optimizer of a host": lambda device: anticipating(device, Anticipate(0.4), hierarchical=True),
+    "uneven": uneven,
+    "drifting": drifting,
+}
 
 
 class Failed(str):
@@ -329,12 +341,20 @@ def test_a_compiled_model_is_trained_alike(seen: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("name", ["anticipating", "anticipating, optimizer"])
 def test_anticipated_gradients_train_one_model(seen: list[dict[str, Any]], name: str) -> None:
-    ends = of_all(seen, name)
+    check_one_model(of_all(seen, name))
+
+
+@pytest.mark.parametrize("name", ["anticipating, host", "anticipating, optimizer of a host"])
+def test_anticipated_gradients_of_two_ranks_with_one_memory(two: list[dict[str, Any]], name: str) -> None:
+    check_one_model(of_all(two, name))
+
+
+def check_one_model(ends: list[Tensor]) -> None:
     assert all(torch.equal(end, ends[0]) for end in ends)
     assert bool(ends[0].isfinite().all())
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float16, fused"])
 def test_mixed_precision_trains_one_model(seen: list[dict[str, Any]], dtype: str) -> None:
     """A scaler whose scale is too large at first makes the same steps void on all ranks."""
     told = of_all(seen, dtype)
@@ -343,7 +363,7 @@ def test_mixed_precision_trains_one_model(seen: list[dict[str, Any]], dtype: str
         assert torch.equal(end, told[0][1])
         assert finite
         assert (skipped, scale) == told[0][3:]
-        assert (skipped > 0) == (dtype == "float16")
+        assert (skipped > 0) == (dtype != "bfloat16")
 
 
 def test_uneven_data_of_two_ranks_end_in_one_model(two: list[dict[str, Any]]) -> None:

@@ -23,7 +23,7 @@ from hvd_sketch import (
 )
 from hvd_sketch.comm import Communicator
 from hvd_sketch.comm.in_process import run_in_process
-from tests.support.compressors import BUCKETS, EVERY, SHARDED
+from tests.support.compressors import BUCKETS, EVERY, SHARDED, TOPK
 from tests.support.training import flat, loss, net
 
 STEPS, NORM = 4, 0.05
@@ -180,6 +180,35 @@ def test_a_scaler_of_somebody_else_changes_nothing_of_what_is_sent_in_backward()
     beside = run(SingleProcess(), step_alone, None, compressor=BUCKETS)
     assert torch.equal(beside[0], plain[0])
     assert torch.equal(beside[1], plain[1])
+
+
+def test_a_scaler_of_somebody_else_is_told_of_when_gradients_are_synchronized_by_hand() -> None:
+    """The first step is taken to carry its scale; from the second one on what is kept is right."""
+    other = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    other.scale(torch.ones(()))
+
+    def train(**settings: Any) -> list[float]:
+        model, kept = net(), []
+        optimizer: Any = DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), 0.0), model.named_parameters(), TOPK, comm=SingleProcess(), **settings
+        )
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss(model, 0, 0).backward()
+            optimizer.synchronize()
+            with optimizer.skip_synchronize():
+                optimizer.step()
+            kept.append(float(optimizer.exchange.memory.residual.norm()))
+        return kept
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = train(grad_scaler=torch.amp.GradScaler("cpu", enabled=False))
+    with pytest.warns(UserWarning, match=r"It is not.*too small by it.*torch.amp.GradScaler\(enabled=False\)") as told:
+        first, second = train()
+    assert len(told) == 1
+    assert first == pytest.approx(expected[0] / 2.0**12)
+    assert second == pytest.approx(expected[0], rel=1e-2)
 
 
 def test_of_several_scalers_the_right_one_must_be_told() -> None:

@@ -365,6 +365,18 @@ def scaled_in_horovods_order(wrap: Wrap, rank: int) -> Tensor:
     return torch.cat([flat(model), torch.tensor([scaler.get_scale() / 2.0**15])])
 
 
+def beside_the_scaler_of_another(wrap: Wrap, rank: int) -> Tensor:
+    """Whose scale changes with every step."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    scaler.scale(torch.ones(()))
+    model = net()
+    optimizer = wrap(torch.optim.SGD(model.parameters(), 0.1), model)
+    for step in range(5):
+        train(optimizer, model, range(step, step + 1), rank)
+        scaler.update(2.0 ** (4 + 3 * step))
+    return flat(model)
+
+
 SCENARIOS: list[Callable[[Wrap, int], Tensor]] = [
     plain,
     topk,
@@ -392,6 +404,7 @@ SCENARIOS: list[Callable[[Wrap, int], Tensor]] = [
     thrown_away,
     void_steps,
     scaled_in_horovods_order,
+    beside_the_scaler_of_another,
 ]
 
 

@@ -422,6 +422,13 @@ def stepped_locally(model: Any, optimizer: torch.optim.Optimizer) -> None:
         step(model, optimizer, 0)
 
 
+def without_a_hook(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """The state alone, which nobody hands to the model."""
+    state = hvd.ddp.State(Compression.topk(**PLAIN), optimizer)
+    step(model, optimizer, 0)
+    assert state.exchange.stats.steps == 0
+
+
 def images(layout: torch.memory_format) -> Tensor:
     """A convolution, whose gradients are anticipated, by how its values lie in memory."""
     torch.manual_seed(0)
@@ -485,6 +492,6 @@ def seen() -> dict[str, Any]:
             "registered around": registered_around(),
             "copied": [copied(copy.deepcopy), copied(through_a_file)],
         },
-        "warned": [warned(averaged_twice), warned(averaged_once), warned(stepped_locally)],
+        "warned": [warned(averaged_twice), warned(averaged_once), warned(stepped_locally), warned(without_a_hook)],
         "images": [images(torch.contiguous_format), images(torch.channels_last)],
     }

@@ -131,8 +131,6 @@ def by_optimizer(
 ) -> End:
     model, optimizer = distributed(place, compressor, **settings)
     train(model, optimizer, gradients_of(place.rank, passes, spoiled=spoiled))
-    if hasattr(optimizer, "finish"):
-        optimizer.finish()
     return end_of(model, optimizer.exchange)
 
 
