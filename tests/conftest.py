@@ -1,13 +1,17 @@
 """Settings of all tests."""
 
 import logging
-from collections.abc import Iterator
+import os
 
 import pytest
 import torch
 from hypothesis import settings
 
 from tests.support import ranks
+
+# Tests run side by side, and threads that wait for each other spin: one thread, here and in what tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 # A busy machine is not a failure, and a failure comes again in the next run.
 settings.register_profile("project", deadline=None, derandomize=True)
@@ -34,12 +38,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow"))
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Many small operations: threads that wait for each other on a busy machine would take most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

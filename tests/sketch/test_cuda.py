@@ -26,8 +26,6 @@ on_gpu = pytest.mark.skipif(
 WIDE = 2 * TILE_WIDTH + 5
 """Columns of two tiles."""
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def bits(values: Tensor) -> Tensor:
     """What tells 0.0 from -0.0."""

@@ -37,10 +37,11 @@ columns = st.one_of(
 
 
 @pytest.fixture(autouse=True)
-def _as_before(one_thread: None) -> Iterator[None]:
+def _as_before() -> Iterator[None]:
     """One thread and the widest instruction set, unless a test says otherwise."""
     yield
     native.limit_lanes(max(LANES))
+    torch.set_num_threads(1)
 
 
 def bits(values: Tensor) -> Tensor:
