@@ -1,7 +1,8 @@
 # `make` lists the targets. Each of them creates the environment in .venv when it is missing.
 SHELL := /bin/bash
 DEMO ?= python examples/demo.py
-PYTEST ?= python -m pytest -n 2 --dist loadfile
+# Three on two cores: tests that wait for what they started leave theirs to others. In the order of tests/conftest.py.
+PYTEST ?= python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # Open MPI wants this said when root trains; nobody else is affected.
 export OMPI_ALLOW_RUN_AS_ROOT := 1

@@ -24,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes long; left out by --quick")
+    config.addinivalue_line("markers", "early: takes minutes; starts first, for nobody to wait for it in the end")
     config.addinivalue_line("markers", "interpreted: runs on Triton's interpreter")
     ranks.quick = bool(config.getoption("--quick"))
 
@@ -34,6 +35,7 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("early") is None)
     if config.getoption("--quick"):
         for item in items:
             if item.get_closest_marker("slow"):

@@ -9,6 +9,8 @@ import torch
 
 from tests.support.ranks import Launcher, RanksFailed, RanksTimedOut, launch, ranks
 
+pytestmark = pytest.mark.early
+
 
 def gather_ranks(factor: float) -> tuple[int, torch.Tensor]:
     import horovod.torch as hvd
