@@ -21,6 +21,8 @@ demo test quick check fuzz soak faults bench cluster-bench time-to-loss scale ac
 demo: env ## train a small transformer on 2 processes, dense and sketched, and compare
 	$(DEMO)
 
+# Threads of a kernel that wait for one on a busy core sleep.
+test quick: export OMP_WAIT_POLICY := passive
 test: env ## run all tests, on real ranks
 	$(PYTEST)
 
