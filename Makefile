@@ -1,7 +1,8 @@
 # `make` lists the targets. Each of them creates the environment in .venv when it is missing.
 SHELL := /bin/bash
 DEMO ?= python examples/demo.py
-PYTEST ?= python -m pytest -n 2 --dist loadfile
+# Three on two cores: tests that wait for what they started leave theirs to others. In the order of tests/conftest.py.
+PYTEST ?= python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # Open MPI wants this said when root trains; nobody else is affected.
 export OMPI_ALLOW_RUN_AS_ROOT := 1
@@ -20,6 +21,8 @@ demo test quick check fuzz soak faults bench cluster-bench time-to-loss scale ac
 demo: env ## train a small transformer on 2 processes, dense and sketched, and compare
 	$(DEMO)
 
+# Threads of a kernel that wait for one on a busy core sleep.
+test quick: export OMP_WAIT_POLICY := passive
 test: env ## run all tests, on real ranks
 	$(PYTEST)
 

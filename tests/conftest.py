@@ -1,13 +1,17 @@
 """Settings of all tests."""
 
 import logging
-from collections.abc import Iterator
+import os
 
 import pytest
 import torch
 from hypothesis import settings
 
 from tests.support import ranks
+
+# Tests run side by side, and threads that wait for each other spin: one thread, here and in what tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 # A busy machine is not a failure, and a failure comes again in the next run.
 settings.register_profile("project", deadline=None, derandomize=True)
@@ -20,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes long; left out by --quick")
+    config.addinivalue_line("markers", "early: takes minutes; starts first, for nobody to wait for it in the end")
     config.addinivalue_line("markers", "interpreted: runs on Triton's interpreter")
     ranks.quick = bool(config.getoption("--quick"))
 
@@ -30,16 +35,8 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("early") is None)
     if config.getoption("--quick"):
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow"))
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Many small operations: threads that wait for each other on a busy machine would take most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

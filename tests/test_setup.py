@@ -35,7 +35,7 @@ NO_COMPILER = (
 BASIC_TOOLS = ("bash", "cat", "dirname", "sed", "sha256sum")
 
 
-pytestmark = pytest.mark.slow  # they build
+pytestmark = [pytest.mark.slow, pytest.mark.early]  # they build
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -132,6 +131,8 @@ def _text_held_out() -> Batch:
 
 @lru_cache(maxsize=1)
 def _digits() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits  # longer to import than PyTorch, and not every task needs it
+
     digits = load_digits()
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16.0

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from hvd_sketch.sketch.geometry import Geometry, cells_and_signs
 
+_AT_ONCE = 2**20
+"""Coordinates that are hashed together, in memory for some vectors of as many."""
+
 
 def add(geometry: Geometry, seed: int, table: Tensor, vector: Tensor, offset: int, scale: float) -> None:
     """``table[j, cell_j(i)] += sign_j(i) * scale * vector[i - offset]`` for every i and row j.
@@ -17,16 +20,19 @@ def add(geometry: Geometry, seed: int, table: Tensor, vector: Tensor, offset: in
     A cell receives its coordinates in ascending order, one block after the other, so the
     floating-point result is defined to the last bit.
     """
-    start, stop = offset, offset + vector.numel()
+    for start in range(0, vector.numel(), _AT_ONCE):
+        _add(geometry, seed, table, vector[start : start + _AT_ONCE], offset + start, scale)
+
+
+def _add(geometry: Geometry, seed: int, table: Tensor, vector: Tensor, offset: int, scale: float) -> None:
+    cell, sign = cells_and_signs(geometry, seed, torch.arange(offset, offset + vector.numel(), device=table.device))
+    values = sign * (vector.to(torch.float32) * scale)
     flat = table.view(-1)
     row_start = torch.arange(geometry.rows, device=table.device).unsqueeze(1) * geometry.cols
-    while start < stop:
-        end = min(stop, (start // geometry.block + 1) * geometry.block)
-        index = torch.arange(start, end, device=table.device)
-        cell, sign = cells_and_signs(geometry, seed, index)
-        values = vector[start - offset : end - offset].to(torch.float32) * scale
-        flat.index_add_(0, (row_start + cell).view(-1), (sign * values).view(-1))
-        start = end
+    edges = tuple(range(geometry.block - offset % geometry.block, vector.numel(), geometry.block))
+    blocks = (each.tensor_split(edges, dim=1) for each in (row_start + cell, values))
+    for places, terms in zip(*blocks, strict=True):
+        flat.index_add_(0, places.reshape(-1), terms.reshape(-1))
 
 
 def estimate(geometry: Geometry, seed: int, table: Tensor, index: Tensor) -> Tensor:

@@ -19,9 +19,8 @@ from benchmarks.gpu.record import Record
 GROUPS = ["facts", "steps", "parts", "optimizers", "peers"]
 
 
-def test_everything_but_the_checks_runs_on_a_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_but_the_checks_runs_on_a_processor(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     arguments = ["--device", "cpu", "--small", "--minutes", "3", "--out", str(out), "--only", *GROUPS]
     assert command.main(arguments) == 0
     rows = json.loads(out.read_text())

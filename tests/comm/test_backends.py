@@ -18,7 +18,7 @@ from hvd_sketch.comm import Communicator, SingleProcess, as_communicator, chosen
 from hvd_sketch.comm.in_process import run_in_process
 from hvd_sketch.comm.torch import TorchCommunicator
 from hvd_sketch.errors import ConfigurationError, RankLostError
-from tests.support.ranks import Launcher, ranks, run
+from tests.support.ranks import ranks, run
 
 DTYPES = (torch.float32, torch.float16, torch.float64, torch.int32, torch.int64, torch.uint8)
 LENGTH = 37
@@ -94,13 +94,15 @@ def check(comm: Communicator) -> bool:
     return True
 
 
-def on_a_rank(use_mpi4py: bool) -> bool:
-    if not use_mpi4py:
-        hvd.init()
-        return check(default_communicator())
+def over_horovod() -> bool:
+    hvd.init()
+    return check(default_communicator())
+
+
+def over_horovod_and_mpi4py() -> bool:
     from mpi4py import MPI
 
-    return check(as_communicator(MPI.COMM_WORLD))
+    return over_horovod() and check(as_communicator(MPI.COMM_WORLD))
 
 
 def under_torchrun() -> str:
@@ -123,7 +125,6 @@ def under_torchrun() -> str:
 
 def with_a_rank_that_ends() -> str:
     """The last rank leaves in the middle of training; what the others are told."""
-    hvd.init()
     comm = default_communicator()
     comm.allreduce(torch.ones(1), "together")
     if comm.rank == comm.size - 1:
@@ -133,14 +134,14 @@ def with_a_rank_that_ends() -> str:
     return str(lost.value)
 
 
-def test_torchrun() -> None:
-    told = ranks(3, under_torchrun, launcher="torchrun")
-    assert all('give the one whose ranks hold replicas, as in comm=mesh["replicate"]' in one for one in told)
+def on_a_rank_of_torchrun() -> tuple[str, str]:
+    return under_torchrun(), with_a_rank_that_ends()
 
 
-def test_a_rank_that_ends_ends_the_others() -> None:
-    *others, _ = ranks(3, with_a_rank_that_ends, launcher="torchrun")
-    assert [one.split(": ")[0] for one in others] == [
+def test_torchrun_and_a_rank_that_ends_ends_the_others() -> None:
+    told = ranks(3, on_a_rank_of_torchrun, launcher="torchrun")
+    assert all('give the one whose ranks hold replicas, as in comm=mesh["replicate"]' in one for one, _ in told)
+    assert [one.split(": ")[0] for _, one in told[:-1]] == [
         f"rank {rank} of 3 lost the others in allreduce alone" for rank in (0, 1)
     ]
 
@@ -183,12 +184,12 @@ def test_a_single_process() -> None:
     assert check(SingleProcess())
 
 
-@pytest.mark.parametrize(
-    ("size", "launcher", "use_mpi4py"),
-    [(3, "mpirun", True), (3, "mpirun", False), (2, "horovodrun-gloo", False)],
-)
-def test_real_ranks(size: int, launcher: Launcher, use_mpi4py: bool) -> None:
-    assert all(ranks(size, on_a_rank, use_mpi4py, launcher=launcher))
+def test_real_ranks_over_mpi() -> None:
+    assert all(ranks(3, over_horovod_and_mpi4py))
+
+
+def test_real_ranks_over_gloo() -> None:
+    assert all(ranks(2, over_horovod, launcher="horovodrun-gloo"))
 
 
 def test_anything_else_is_refused() -> None:

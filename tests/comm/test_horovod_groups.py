@@ -22,8 +22,6 @@ from tests.support.ranks import Launcher, ranks
 from tests.support.simulation import heavy_tailed, step
 from tests.support.training import flat, loss, net
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 Ran = tuple[Tensor, Tensor]
 STEPS = (3, 2, 3, 4)
 """Of each rank, before it joins."""

@@ -20,8 +20,6 @@ from tests.comm import test_backends
 SIZES = (20_000, 30_000, 10, 50_000, 50_000, 20_000)
 """Elements of a message; some make a table anew, and one is sent."""
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def messages(comm: Communicator) -> list[Tensor]:
     """What a rank has of sums and gathers of all these, one kind after the other and in pairs."""

@@ -18,7 +18,7 @@ from hvd_sketch import Compression
 from hvd_sketch.comm import Communicator, staged
 from hvd_sketch.comm.in_process import InProcessGroup
 from hvd_sketch.comm.mpi import MpiCommunicator
-from tests.support.ranks import ranks
+from tests.support.ranks import in_turn, ranks, several
 from tests.support.simulation import Run, drive, heavy_tailed
 
 
@@ -78,10 +78,8 @@ def collectives(comm: Communicator) -> list[Tensor]:
 
 
 def test_collectives_give_what_they_give_on_the_host() -> None:
-    expected = ranks(2, plain_body)
-    ours = ranks(2, staged_body)
-    for one, other in zip(ours, expected, strict=True):
-        assert all(map(torch.equal, one, other))
+    for ours, expected in ranks(2, in_turn, [staged_body, plain_body]):
+        assert all(map(torch.equal, ours, expected))
 
 
 def staged_body() -> list[Tensor]:
@@ -105,9 +103,8 @@ def exchanged_body(late: bool) -> list[list[Tensor]]:
 
 
 def test_exchanges_give_what_they_give_on_the_host() -> None:
-    ours, expected = ranks(2, exchanged_body, True), ranks(2, exchanged_body, False)
-    for rank, other in zip(ours, expected, strict=True):
-        for run, reference in zip(rank, other, strict=True):
+    for ours, expected in ranks(2, several, exchanged_body, [(True,), (False,)]):
+        for run, reference in zip(ours, expected, strict=True):
             assert all(map(torch.equal, run, reference))
 
 

@@ -31,7 +31,7 @@ HALVES: dict[str, Compressor] = {
 }
 """Those that send halves, at ratios that a small vector allows."""
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.slow
 
 
 def share_lost(compressor: Compressor, gradients: Tensor, *args: Any) -> float:

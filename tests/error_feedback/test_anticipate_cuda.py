@@ -18,8 +18,6 @@ from tests.support.triton import (
     on_interpreter,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
     "adam, maximize": lambda parameters: torch.optim.Adam(parameters, lr=1e-2, eps=1e-3, maximize=True),

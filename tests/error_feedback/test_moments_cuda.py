@@ -20,8 +20,6 @@ from tests.support.triton import (
 
 SHAPES = {"a": (20, 300), "b": (50,), "c": (3, 7, 11), "d": (300, 2)}
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def lent(device: torch.device, dtype: torch.dtype, *, by_kernels: bool) -> list[Tensor]:
     """Adam's running means of all parameters, after steps with some of them missing."""

@@ -25,7 +25,7 @@ from tests.support import training
 SHARDED = Compression.sharded(ratio=10.0, warmup_steps=0, clip_norm=None)
 Loss = Callable[[Any], Tensor]
 ONE_AT_A_TIME = threading.Lock()
-"""PyTorch's tracer has one table for all threads."""
+"""PyTorch's tracer and its compiler of scripts have one table for all threads."""
 
 Step = Callable[[nn.Module, Any, Loss], None]
 """One step of a script: the model, its optimizer, and the loss of a model on the step's batch."""
@@ -272,8 +272,13 @@ def test_a_model_trained_in_evaluation_mode_learns_without_and_says_so(caplog: p
 
 def test_a_scripted_model_learns_without_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     """Nobody would notice that it is saved in between."""
+
+    def scripted() -> nn.Module:
+        with ONE_AT_A_TIME:
+            return torch.jit.script(training.net())
+
     with caplog.at_level(logging.WARNING, "hvd_sketch"):
-        train(unchanged, net=lambda: torch.jit.script(training.net()))
+        train(unchanged, net=scripted)
     assert [record.message for record in caplog.records if "not scripted" in record.message][1:] != []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 import warnings
@@ -17,9 +18,15 @@ from tests.support.training import net
 pytestmark = pytest.mark.slow  # they import much
 
 
+def needs(framework: str) -> None:
+    """Found, not imported: that takes seconds, and the ranks do it."""
+    if importlib.util.find_spec(framework) is None:
+        pytest.skip(f"needs {framework}")
+
+
 @pytest.mark.parametrize("name", ["accelerate", "lightning", "transformers"])
 def test_a_framework_trains_with_the_hook(name: str) -> None:
-    pytest.importorskip(name)
+    needs(name)
     script = ROOT / "examples" / f"with_{'trainer' if name == 'transformers' else name}.py"
     completed = launch(2, [sys.executable, str(script)], launcher="torchrun")
     assert completed.returncode == 0, completed.output
@@ -53,7 +60,7 @@ def resumed(folder: Path) -> bool:
 
 
 def test_a_checkpoint_of_accelerate_holds_the_memory_of_every_rank(tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
+    needs("accelerate")
     assert ranks(2, resumed, tmp_path, launcher="torchrun") == [True, True]
 
 
@@ -76,7 +83,7 @@ def alone() -> tuple[str, list[str]]:
 
 
 def test_processes_of_which_accelerate_does_not_know_are_told() -> None:
-    pytest.importorskip("accelerate")
+    needs("accelerate")
     knows = "Accelerate, on which Trainer builds, knows of one process, and 2 exchange"
     for refused, told in ranks(2, alone, launcher="horovodrun-gloo"):
         assert "torch.distributed connects none of them" in refused

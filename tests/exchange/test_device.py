@@ -30,8 +30,6 @@ EXACT = {name: member for name, member in TABLE.items() if "powersgd" not in nam
 """Those whose arithmetic has one result; of matrix products the order of sums is left open."""
 exact = pytest.mark.parametrize("compressor", EXACT.values(), ids=EXACT)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def fewer(*values: Any) -> tuple[Any, ...]:
     """All of these on a GPU; the first, where the reference stands in for it, which has tests of its own."""

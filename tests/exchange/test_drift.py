@@ -104,7 +104,6 @@ def test_what_is_equal_is_compared_in_silence_and_changes_nothing() -> None:
 
 @pytest.mark.parametrize("number", range(3))
 @pytest.mark.parametrize("way", [*flips.WAYS, *flips.HOSTS, *flips.METHODS, *flips.LETTERS])
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore:hvd_sketch. step 3 is void")
 def test_a_flipped_bit_is_told_to_all_or_does_nothing(way: str, number: int) -> None:
     """Like the runs of ``make faults``."""

@@ -41,8 +41,6 @@ SOME = pytest.mark.parametrize(
 )
 LOCAL = pytest.mark.parametrize("local", [2, 4])
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def make(
     compressor: Compressor, comm: Communicator, local: Asked, *, average: bool = True, momentum: Momentum | None = None

@@ -20,8 +20,6 @@ from tests.support.triton import (
 
 SIZES = (5000, 33, 1, 20_000, 700)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def layout() -> Layout:
     named = ((f"{i:02d}", torch.empty(size)) for i, size in enumerate(SIZES))

@@ -50,10 +50,7 @@ DEVICE = os.environ.get("TEST_DEVICE") or ("cuda" if torch.cuda.is_available() e
 LIMIT = 60  # seconds that a rank waits for another one
 AHEAD: dict[str, Any] = {"ratio": 8.0, "warmup_steps": 0, "dense_below": 100, "clip_norm": None}
 
-pytestmark = [
-    pytest.mark.skipif(not DEVICE, reason="needs a GPU, or TEST_DEVICE=cpu"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.skipif(not DEVICE, reason="needs a GPU, or TEST_DEVICE=cpu")
 
 
 def adamw(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:

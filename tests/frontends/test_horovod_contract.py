@@ -75,8 +75,12 @@ def test_the_script_trains_compressed_and_alike_on_all_ranks(expected: list[Line
     assert expected[1].nonzero < TOTAL // 4
 
 
-OTHERS: list[tuple[str, Launcher]] = [("run unmodified", "horovodrun-gloo")]
-OTHERS += [(way, launcher) for way in list(WAYS)[1:] for launcher in ("mpirun", "horovodrun-gloo")]
+OTHERS: list[tuple[str, Launcher]] = [
+    ("run unmodified", "horovodrun-gloo"),
+    ("import ours", "mpirun"),
+    ("stock optimizer", "horovodrun-gloo"),
+    ("our optimizer", "mpirun"),
+]
 
 
 @pytest.mark.parametrize(("way", "launcher"), OTHERS)
@@ -85,7 +89,7 @@ def test_every_way_trains_alike(way: str, launcher: Launcher, tmp_path: Path, ex
     assert run(way, launcher, tmp_path, "--ratio", "0.2") == expected
 
 
-def test_four_ranks_train_alike(tmp_path: Path) -> None:
-    lines = run("import ours", "mpirun", tmp_path, "--epochs", "1", count=4)
-    assert [line.rank for line in lines] == [0, 1, 2, 3]
+def test_three_ranks_train_alike(tmp_path: Path) -> None:
+    lines = run("import ours", "mpirun", tmp_path, "--epochs", "1", count=3)
+    assert [line.rank for line in lines] == [0, 1, 2]
     assert len({line[2:] for line in lines}) == 1

@@ -6,7 +6,7 @@ import pytest
 
 from tests.fuzz.sanitized import attack, race
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]  # they build
+pytestmark = [pytest.mark.slow, pytest.mark.early, pytest.mark.timeout(500)]  # they build
 
 
 def test_generated_calls_under_address_and_undefined_behaviour_sanitizers() -> None:

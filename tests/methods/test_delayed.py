@@ -35,8 +35,6 @@ INNER: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 Gradients = Sequence[Tensor | None]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def wrap(model: nn.Module, comm: Any, compression: Any = SHARDED, inner: Any = None, **options: Any) -> Any:
     own = torch.optim.SGD(model.parameters(), 1.0) if inner is None else inner(model.parameters())

@@ -26,7 +26,7 @@ on_gpu = pytest.mark.skipif(
 WIDE = 2 * TILE_WIDTH + 5
 """Columns of two tiles."""
 
-pytestmark = pytest.mark.usefixtures("one_thread", "few_programs")
+pytestmark = pytest.mark.usefixtures("few_programs")
 
 
 @pytest.fixture

@@ -20,8 +20,6 @@ from tests.support.triton import (
 
 STRETCHES = [(0, 1), (1, 33), (33, 33), (33, 1000), (1000, 2111), (2500, 2900)]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def vector(seed: int = 0) -> Tensor:
     return torch.randn(3000, generator=torch.Generator().manual_seed(seed)) ** 3

@@ -37,10 +37,11 @@ columns = st.one_of(
 
 
 @pytest.fixture(autouse=True)
-def _as_before(one_thread: None) -> Iterator[None]:
+def _as_before() -> Iterator[None]:
     """One thread and the widest instruction set, unless a test says otherwise."""
     yield
     native.limit_lanes(max(LANES))
+    torch.set_num_threads(1)
 
 
 def bits(values: Tensor) -> Tensor:
@@ -109,6 +110,8 @@ def test_any_shape(data: st.DataObject, rows: int, cols: int, seed: int) -> None
 @pytest.mark.parametrize("rows", [*ROWS[:6], *(pytest.param(rows, marks=pytest.mark.slow) for rows in ROWS[6:])])
 def test_any_number_of_threads_and_any_instruction_set(rows: int) -> None:
     geometry, vector = Geometry(BIG, rows, 9001), numbers(BIG - 777, DTYPES[rows % len(DTYPES)])
+    expected = torch.zeros(rows, geometry.cols)
+    reference.add(geometry, rows, expected, vector, 333, 0.7)
     for lanes in LANES:
         native.limit_lanes(lanes)
         tables, counts = [], (1, 2, 3) if lanes == max(LANES) else (2,)
@@ -116,8 +119,6 @@ def test_any_number_of_threads_and_any_instruction_set(rows: int) -> None:
             torch.set_num_threads(threads)
             tables.append(torch.zeros(rows, geometry.cols))
             native.add(geometry, rows, tables[-1], vector, 333, 0.7)
-        expected = torch.zeros(rows, geometry.cols)
-        reference.add(geometry, rows, expected, vector, 333, 0.7)
         assert all(torch.equal(bits(table), bits(expected)) for table in tables)
         check_estimates(geometry, rows, expected, 1, BIG // 1000, BIG // 100, BIG // 2, threads=counts)
 

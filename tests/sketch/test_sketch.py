@@ -22,8 +22,6 @@ NARROW = (300, 20)
 WIDE = (30_000, 2 * TILE_WIDTH + 5)
 """dim and cols of a sketch of two tiles and some blocks."""
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def sketch_of(vector: Tensor, rows: int, cols: int, seed: int = 0) -> CountSketch:
     """The sketch of one vector."""

@@ -15,8 +15,6 @@ from torch import Tensor
 from hvd_sketch.sparse.codec import SparseCodec
 from tests.support.triton import on_interpreter
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def lists(codec: SparseCodec, vectors: int, kind: str) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(codec.count)

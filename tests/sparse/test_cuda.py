@@ -15,8 +15,6 @@ from torch import Tensor
 from hvd_sketch.sparse.heaviest import heaviest_of_shards
 from tests.support.triton import on_interpreter
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def check(vector: Tensor, shards: int, count: int) -> None:
     from hvd_sketch.sparse import cuda

@@ -19,6 +19,8 @@ from hvd_sketch.compressors import Sparsifier
 from tests.support.ranks import ranks
 from tests.support.training import COMPRESSED, flat, loss, net, train
 
+pytestmark = pytest.mark.early
+
 SKETCH: dict[str, Any] = {"ratio": 10.0, "warmup_steps": 2}
 EVERYTHING = Compression.sketch(cols=COMPRESSED, k=COMPRESSED, half=False, clip_norm=None)
 Wrap = Callable[..., Any]

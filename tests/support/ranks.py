@@ -147,6 +147,11 @@ def several(body: Callable[..., Result], each: Sequence[tuple[Any, ...]]) -> lis
     return [body(*args) for args in each]
 
 
+def in_turn(bodies: Sequence[Callable[[], Any]]) -> list[Any]:
+    """For `ranks`: what each of these bodies returns, in one launch."""
+    return [body() for body in bodies]
+
+
 def told(folder: Path, count: int, kind: str) -> str:
     """What each rank left in its file of this kind."""
     told = [(rank, folder / f"{kind}.{rank}") for rank in range(count)]

@@ -20,7 +20,7 @@ from hvd_sketch.compressors.sharded import shard_codes
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.layout import Layout, small_or_named
 from tests.support.compressors import TOTAL
-from tests.support.ranks import Launcher, ranks
+from tests.support.ranks import Launcher, ranks, several
 from tests.support.simulation import SHAPES, heavy_tailed, lost, make, parameters, rounding, simulate, step, submit
 from tests.support.training import flat, loss, net, train
 
@@ -209,14 +209,14 @@ def uneven(use_mpi4py: bool) -> list[Tensor]:
     return ends
 
 
-@pytest.mark.parametrize(("launcher", "use_mpi4py"), [("horovodrun-gloo", False), ("mpirun", False), ("mpirun", True)])
+@pytest.mark.parametrize(("launcher", "use_mpi4py"), [("horovodrun-gloo", [False]), ("mpirun", [False, True])])
 def test_a_rank_without_a_gradient_starts_its_buckets_later_and_nobody_waits_for_ever(
-    launcher: Launcher, use_mpi4py: bool
+    launcher: Launcher, use_mpi4py: list[bool]
 ) -> None:
-    results = ranks(2, uneven, use_mpi4py, launcher=launcher)
-    for ends in results:
-        assert torch.equal(ends[0], results[0][0])
-        assert torch.equal(ends[0], ends[1])
+    for results in zip(*ranks(2, several, uneven, [(use,) for use in use_mpi4py], launcher=launcher), strict=True):
+        for ends in results:
+            assert torch.equal(ends[0], results[0][0])
+            assert torch.equal(ends[0], ends[1])
 
 
 class Late(Recording):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from hvd_sketch.error_feedback.step_ahead import StepAhead
 from hvd_sketch.methods.local.local_sgd import LocalSGD
 from tests.support import training
 from tests.support.heterogeneous import Model, Seen, loss, momenta, simulate
-from tests.support.ranks import ranks, several
+from tests.support.ranks import in_turn, ranks, several
 
 PLAIN: dict[str, Any] = {"warmup_steps": 0, "clip_norm": None, "dense_below": 100}
 TOPK, SHARDED = Compression.topk(ratio=10.0, half=False, **PLAIN), Compression.sharded(ratio=10.0, half=False, **PLAIN)
@@ -326,16 +327,10 @@ def real(compression: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in told.items()}
 
 
-@pytest.fixture(scope="module")
-def real_ranks() -> list[list[dict[str, torch.Tensor]]]:
-    """What two ranks have to tell, of both compressors."""
-    return ranks(2, several, real, [(TOPK,), (SHARDED,)], timeout=240)
-
-
 @pytest.mark.parametrize("number", [0, 1], ids=["topk", "sharded"])
-def test_real_ranks(number: int, real_ranks: list[list[dict[str, torch.Tensor]]]) -> None:
+def test_real_ranks(number: int, on_two_ranks: list[Any]) -> None:
     """Resume to the bit in the middle of a round; after a flush one model is all there is, for any number of ranks."""
-    seen = [told[number] for told in real_ranks]
+    seen = [told[number] for told in on_two_ranks[0]]
     for told in seen:
         assert torch.equal(told["whole"], seen[0]["whole"])
         assert torch.equal(told["whole"], told["resumed"])
@@ -374,8 +369,16 @@ def rounds(compression: Any, period: int) -> tuple[torch.Tensor, torch.Tensor, l
     return torch.stack(moved), torch.stack(walked), models
 
 
-def test_real_ranks_move_by_the_mean_of_their_local_moves() -> None:
-    seen = ranks(2, several, rounds, [(TOPK, 3), (SHARDED, 3), (Compression.none, 3)])
+@pytest.fixture(scope="module")
+def on_two_ranks() -> list[Any]:
+    """What the ranks have to tell: of `real`, and of `rounds`."""
+    trained = partial(several, real, [(TOPK,), (SHARDED,)])
+    moved = partial(several, rounds, [(TOPK, 3), (SHARDED, 3), (Compression.none, 3)])
+    return list(zip(*ranks(2, in_turn, [trained, moved], timeout=240), strict=True))
+
+
+def test_real_ranks_move_by_the_mean_of_their_local_moves(on_two_ranks: list[Any]) -> None:
+    seen = on_two_ranks[1]
     for told in seen:
         for (moved, walked, models), (_, _, those_of_rank_0) in zip(told, seen[0], strict=True):
             torch.testing.assert_close(moved, walked, rtol=0, atol=1e-6)

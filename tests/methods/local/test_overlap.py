@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from hvd_sketch.methods.local.local_sgd import LocalSGD
 from hvd_sketch.methods.local.overlap import OverlapLocalSGD
 from tests.support import training
 from tests.support.heterogeneous import Model, loss, simulate
-from tests.support.ranks import ranks
+from tests.support.ranks import in_turn, ranks
 
 LR = 0.05
 
@@ -149,13 +150,6 @@ def with_and_without_a_late_rank(backend: str, folder: Path) -> list[torch.Tenso
     return ends
 
 
-@pytest.mark.parametrize("backend", ["horovod", "mpi"])
-def test_nobody_waits_for_a_late_rank_and_the_result_does_not_tell(backend: str, tmp_path: Path) -> None:
-    """If a rank waited in the meeting that it begins, both would wait for each other."""
-    for in_time, late in ranks(2, with_and_without_a_late_rank, backend, tmp_path):
-        assert torch.equal(in_time, late)
-
-
 def pulled_and_anchor(backend: str) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """On a real rank: of each meeting the anchor before it, this rank's model, and the anchor that comes of it."""
     comm, seen = communicator(backend), []
@@ -168,17 +162,6 @@ def pulled_and_anchor(backend: str) -> list[tuple[torch.Tensor, torch.Tensor, to
         after = optimizer.memory_state_dict()
         seen.append((before, after["model"], after["anchor"]))
     return seen
-
-
-@pytest.mark.parametrize("backend", ["horovod", "mpi"])
-def test_without_momentum_the_anchor_is_the_mean_of_what_real_ranks_have(backend: str) -> None:
-    for meeting in zip(*ranks(3, pulled_and_anchor, backend), strict=True):
-        models = torch.stack([model for _, model, _ in meeting])
-        assert not torch.equal(models[0], models[1])
-        for before, _, anchor in meeting:
-            torch.testing.assert_close(anchor, models.mean(0), rtol=0, atol=1e-6)
-            assert torch.equal(before, meeting[0][0])
-            assert torch.equal(anchor, meeting[0][2])
 
 
 def real(backend: str) -> dict[str, torch.Tensor]:
@@ -213,10 +196,33 @@ def real(backend: str) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in told.items()}
 
 
-@pytest.mark.parametrize("backend", ["horovod", "mpi"])
-def test_real_ranks(backend: Literal["horovod", "mpi"]) -> None:
+@pytest.fixture(scope="module", params=["horovod", "mpi"])
+def on_three_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Of each body above, what the ranks have to tell."""
+    folder, backend = tmp_path_factory.mktemp("ranks"), request.param
+    late, meetings = partial(with_and_without_a_late_rank, backend, folder), partial(pulled_and_anchor, backend)
+    return list(zip(*ranks(3, in_turn, [late, meetings, partial(real, backend)], timeout=240), strict=True))
+
+
+def test_nobody_waits_for_a_late_rank_and_the_result_does_not_tell(on_three_ranks: list[Any]) -> None:
+    """If a rank waited in the meeting that it begins, all would wait for each other."""
+    for in_time, late in on_three_ranks[0]:
+        assert torch.equal(in_time, late)
+
+
+def test_without_momentum_the_anchor_is_the_mean_of_what_real_ranks_have(on_three_ranks: list[Any]) -> None:
+    for meeting in zip(*on_three_ranks[1], strict=True):
+        models = torch.stack([model for _, model, _ in meeting])
+        assert not torch.equal(models[0], models[1])
+        for before, _, anchor in meeting:
+            torch.testing.assert_close(anchor, models.mean(0), rtol=0, atol=1e-6)
+            assert torch.equal(before, meeting[0][0])
+            assert torch.equal(anchor, meeting[0][2])
+
+
+def test_real_ranks(on_three_ranks: list[Any]) -> None:
     """Resume to the bit; after a flush one model is all there is, for any number of ranks."""
-    seen = ranks(2, real, backend, timeout=240)
+    seen = on_three_ranks[2]
     for told in seen:
         assert torch.equal(told["whole"], told["resumed"])
         assert torch.equal(told["flushed"], seen[0]["flushed"])

@@ -16,7 +16,7 @@ from hvd_sketch.errors import RankLostError, RankMismatchError
 from hvd_sketch.methods.gossip.decentlam import DmSGD
 from hvd_sketch.methods.swarm import PeerLost
 from tests.methods.swarm.test_optimizer import RATE, Vector, swarm_of, train
-from tests.support.ranks import launch, ranks
+from tests.support.ranks import in_turn, launch, ranks
 
 VICTIM = 2
 ORPHANS_LIVE = {"OMPI_MCA_orte_enable_recovery": "1"}  # what mpirun's --enable-recovery sets
@@ -100,13 +100,6 @@ def stop_and_return() -> tuple[float, float, int, bool]:
     return average, expected, optimizer.stats.steps, missed
 
 
-def test_a_node_that_stops_and_returns_has_lost_nothing() -> None:
-    """Late answers are still taken in, so the mean is what it would have been."""
-    for average, expected, _, _missed in (results := ranks(4, stop_and_return, timeout=250)):
-        assert average == pytest.approx(expected, abs=1e-5)
-    assert results[0][-1]
-
-
 def end_by_an_error() -> str:
     from mpi4py import MPI
 
@@ -122,8 +115,22 @@ def end_by_an_error() -> str:
     return "not told"
 
 
-def test_when_a_node_ends_by_an_error_the_others_are_told_at_once() -> None:
-    told = ranks(4, end_by_an_error, timeout=250)
+@pytest.fixture(scope="module")
+def on_4_ranks() -> list[Any]:
+    """What the ranks tell that stop and return, and then end by an error."""
+    return list(zip(*ranks(4, in_turn, [stop_and_return, end_by_an_error], timeout=280), strict=True))
+
+
+def test_a_node_that_stops_and_returns_has_lost_nothing(on_4_ranks: list[Any]) -> None:
+    """Late answers are still taken in, so the mean is what it would have been."""
+    results = on_4_ranks[0]
+    for average, expected, _, _missed in results:
+        assert average == pytest.approx(expected, abs=1e-5)
+    assert results[0][-1]
+
+
+def test_when_a_node_ends_by_an_error_the_others_are_told_at_once(on_4_ranks: list[Any]) -> None:
+    told = on_4_ranks[1]
     assert told[VICTIM] == "its own"
     for rank in (0, 1, 3):
         assert "has ended without finish()" in told[rank]

@@ -5,6 +5,8 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,7 +17,7 @@ from hvd_sketch.errors import ConfigurationError, RankMismatchError
 from hvd_sketch.methods.graphs import graph_of, spectral_gap
 from hvd_sketch.methods.swarm import Geometric, Meeting, PeerLost, SwarmSGD, SwarmStats
 from hvd_sketch.methods.swarm.lattice import Lattice
-from tests.support.ranks import ranks
+from tests.support.ranks import in_turn, ranks
 
 COUNT = 1000
 RATE = 2.0**-11
@@ -262,8 +264,22 @@ def on_4_ranks() -> tuple[dict[str, Conserved], list[float]]:
     return {name: conserve(MPI.COMM_WORLD, VARIANTS[name], 40) for name in names}, contract(MPI.COMM_WORLD, 200)
 
 
-def test_4_ranks_conserve_the_mean_and_contract_as_predicted() -> None:
-    results = ranks(4, on_4_ranks, timeout=250)
+class Of4Ranks(NamedTuple):
+    """What each rank tells of its runs."""
+
+    conserved: Sequence[tuple[dict[str, Conserved], list[float]]]
+    straggled: Sequence[tuple[list[Meeting], SwarmStats]]
+    blocked: Sequence[tuple[list[Meeting], SwarmStats]]
+
+
+@pytest.fixture(scope="module")
+def of_4_ranks() -> Of4Ranks:
+    bodies = [on_4_ranks, partial(straggle, False), partial(straggle, True)]
+    return Of4Ranks(*zip(*ranks(4, in_turn, bodies, timeout=280), strict=True))
+
+
+def test_4_ranks_conserve_the_mean_and_contract_as_predicted(of_4_ranks: Of4Ranks) -> None:
+    results = of_4_ranks.conserved
     for runs, _ in results:
         for name, run in runs.items():
             assert torch.equal(run.after, results[0][0][name].after)
@@ -329,9 +345,9 @@ def straggle(blocking: bool) -> tuple[list[Meeting], SwarmStats]:
     return timeline, optimizer.stats
 
 
-def test_a_slow_node_does_not_hold_up_the_others() -> None:
+def test_a_slow_node_does_not_hold_up_the_others(of_4_ranks: Of4Ranks) -> None:
     """Proved by order, not by time: all the visits fall into one of its local steps, so nobody waited for its end."""
-    results = ranks(4, straggle, False, timeout=250)
+    results = of_4_ranks.straggled
     slow, stats = results[0]
     within = [meeting for meeting in slow if not meeting.begun_here and meeting.step == 1]
     assert len(within) >= 8
@@ -339,8 +355,8 @@ def test_a_slow_node_does_not_hold_up_the_others() -> None:
     assert all(stats.meetings + stats.void == 30 and stats.unanswered == 0 for _, stats in results[1:])
 
 
-def test_in_the_blocking_variant_nodes_are_met_between_their_blocks_only() -> None:
-    for timeline, stats in ranks(4, straggle, True, timeout=250):
+def test_in_the_blocking_variant_nodes_are_met_between_their_blocks_only(of_4_ranks: Of4Ranks) -> None:
+    for timeline, stats in of_4_ranks.blocked:
         assert {meeting.step % 3 for meeting in timeline if meeting.step < stats.steps} == {0}
         assert stats.unanswered == 0
 
