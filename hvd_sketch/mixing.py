@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -57,17 +57,24 @@ class Mixing:
     def __init__(self, layout: Layout, kind: str) -> None:
         check_mixing(kind)
         self._divisor, self._along = _KINDS[kind]
-        self._sides = [self._sides_of(slot) if slot.stop <= layout.compressed else [] for slot in layout.slots]
+        its = [self._sides_of(slot) if slot.stop <= layout.compressed else () for slot in layout.slots]
+        self._sides = [[side for side in sides if side.size > 1] for sides in its]
+        self._runs = [run for number in range(2) for run in _runs(layout.slots, its, number)]
 
     def mix(self, part: Tensor, position: int) -> None:
         """Replace a slot's entries (1-D, contiguous) by their coefficients."""
         for side in self._sides[position]:
             self._transform(part.view(side), inverse=False)
 
-    def unmix(self, part: Tensor, position: int) -> None:
-        """Replace a slot's coefficients (1-D, contiguous) by the entries."""
-        for side in reversed(self._sides[position]):
-            self._transform(part.view(side), inverse=True)
+    def mix_all(self, vector: Tensor) -> None:
+        """Replace the entries of all slots; one launch on a GPU for all neighbours of one shape."""
+        for where, side in self._runs:
+            self._transform(vector[where].view(side), inverse=False)
+
+    def unmix_all(self, vector: Tensor) -> None:
+        """Replace the coefficients of all slots."""
+        for where, side in reversed(self._runs):
+            self._transform(vector[where].view(side), inverse=True)
 
     def _transform(self, values: Tensor, *, inverse: bool) -> None:
         """Along the middle one of three dimensions, in place; a processor does it in pieces that its caches hold."""
@@ -75,17 +82,31 @@ class Mixing:
         for piece in values.split(each):
             piece.copy_(self._along(piece, inverse).view_as(piece))
 
-    def _sides_of(self, slot: Slot) -> list[_Side]:
-        """The sides that have blocks: of a tensor of several dimensions the first one, and all others together."""
+    def _sides_of(self, slot: Slot) -> tuple[_Side, ...]:
+        """Two sides: of a tensor of several dimensions all others together, and the first one."""
         if slot.numel == 0:
-            return []
+            return ()
         rows = slot.shape[0] if len(slot.shape) > 1 else 1
-        sides, cols = [], slot.numel // rows
-        for length, behind in ((cols, 1), (rows, cols)):
-            size = self._divisor(length)
-            if size > 1:
-                sides.append(_Side(slot.numel // (size * behind), size, behind))
-        return sides
+        cols = slot.numel // rows
+        sizes = self._divisor(cols), self._divisor(rows)
+        return _Side(slot.numel // sizes[0], sizes[0], 1), _Side(rows // sizes[1], sizes[1], cols)
+
+
+def _runs(slots: Sequence[Slot], sides: Sequence[tuple[_Side, ...]], number: int) -> Iterator[tuple[slice, _Side]]:
+    """Stretches of the vector, each of slots that follow each other and are alike on that side."""
+    where, whole = slice(0, 0), _Side(0, 1, 1)
+    for slot, its in zip(slots, sides, strict=True):
+        if not its or its[number].size == 1:
+            continue
+        side = its[number]
+        if slot.offset == where.stop and side[1:] == whole[1:]:
+            where, whole = slice(where.start, slot.stop), whole._replace(blocks=whole.blocks + side.blocks)
+            continue
+        if whole.blocks:
+            yield where, whole
+        where, whole = slice(slot.offset, slot.stop), side
+    if whole.blocks:
+        yield where, whole
 
 
 def check_mixing(kind: str | None) -> None:

@@ -36,8 +36,25 @@ def test_it_is_orthonormal_and_undone_to_rounding(kind: str, shape: tuple[int, .
     coefficients = mixed(mixing, values)
     assert float(coefficients.norm()) == pytest.approx(float(values.norm()), rel=1e-5)
     back = coefficients.clone().view(-1)
-    mixing.unmix(back, 0)
+    mixing.unmix_all(back)
     assert float((back - values.view(-1)).norm()) <= 1e-6 * float(values.norm())
+
+
+@KINDS
+def test_all_slots_at_once_are_each_of_them(kind: str) -> None:
+    """Neighbours that are alike, others, and one that is sent whole."""
+    shapes = [(64, 128), (64, 128), (128,), (64,), (7,), (48, 128), (0, 3), (32, 3, 3, 3), (96, 128), (96, 128)]
+    named = [(f"p{number}", torch.zeros(shape)) for number, shape in enumerate(shapes)]
+    layout = Layout.of(named, lambda name, parameter: name == "p3")
+    mixing, vector = Mixing(layout, kind), heavy_tailed(layout.total)
+    one_by_one, together = vector.clone(), vector.clone()
+    for position, slot in enumerate(layout.slots):
+        mixing.mix(one_by_one[slot.offset : slot.stop], position)
+    mixing.mix_all(together)
+    torch.testing.assert_close(together, one_by_one, rtol=1e-5, atol=1e-5)
+    assert len(mixing._runs) < sum(map(len, mixing._sides))
+    mixing.unmix_all(together)
+    assert float((together - vector).norm()) <= 1e-6 * float(vector.norm())
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 48, 64])

@@ -36,13 +36,19 @@ class Domain:
         if self.scales is not None:
             part.div_(self.scales[position])
 
+    def enter_all(self, vector: Tensor) -> None:
+        """Replace the entries of all slots."""
+        if self._mixing is not None:
+            self._mixing.mix_all(vector)
+        if self.scales is not None:
+            torch._foreach_div_(self._parts(vector), self.scales)
+
     def leave(self, vector: Tensor) -> Tensor:
         """Replace coordinates of the whole vector by the model's; returns it."""
         if self.scales is not None:
             torch._foreach_mul_(self._parts(vector), self.scales)
         if self._mixing is not None:
-            for position, part in enumerate(self._parts(vector)):
-                self._mixing.unmix(part, position)
+            self._mixing.unmix_all(vector)
         return vector
 
     def rescale(self, scales: list[float], *kept: Tensor) -> None:

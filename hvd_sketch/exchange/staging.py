@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -81,9 +81,9 @@ class Staging:
             if position in together:
                 self._squares[position], self._arrived[position] = None, True
                 self._gathered.add(position)
-                self._enter([position])
             else:
-                self.put(position, gradient, factor, None, 0.0)
+                self._copy(position, gradient, factor, None, 0.0)
+        self._enter(gradients)
 
     def put_all(self, vector: Tensor) -> None:
         """Set all slots, in the layout's order."""
@@ -94,7 +94,7 @@ class Staging:
         self._arrived = [True] * len(self._slots)
         self._enter(range(len(self._slots)))
 
-    def _enter(self, positions: Iterable[int]) -> None:
+    def _enter(self, positions: Collection[int]) -> None:
         """Bring slots that have arrived, measured as they came, into the domain."""
         if self._domain.is_models:
             return
@@ -102,6 +102,10 @@ class Staging:
             if self._squares[position] is None and position not in self._gathered:
                 norm = torch.linalg.vector_norm(self._parts[position], dtype=torch.float64)
                 self._squares[position] = float(norm) ** 2
+        if len(positions) == len(self._slots):
+            self._domain.enter_all(self.vector)
+            return
+        for position in positions:
             self._domain.enter(self._parts[position], position)
 
     def complete(self, positions: slice) -> bool:
