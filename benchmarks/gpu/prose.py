@@ -23,9 +23,9 @@ it are of the fourth, what others do of the first. Hosts differ, and change with
 - `sketch` no longer waits for the gradient's norm: twice a step, once for each sum.
 - Checksums of all messages came between the third run and the fourth: launches, but few passes.
 
-**Changed since, and not measured:** the measuring sketches of `Anticipate`, which did not compile in the fifth run, and
-then were compiled for that card and interpreted; mixing takes one launch for all neighbours that are alike, in place
-of one for each matrix and side.
+**Changed since, and not measured:** the measuring sketches of `Anticipate`, which did not compile in the fifth run,
+and then were compiled for that card and interpreted; mixing takes one launch for all neighbours that are alike, in
+place of one for each matrix and side.
 
 Times are medians, in milliseconds: until the device was done, with its second-level cache overwritten before each
 call, and until the host was (*host*). A **pass** is 4 bytes for each coordinate, read or written: half of what a copy
