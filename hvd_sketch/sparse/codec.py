@@ -151,7 +151,7 @@ class SparseCodec:
         bits = _bits_of(code[:, : self.low_bytes])[:, : self.count * self.low_bits]
         weights = torch.arange(self.low_bits, device=code.device)
         low = (bits.view(len(code), self.count, self.low_bits).to(torch.int64) << weights).sum(dim=2)
-        unary = _bits_of(code[:, self.low_bytes :])[:, : self.high_bits]
+        unary, beyond = _bits_of(code[:, self.low_bytes :]).tensor_split((self.high_bits,), dim=1)
         ranks = unary.cumsum(1, dtype=torch.int64)
         # A one goes to its rank, everything else to a place behind them all.
         places = torch.where(unary > 0, ranks - 1, self.count).clamp_(max=self.count)
@@ -160,7 +160,8 @@ class SparseCodec:
         high = ones[:, : self.count] - torch.arange(self.count, device=code.device)
         indices = (high << self.low_bits) + low
         ascending = (indices[:, 1:] > indices[:, :-1]).all(1)
-        return indices, ascending & (indices[:, -1] < self.universe) & (ranks[:, -1] == self.count)
+        complete = (ranks[:, -1] == self.count) & (beyond == 0).all(1)
+        return indices, ascending & (indices[:, -1] < self.universe) & complete
 
 
 def _on_gpu() -> ModuleType:

@@ -69,7 +69,8 @@ def decode(codec, code: Tensor) -> tuple[Tensor, Tensor]:
     ones = torch.empty(vectors, blocks, dtype=torch.int64, device=device)
     start = codec.value_bytes + codec.low_bytes
     with torch.cuda.device_of(code):
-        count_ones[blocks, vectors](ones, code, codec.nbytes, start, high_bytes, codec.high_bits, lanes=_BLOCK)
+        bits = 8 * high_bytes  # one that is set behind the last belongs to no code
+        count_ones[blocks, vectors](ones, code, codec.nbytes, start, high_bytes, bits, lanes=_BLOCK)
         before = ones.cumsum(1)
         unpack[blocks, vectors](
             indices,

@@ -107,7 +107,7 @@ def test_hosts_see_their_network_and_no_other(cluster: Cluster) -> None:
 def test_temporary_folders_differ(cluster: Cluster) -> None:
     said(cluster, "sh", "-c", "touch $TMPDIR/mine")
     assert said(cluster, "sh", "-c", "ls $TMPDIR", host="h1").split() == ["mine"]
-    assert said(cluster, "ssh", "h2", "ls $TMPDIR").split() == []
+    assert "mine" not in said(cluster, "ssh", "h2", "ls $TMPDIR").split()
 
 
 def test_the_link_is_limited(cluster: Cluster) -> None:

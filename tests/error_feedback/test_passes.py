@@ -223,7 +223,7 @@ class Function:
     """Calls the net's modules as a script would that has no module around them."""
 
     def __init__(self, net: Any) -> None:
-        self.net = net
+        self.net, self.parameters = net, net.parameters
 
     def __call__(self, inputs: Tensor) -> Tensor:
         hidden = checkpoint(self.net[:2], inputs.requires_grad_(), use_reentrant=True)

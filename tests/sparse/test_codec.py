@@ -103,7 +103,7 @@ def test_levels_begin_at_octaves_of_the_least() -> None:
 def test_what_is_no_code_is_known(by: str) -> None:
     codec = SparseCodec(1000, 37)
     code, _ = codec.encode(*draw(codec, 2, 0))
-    damages = [code.clone() for _ in range(4)]
+    damages = [code.clone() for _ in range(5)]
     damages[0][1, -10:] = 255  # too many indices
     damages[1][0, -10:] = 0  # too few
     wrong = SparseCodec(1500, 37)  # of as many bytes or more, and larger indices
@@ -114,7 +114,8 @@ def test_what_is_no_code_is_known(by: str) -> None:
     twice = torch.arange(37).unsqueeze(0).clone()
     twice[0, 20] = 19
     damages[3][1:], _ = codec.encode(twice, torch.ones(1, 37))
-    for damaged, bad in zip(damages, ([1], [0], [0, 1], [1]), strict=True):
+    damages[4][0, -1] ^= 1  # a bit behind the last
+    for damaged, bad in zip(damages, ([1], [0], [0, 1], [1], [0]), strict=True):
         with without_kernel() if by == "reference" else nullcontext():
             indices, _, known = codec.decode(damaged)
         assert known.logical_not().nonzero().flatten().tolist() == bad

@@ -61,11 +61,12 @@ def test_what_is_no_code_is_not_a_number_at_indices_that_there_are() -> None:
 
     codec = SparseCodec(1000, 37)
     code, _ = codec.encode(*lists(codec, 2, "any"))
-    damages = [code.clone() for _ in range(3)]
+    damages = [code.clone() for _ in range(4)]
     damages[0][1, -10:] = 255  # too many indices
     damages[1][1, -10:] = 0  # too few
     larger, _ = SparseCodec(1500, 37).encode(torch.arange(1463, 1500).unsqueeze(0), torch.ones(1, 37))
     damages[2][1] = larger[0, : codec.nbytes]
+    damages[3][1, -1] ^= 1  # a bit behind the last
     for damaged in damages:
         indices, values = codec_cuda.decode(codec, damaged)
         assert bool(((indices >= 0) & (indices < 1000)).all())

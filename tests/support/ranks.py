@@ -64,7 +64,7 @@ class RanksTimedOut(RanksFailed):
 
 
 def run(
-    command: Sequence[str], *, env: Mapping[str, str] | None = None, timeout: float = 120, cwd: Path = ROOT
+    command: Sequence[str], *, env: Mapping[str, str] | None = None, timeout: float = 200, cwd: Path = ROOT
 ) -> Completed:
     """Run a command with the ranks' environment and this Python's folder first on the PATH.
 
@@ -98,7 +98,7 @@ def launch(
     *,
     launcher: Launcher = "mpirun",
     env: Mapping[str, str] | None = None,
-    timeout: float = 120,
+    timeout: float = 200,
 ) -> Completed:
     """Run a command line on `count` ranks; see `run`."""
     return run((*LAUNCHERS[launcher], str(count), *command), env=env, timeout=timeout)
@@ -110,7 +110,7 @@ def ranks(
     *args: object,
     launcher: Launcher = "mpirun",
     env: Mapping[str, str] | None = None,
-    timeout: float = 120,
+    timeout: float = 200,
 ) -> list[Result]:
     """Call ``body(*args)`` on `count` ranks and return what each of them returned, by rank.
 
