@@ -16,9 +16,9 @@ The tables are of the fifth run unless they say otherwise. `common_share`, `mome
 it are of the fourth, what others do of the first. Hosts differ, and change within a run: a launch took 0.02 to 0.05 ms
 (see *launch*), so that whatever the host bounds is good to a factor of two.
 
-- Between the third run and the fourth, chunks of a sketch became shorter, for its accuracy, which made `add` six times
-  slower: unseen, for want of a GPU. In the fifth a program takes the chunks on a list that is made for it.
-- The sketch's choice reads all estimates twice in place of four times, and is recorded.
+- Between the third run and the fourth, chunks of a sketch became shorter, for its accuracy. That made `add` five
+  times slower, unseen, for want of a GPU. In the fifth a program takes the chunks on a list that is made for it.
+- From the fourth run on, the sketch's choice reads all estimates twice in place of four times, and is recorded.
 - `topk` no longer counts all coordinates where its sample promises too few candidates.
 - `sketch` no longer waits for the gradient's norm: twice a step, once for each sum.
 - Checksums of all messages came between the third run and the fourth: launches, but few passes.

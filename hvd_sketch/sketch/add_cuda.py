@@ -5,7 +5,7 @@ in ascending order: no atomic operation, and the order of additions that the ref
 a sixth of all that the tile has, is listed before. A small table has few tiles, so the columns of a program are
 halved, from 128 down to 32, until there are programs enough for a large GPU.
 
-Memory beyond table and vector: what is drawn, and about four words of 32 bits for each chunk and row.
+Memory beyond table and vector: what is drawn, and up to five words of 32 bits for each chunk and row.
 """
 
 # mypy: ignore-errors
@@ -82,24 +82,28 @@ class _Lists:
         self.counts = torch.empty(lines * self.parts, dtype=torch.int32, device=device)
         self.chunks = torch.empty(draws.shape[1] * geometry.rows * most, dtype=torch.int32, device=device)
         self.starts = torch.empty(lines * self.parts, dtype=torch.int64, device=device)
-        for lists in (False, True):
-            list_chunks[lines,](
-                self.counts,
-                self.starts,
-                self.chunks,
-                draws,
-                blocks,
-                geometry.rows,
-                geometry.width,
-                geometry.length,
-                geometry.tiles,
-                self.parts,
-                lanes=columns,
-                together=_TOGETHER,
-                most_parts=1 << (self.parts - 1).bit_length(),
-                lists=lists,
-            )
-            torch.sub(self.counts.cumsum(0), self.counts, out=self.starts)
+        self._look(geometry, draws, blocks, lists=False)
+        torch.sub(self.counts.cumsum(0), self.counts, out=self.starts)
+        self._look(geometry, draws, blocks, lists=True)
+
+    def _look(self, geometry: Geometry, draws: Tensor, blocks: int, *, lists: bool) -> None:
+        """Count the chunks of each part, or list them."""
+        list_chunks[geometry.rows * geometry.tiles,](
+            self.counts,
+            self.starts,
+            self.chunks,
+            draws,
+            blocks,
+            geometry.rows,
+            geometry.width,
+            geometry.length,
+            geometry.tiles,
+            self.parts,
+            lanes=self.columns,
+            together=_TOGETHER,
+            most_parts=1 << (self.parts - 1).bit_length(),
+            lists=lists,
+        )
 
 
 @functools.lru_cache(maxsize=64)
