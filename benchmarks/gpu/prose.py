@@ -110,7 +110,7 @@ bytes and pairs of them are learned; the clipped dense one leaves that after 200
 or not yet. So the distances to it say who left earlier, and not where each will end. Dense without clipping leaves as
 late as PowerSGD does, which an earlier version of this page took for a merit of PowerSGD: **clip, or you compare with
 a training that suffers from something else.** The recipe of [high ratios](../recipe.md) is not ahead here at ratio 40;
-of its 261 seconds most are launches of its transforms, one for each matrix, side and rank.
+its 261 seconds, beside tests on the same card, probably went into launches: it had one for each matrix, side and rank.
 """
 
 TRAINING = """
