@@ -198,6 +198,22 @@ def void(*, scales: bool = False, closure: bool = False) -> tuple[bool, bool, fl
     return same, bool(end.isfinite().all()), scaler.get_scale() if scaler else 0.0, state.exchange.stats.skipped
 
 
+def train_scaled(model: nn.Module, optimizer: Any, scaler: torch.amp.GradScaler | None, *, clips: bool) -> None:
+    """Steps with a scaler, which unscales before clipping, or plain ones."""
+    for number in range(STEPS):
+        optimizer.zero_grad()
+        value = loss(model, dist.get_rank(), number)
+        (scaler.scale(value) if scaler else value).backward()
+        if scaler is None:
+            optimizer.step()
+            continue
+        if clips:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 1e3)
+        scaler.step(optimizer)
+        scaler.update()
+
+
 def scaled() -> tuple[Tensor, Tensor]:
     """With a scaler and without: powers of two round nothing."""
     ends = []
@@ -205,17 +221,7 @@ def scaled() -> tuple[Tensor, Tensor]:
         model = wrapped(net())
         optimizer = sgd(model)
         hvd.ddp.register(model, optimizer, COMPRESSORS["topk"](), grad_scaler=scaler)
-        for number in range(STEPS):
-            optimizer.zero_grad()
-            value = loss(model, dist.get_rank(), number)
-            (scaler.scale(value) if scaler else value).backward()
-            if scaler:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), 1e3)
-                scaler.step(optimizer)
-                scaler.update()
-            else:
-                optimizer.step()
+        train_scaled(model, optimizer, scaler, clips=True)
         ends.append(flat(model))
     return ends[0], ends[1]
 
@@ -229,15 +235,7 @@ def scale_found(fused: bool) -> tuple[Tensor, Tensor]:
         state = hvd.ddp.register(model, optimizer, COMPRESSORS["topk"]())
         if scaler is None:
             state.flush()  # as the first step does of which the scale is not known yet
-        for number in range(STEPS):
-            optimizer.zero_grad()
-            value = loss(model, dist.get_rank(), number)
-            (scaler.scale(value) if scaler else value).backward()
-            if scaler:
-                scaler.step(optimizer)
-                scaler.update()
-            else:
-                optimizer.step()
+        train_scaled(model, optimizer, scaler, clips=False)
         kept.append(state.exchange.memory.residual)
     return kept[0], kept[1]
 
