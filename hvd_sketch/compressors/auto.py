@@ -109,7 +109,7 @@ class Auto(Bucketed):
         return "sharded" if conditions.code >= rule.LEAST_CODE else "sketch"
 
     def _member(self, kind: rule.Kind) -> Sharded | Sketch:
-        settings = {field.name: getattr(self, field.name) for field in fields(Bucketed)}
+        settings = {field.name: getattr(self, field.name) for field in fields(Bucketed) if field.init}
         if kind == "dense":
             settings["schedule"] = _everything
         return Sketch(**settings) if kind == "sketch" else Sharded(**settings)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from hvd_sketch.compressors import Compressor, PowerSGD, Sign
+from hvd_sketch.compressors import Compressor, PowerSGD, Sharded, Sign
 from hvd_sketch.exchange import Exchange
+from hvd_sketch.layout import Layout
 from tests.support.compressors import AT_ONCE, EVERY, SIZES, TOTAL, conserved
 from tests.support.simulation import heavy_tailed, simulate
 
@@ -39,7 +40,7 @@ def test_gradients_are_clipped_to_the_norm_before_the_memory(compressor: Compres
     norms = gradients.norm(dim=2, keepdim=True)
     limit = float(norms[1].median())
     clipped = gradients * (limit / norms).clamp(max=1.0)
-    with_clip = type(compressor)(**{**vars(compressor), "clip_norm": limit})
+    with_clip = replace(compressor, clip_norm=limit)
     factors: list[tuple[float, ...]] = [(), ()]
 
     def note(exchange: Exchange, number: int) -> None:
@@ -73,3 +74,22 @@ def test_every_default_dtype_will_do(compressor: Compressor) -> None:
             assert torch.equal(simulate(compressor, gradients)[0].updates, expected[0].updates)
         finally:
             torch.set_default_dtype(torch.float32)
+
+
+def test_sizes_are_fitted_once_for_a_ratio_and_a_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, float, int]] = []
+    fit = Sharded.fit
+
+    def counted(self: Sharded, layout: Layout, ratio: float, ranks: int) -> Any:
+        asked.append((layout.total, ratio, ranks))
+        return fit(self, layout, ratio, ranks)
+
+    monkeypatch.setattr(Sharded, "fit", counted)
+    compressor = Sharded(schedule=lambda step: 10.0 if step < 6 else 20.0)
+    layouts = [compressor.layout([("w", torch.zeros(side, 100))]) for side in (100, 200)]
+    for step in range(8):
+        for layout in layouts:
+            ratio = compressor.ratio_at(step)
+            assert compressor.plan(layout, step, 4) == fit(compressor, layout, ratio, 4)
+    assert asked == [(10_000, 10.0, 4), (20_000, 10.0, 4), (10_000, 20.0, 4), (20_000, 20.0, 4)]
+    assert compressor.plan(layouts[0], 0, 2) == fit(compressor, layouts[0], 10.0, 2)

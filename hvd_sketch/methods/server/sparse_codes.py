@@ -181,7 +181,7 @@ def _recipe(compression: Sparsifier, layout: Layout) -> tuple[Callable[..., Code
     if isinstance(compression, TopK):
         return Pairs, partial(_pairs, layout)
     if isinstance(compression, Sharded | Auto):
-        settings = {field.name: getattr(compression, field.name) for field in fields(Bucketed)}
+        settings = {field.name: getattr(compression, field.name) for field in fields(Bucketed) if field.init}
         alone = Sharded(**{**settings, "half": False, "buckets": 1})
         return FourBits, lambda ratio: sum(codec.count for _, codec in alone.fit(layout, ratio, 1))
     if isinstance(compression, Stride):
