@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks.accuracy.against import settle_dense
 from benchmarks.accuracy.large.command import main as large
 from benchmarks.accuracy.methods import BY_RATIO, LOW_RANK, LOW_RANKS, make, suits, way_of
 from benchmarks.accuracy.report import write_page
@@ -67,6 +68,7 @@ def _append(row: dict[str, Any]) -> None:
     with RESULTS.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         rows = [*_read(), row]
+        settle_dense(rows)
         fresh = RESULTS.with_suffix(".new")
         fresh.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
         fresh.replace(RESULTS)
@@ -106,7 +108,6 @@ def _row(key: Key, rows: list[dict[str, Any]]) -> dict[str, Any]:
         **row,
         "ratio": round((dense[0]["bytes_per_rank"] if dense else sent) / sent, 2),
         "final_loss": outcome.final_loss,
-        "dense_loss": dense[0]["final_loss"] if dense else outcome.final_loss,
         "bytes_per_rank": sent,
         "bytes_per_parameter": round(sent / parameters(TASKS[task]), 2),
         "diverged": outcome.diverged,

@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks.accuracy.against import gap
 from benchmarks.accuracy.methods import BY_RATIO, LOW_RANK
 
 Row = dict[str, Any]
@@ -72,34 +73,39 @@ def write_page(rows: list[Row], folder: Path) -> None:
             picture = f"accuracy-{task}-{steps}.png"
             _plot(mine, folder / picture)
             title = f"## {task}, {steps} steps"
-            parts.append(f"{title}\n\n{_tables(mine)}\n\n{_order(mine)}\n\n![loss over steps and bytes]({picture})\n")
+            parts.append(f"{title}\n\n{_tables(mine)}\n\n![loss over steps and bytes]({picture})\n")
     (folder / "accuracy.md").write_text("\n".join(parts))
 
 
-def _order(rows: list[Row]) -> str:
-    """The methods at each ratio, the lowest mean gap first."""
-    lines = []
-    for setting in sorted({row["setting"] for row in rows if row["method"] in BY_RATIO and row["setting"] > 1.0}):
-        gaps: dict[str, list[float]] = {}
-        for row in rows:
-            if row["setting"] == setting and row["method"] in BY_RATIO and "refused" not in row:
-                gap = math.inf if row["diverged"] else 100 * (row["final_loss"] / row["dense_loss"] - 1)
-                gaps.setdefault(row["method"], []).append(gap)
-        means = sorted((statistics.mean(group), method) for method, group in gaps.items())
-        order = ", ".join(f"{method} ({mean:+.1f} %)" for mean, method in means)
-        lines.append(f"Ratio {setting:g}, from the best: {order}.")
-    return "\n".join(lines)
-
-
 def _tables(rows: list[Row]) -> str:
-    """As dropped in and by hand, each with the dense run."""
+    """As dropped in and by hand, each with the dense run, and the methods at each ratio, the least gap first."""
     parts = []
     for way in ("dropped in", "by hand"):
         mine = [row for row in rows if row["way"] == way]
         if mine:
-            dense = [row for row in rows if row["method"] == "dense" and way == "dropped in"]
-            parts.append(f"{way.capitalize()}:\n\n{_table(dense + mine)}")
+            same = [row for row in rows if _kind(row) == ("dense", 1.0, 1.0) and way == "dropped in"]
+            dense = [{**row, "dense_loss": row["final_loss"]} for row in same]
+            parts.append(f"{way.capitalize()}:\n\n{_table(dense + mine)}\n\n{_order(mine)}")
     return "\n\n".join(parts)
+
+
+def _order(rows: list[Row]) -> str:
+    """Every method at the best of its learning rates, the lowest mean gap first."""
+    by_setting: dict[float, dict[str, list[tuple[float, float]]]] = {}
+    for kind in {_kind(row) for row in rows if "refused" not in row and row["method"] in BY_RATIO}:
+        gaps = [math.inf if row["diverged"] else gap(row) for row in rows if _kind(row) == kind]
+        method, setting, scale = kind
+        by_setting.setdefault(setting, {}).setdefault(method, []).append((statistics.mean(gaps), scale))
+    lines = []
+    for setting, methods in sorted(by_setting.items()):
+        best = sorted((min(rates), method) for method, rates in methods.items() if setting > 1.0)
+        told = [f"{_named(method, scale)} ({mean:+.1f} %)" for (mean, scale), method in best]
+        lines += [f"Ratio {setting:g}, from the best: {', '.join(told)}."] if told else []
+    return "\n".join(lines)
+
+
+def _named(method: str, scale: float) -> str:
+    return method if scale == 1.0 else f"{method}, lr {scale:g}"
 
 
 def _table(rows: list[Row]) -> str:
@@ -109,7 +115,7 @@ def _table(rows: list[Row]) -> str:
     ]
     for kind in sorted({_kind(row) for row in rows}, key=_rank):
         group = [row for row in rows if _kind(row) == kind]
-        name, setting = kind[0] if kind[2] == 1.0 else f"{kind[0]}, lr {kind[2]:g}", kind[1]
+        name, setting = _named(kind[0], kind[2]), kind[1]
         if "refused" in group[0]:
             lines.append(f"| {name} | {setting:g} | refused: the dense part alone is more | | | | | |")
             continue
@@ -118,7 +124,7 @@ def _table(rows: list[Row]) -> str:
             lines.append(f"| {name} | {setting:g} | {sent} | diverged | | | {len(group)} |")
             continue
         losses = [row["final_loss"] for row in group]
-        gaps = [100 * (row["final_loss"] / row["dense_loss"] - 1) for row in group]
+        gaps = [gap(row) for row in group]
         spread = f"{max(losses) - min(losses):.3f}" if len(group) > 1 else "-"
         lines.append(
             f"| {name} | {setting:g} | {sent} | {statistics.mean(losses):.3f} | "

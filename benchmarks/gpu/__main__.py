@@ -42,9 +42,12 @@ class Item(NamedTuple):
         return self.do.__name__
 
 
-def items(small: bool, groups: Collection[str]) -> list[Item]:
+SIZES = (100_000_000, 1_000_000_000, 10_000_000)
+
+
+def items(small: bool, groups: Collection[str], sizes: Sequence[int] = SIZES) -> list[Item]:
     """What to do, the most important first."""
-    main, *others = (150_000,) if small else (100_000_000, 1_000_000_000, 10_000_000)
+    main, *others = (150_000,) if small else sizes
     everything = [
         Item("facts", tell_facts, main),
         *(Item("facts", time_rates, d) for d in (main, *others)),
@@ -68,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.begin is not None:
         return _work(options, record)
     record.start()
-    until, begin, todo = time.time() + 60 * options.minutes, 0, items(options.small, options.only)
+    until, begin, todo = time.time() + 60 * options.minutes, 0, items(options.small, options.only, options.sizes)
     while begin < len(todo) and time.time() < until:
         command = [*COMMAND, *arguments, "--begin", str(begin), "--until", str(until)]
         status = subprocess.run(command, check=False).returncode
@@ -88,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
 def _work(options: argparse.Namespace, record: Record) -> int:
     """Do all items from a number on, until the time is over."""
     bench = Bench(torch.device(options.device), record, seconds=0.001 if options.small else 0.25)
-    for number, item in enumerate(items(options.small, options.only)[options.begin :], options.begin):
+    for number, item in enumerate(items(options.small, options.only, options.sizes)[options.begin :], options.begin):
         left = options.until - time.time()
         if left <= 0.0:
             return 0
@@ -116,6 +119,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="sizes for a processor, to try the measurements")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="coordinates, the main size first")
     parser.add_argument("--begin", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)

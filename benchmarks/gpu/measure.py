@@ -146,7 +146,8 @@ class Bench:
         longest = sorted(launched.items(), key=lambda item: -item[1][1])[:_LONGEST]
         kernels = [[name[:60], number, round(micros, 1)] for name, (number, micros) in longest]
         launches = sum(number for number, _ in launched.values())
-        return {"waits": waits - self._own_waits, "launches": launches, "kernels": kernels}
+        busy = sum(micros for _, micros in launched.values()) / 1e6
+        return {"waits": waits - self._own_waits, "launches": launches, "busy_seconds": busy, "kernels": kernels}
 
     @cached_property
     def _own_waits(self) -> int:

@@ -83,19 +83,26 @@ def _head(results: Results) -> str:
 
 def _goals(results: Results) -> str:
     """A step's own work at 100 M against the aim."""
-    lines = ["| at 100 M | ms | goal | times the goal | host ms | bound by |", "|---|---:|---:|---:|---:|---|"]
+    lines = _header(["at 100 M", "ms", "goal", "times the goal", "host ms", "kernels ms", "bound by"], texts=1)
     own = {row["impl"]: row for row in results.latest("step") if _order(row) == 8}
-    lines += [_goal(impl, row, {"seconds": 0.0, "host_seconds": 0.0}, GOAL_SECONDS) for impl, row in own.items()]
+    nothing = {"seconds": 0.0, "host_seconds": 0.0}
+    lines += [_goal(impl, row, nothing, GOAL_SECONDS, f"{1e3 * _busy(row):.2f}") for impl, row in own.items()]
     whole = {row["impl"]: row for row in results.latest("optimizer") if _order(row) == 8}
     plain = whole.pop("adamw")
     lines += [_goal(f"{impl}, less Adam", row, plain, GOAL_AHEAD_SECONDS) for impl, row in whole.items()]
     return "\n".join(lines)
 
 
-def _goal(impl: str, row: Row, less: Row, goal: float) -> str:
+def _goal(impl: str, row: Row, less: Row, goal: float, kernels: str = "-") -> str:
     own, host = (row[name] - less[name] for name in ("seconds", "host_seconds"))
     bound = "the host's launches" if row["host_seconds"] > 0.9 * row["seconds"] else "the device"
-    return f"| {impl} | {1e3 * own:.2f} | {1e3 * goal:g} | {own / goal:.1f} | {1e3 * host:.2f} | {bound} |"
+    cells = [impl, f"{1e3 * own:.2f}", f"{1e3 * goal:g}", f"{own / goal:.1f}", f"{1e3 * host:.2f}"]
+    return _line([*cells, kernels, bound])
+
+
+def _busy(row: Row) -> float:
+    """Seconds of all kernels, or of the longest where a row has not their sum."""
+    return float(row.get("busy_seconds", sum(micros for *_, micros in row["kernels"]) / 1e6))
 
 
 def _steps(results: Results) -> str:

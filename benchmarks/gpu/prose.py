@@ -41,6 +41,8 @@ The aim is a step's own work below 1.5 ms at 100 M coordinates, below 3 ms with 
 to 100 Gbit/s a step at ratio 40 is bound by the wire. **Nothing here reaches it.** What the host bounds needs fewer
 launches, or more of them recorded and replayed; what the device bounds, fewer passes. Of `sharded`, half of the
 device's time goes into writing and reading some eight million chosen entries, each in a sector of memory of its own.
+*Kernels* is the time of a step's sixteen longest kinds of kernels, added up under a profiler: about what a step would
+take if launches cost nothing. On these hosts one took 0.02 to 0.05 ms.
 """
 
 STEPS = """

@@ -21,6 +21,8 @@ SPARSE: dict[str, Any] = {
     "sketch, in turn": Compression.sketch(**_PLAIN, in_turn=0.75),
     "sharded": Compression.sharded(**_PLAIN),
     "topk": Compression.topk(**_PLAIN),
+    "sharded, mixed by dct": Compression.sharded(**_PLAIN, mixing="dct"),
+    "sharded, mixed by hadamard": Compression.sharded(**_PLAIN, mixing="hadamard"),
     "stride": Compression.stride(**_PLAIN),
     "powersgd": Compression.powersgd(rank=4, start_step=0),
 }

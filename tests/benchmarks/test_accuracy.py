@@ -11,7 +11,8 @@ import pytest
 
 from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import hosts
-from benchmarks.accuracy.methods import BY_RATIO, make, suits
+from benchmarks.accuracy.against import settle_dense
+from benchmarks.accuracy.methods import BY_RATIO, make, suits, way_of
 from benchmarks.accuracy.report import write_page
 from benchmarks.accuracy.simulate import train
 from benchmarks.accuracy.tasks import TASKS
@@ -56,6 +57,24 @@ def test_rows_are_kept_and_a_page_is_written(tmp_path: Path, monkeypatch: pytest
     page = (tmp_path / "accuracy.md").read_text()
     assert "| sharded | 20 | " in page
     assert (tmp_path / f"accuracy-{TASK}-3.png").exists()
+
+
+def test_by_hand_is_compared_with_dense_at_its_best_rate(tmp_path: Path) -> None:
+    plain = {"task": TASK, "ranks": 2, "steps": 3, "diverged": False, "ratio": 1.0, "bytes_per_parameter": 1.0}
+
+    def row(method: str, seed: int, scale: float, loss: float) -> dict[str, Any]:
+        key = {"method": method, "setting": 1.0 if method == "dense" else 40.0, "seed": seed, "lr_scale": scale}
+        return {**plain, **key, "way": way_of(method), "final_loss": loss, "losses": [(3, 10, loss)]}
+
+    rows = [row("dense", seed, scale, 4.0 / scale + seed) for seed in (0, 1) for scale in (1.0, 2.0)]
+    rows.append(row("dense", 0, 4.0, 0.5))  # with one seed alone it does not count
+    rows += [row("auto, dropped in", 1, 1.0, 6.0), row("sharded", 1, 1.0, 6.0), row("sharded", 1, 2.0, 3.3)]
+    settle_dense(rows)
+    assert [each["dense_loss"] for each in rows] == [2.0, 2.0, 3.0, 3.0, 2.0, 5.0, 3.0, 3.0]
+    write_page(rows, tmp_path)
+    page = (tmp_path / "accuracy.md").read_text()
+    assert "Ratio 40, from the best: auto, dropped in (+20.0 %)." in page
+    assert "Ratio 40, from the best: sharded, lr 2 (+10.0 %)." in page
 
 
 def test_hosts_of_simulated_ranks_are_compared_with_dense() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from benchmarks.accuracy.large.model import LARGE, SMALL, Language
 from benchmarks.accuracy.large.text import Text
 from benchmarks.accuracy.large.train import Method, Plan, train
 from benchmarks.gpu.record import Record, Row
-from hvd_sketch import Anticipate, Compression, ConfigurationError
+from hvd_sketch import Anticipate, Compression, ConfigurationError, FactoredMoments
 
 RESULTS = Path("benchmarks/results/accuracy-large.json")
 PERIOD = 8
@@ -30,6 +31,16 @@ METHODS: dict[str, Any] = {
     ),
     "auto, dense at first": lambda ratio: Method(Compression.auto(ratio=ratio, warmup_steps=100)),
     "sharded": lambda ratio: Method(Compression.sharded(ratio=ratio, **_PLAIN)),
+    "sharded, anticipate, by tensor": lambda ratio: Method(
+        Compression.sharded(ratio=ratio, tensor_power=0.7, **_PLAIN), Anticipate()
+    ),
+    "sharded, anticipate, factored": lambda ratio: Method(
+        Compression.sharded(ratio=ratio, **_PLAIN), Anticipate(second_moments=FactoredMoments())
+    ),
+    "sharded, anticipate, mixed by dct": lambda ratio: Method(
+        Compression.sharded(ratio=ratio, mixing="dct", tensor_power=0.7, **_PLAIN), Anticipate()
+    ),
+    "soft sign, uncompressed": lambda setting: Method(soft_sign=True),
     "sketch": lambda ratio: Method(Compression.sketch(ratio=ratio, **_PLAIN)),
     "local SGD": lambda ratio: Method(
         Compression.sharded(ratio=ratio / PERIOD, clip_norm=None, **_PLAIN), period=PERIOD
@@ -72,9 +83,14 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _runs(options: argparse.Namespace) -> Iterator[tuple[str, float, int]]:
-    """(method, ratio or rank, seed), what matters most before the rest."""
+    """(method, ratio or rank, seed): what was asked for, or everything, what matters most before the rest."""
+    if options.only:
+        for seed, each in itertools.product(range(options.seeds), options.only):
+            yield *each, seed
+        return
     ratios, ranks = (40.0, 100.0, 400.0), (8.0, 4.0, 1.0)
-    settings: dict[str, tuple[float, ...]] = {"powersgd": ranks, "dense": (1.0,), "dense, clipped": (1.0,)}
+    whole = ("dense", "dense, clipped", "soft sign, uncompressed")
+    settings: dict[str, tuple[float, ...]] = {"powersgd": ranks, **dict.fromkeys(whole, (1.0,))}
     everything = [(method, setting) for method in METHODS for setting in settings.get(method, ratios)]
     for seed in range(options.seeds):
         for method, setting in dict.fromkeys([*_IMPORTANT, *everything]):
@@ -123,6 +139,15 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only", nargs="+", type=_asked, help="a method and its ratio or rank, as in 'powersgd=8'")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="train no longer")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
+
+
+def _asked(text: str) -> tuple[str, float]:
+    """A method and its setting, of the command line."""
+    method, _, setting = text.partition("=")
+    if method not in METHODS:
+        raise argparse.ArgumentTypeError(f"{method!r} is none of {', '.join(METHODS)}")
+    return method, float(setting or 1.0)
