@@ -78,7 +78,7 @@ def test_rows_are_kept_and_what_is_missing_is_trained(tmp_path: Path, monkeypatc
     few = {name: command.METHODS[name] for name in ("dense", "soft sign, mixed by dct", "powersgd", "local SGD")}
     monkeypatch.setattr(command, "METHODS", few)
     out = tmp_path / "large.json"
-    arguments = ["--small", "--device", "cpu", "--ranks", "2", "--steps", "9", "--out", str(out)]
+    arguments = ["--size", "small", "--device", "cpu", "--ranks", "2", "--steps", "9", "--out", str(out)]
     command.main([*arguments, "--minutes", "0"])
     command.main(arguments)
     rows = json.loads(out.read_text())

@@ -260,7 +260,8 @@ def test_a_flush_waits_for_a_step_that_counts() -> None:
 @pytest.mark.parametrize("ratio", [5.0, 40.0])
 def test_bytes_sent_match_the_ratio(size: int, compressor: Compressor, ratio: float) -> None:
     shapes = {"w.weight": (500, 800), "w.bias": (500,), "v.weight": (300, 500)}
-    asked = replace(compressor, ratio=ratio, warmup_steps=4)
+    settings: dict[str, Any] = {"ratio": ratio, "warmup_steps": 4}
+    asked = replace(compressor, **settings)
     at_full_ratio: list[tuple[int, int]] = [(0, 0)] * size
 
     def note(exchange: Exchange, number: int) -> None:

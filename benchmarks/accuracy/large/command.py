@@ -6,18 +6,20 @@ import argparse
 import itertools
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.accuracy.large.model import LARGE, SMALL, Language
+from benchmarks.accuracy.large.model import LARGE, MEDIUM, SMALL, Language, Size
 from benchmarks.accuracy.large.text import Text
 from benchmarks.accuracy.large.train import Method, Plan, train
 from benchmarks.gpu.record import Record, Row
 from hvd_sketch import Anticipate, Compression, ConfigurationError, FactoredMoments
 
 RESULTS = Path("benchmarks/results/accuracy-large.json")
+SIZES: dict[str, Size] = {"large": LARGE, "medium": MEDIUM, "small": SMALL}
 PERIOD = 8
 _PLAIN: dict[str, Any] = {"warmup_steps": 0}
 METHODS: dict[str, Any] = {
@@ -25,6 +27,7 @@ METHODS: dict[str, Any] = {
     "dense, clipped": lambda ratio: Method(Compression.sharded(ratio=ratio, **_PLAIN)),
     "sharded, anticipate": lambda ratio: Method(Compression.sharded(ratio=ratio, **_PLAIN), Anticipate()),
     "powersgd": lambda rank: Method(Compression.powersgd(rank=int(rank), start_step=0)),
+    "powersgd, anticipate": lambda rank: Method(Compression.powersgd(rank=int(rank), start_step=0), Anticipate()),
     "soft sign, mixed by dct": lambda ratio: Method(Compression.mixed(ratio=ratio, **_PLAIN), soft_sign=True),
     "sketch, anticipate": lambda ratio: Method(
         Compression.sketch(ratio=ratio, in_turn=0.75, dense_below=0, **_PLAIN), Anticipate()
@@ -69,10 +72,12 @@ def main(arguments: Sequence[str]) -> None:
     options = _parse(arguments)
     until, record = time.monotonic() + 60 * options.minutes, Record(options.out)
     rows = record.rows() if options.out.exists() else []
-    size, device = SMALL if options.small else LARGE, torch.device(options.device)
+    size, device = SIZES[options.size], torch.device(options.device)
+    size = replace(size, rate=options.lr_scale * size.rate)
     text = Text.read(device, size.text_bytes)
     for method, setting, seed in _runs(options):
         key = {"method": method, "setting": setting, "ranks": options.ranks, "seed": seed, "steps": options.steps}
+        key["lr_scale"] = options.lr_scale
         if any(row["finished"] and _matches(row, key) for row in rows) or time.monotonic() > until:
             continue
         plan = Plan(size, text, options.ranks, options.steps, seed, until)
@@ -90,7 +95,11 @@ def _runs(options: argparse.Namespace) -> Iterator[tuple[str, float, int]]:
         return
     ratios, ranks = (40.0, 100.0, 400.0), (8.0, 4.0, 1.0)
     whole = ("dense", "dense, clipped", "soft sign, uncompressed")
-    settings: dict[str, tuple[float, ...]] = {"powersgd": ranks, **dict.fromkeys(whole, (1.0,))}
+    settings: dict[str, tuple[float, ...]] = {
+        "powersgd": ranks,
+        "powersgd, anticipate": ranks,
+        **dict.fromkeys(whole, (1.0,)),
+    }
     everything = [(method, setting) for method in METHODS for setting in settings.get(method, ratios)]
     for seed in range(options.seeds):
         for method, setting in dict.fromkeys([*_IMPORTANT, *everything]):
@@ -135,10 +144,11 @@ def _told(row: Row) -> str:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy --large", description=str(__doc__))
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--small", action="store_true", help="a model that a processor trains in seconds")
+    parser.add_argument("--size", choices=SIZES, default="large", help="of the model: 32, 2.8 or 0.13 M parameters")
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--lr-scale", type=float, default=1.0, help="times dense's learning rate (default: 1)")
     parser.add_argument("--only", nargs="+", type=_asked, help="a method and its ratio or rank, as in 'powersgd=8'")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="train no longer")
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -23,17 +23,21 @@ class Size:
     rate: float
     text_bytes: int
     held_out: int
+    half: bool = True
+    """Whether products are computed in bfloat16, which takes a processor long."""
 
 
 LARGE = Size(width=512, layers=10, context=512, batch=4, rate=1e-3, text_bytes=64 << 20, held_out=128)
+MEDIUM = Size(width=192, layers=6, context=128, batch=2, rate=1e-3, text_bytes=16 << 20, held_out=64, half=False)
 SMALL = Size(width=64, layers=2, context=32, batch=2, rate=3e-3, text_bytes=1 << 20, held_out=8)
 
 
 class Language(nn.Module):
-    """A language model of bytes; float32 parameters, products in bfloat16."""
+    """A language model of bytes, with float32 parameters."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
+        self.in_half = size.half
         self.embed = nn.Embedding(VOCABULARY, size.width)
         self.place = nn.Parameter(0.02 * torch.randn(size.context, size.width))
         self.blocks = nn.Sequential(*[Block(size.width, size.width // 64 or 1) for _ in range(size.layers)])
@@ -55,10 +59,10 @@ class Language(nn.Module):
         return logits.flatten(0, 1)
 
 
-def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+def loss_of(model: Language, batch: Batch) -> Tensor:
     """The mean cross entropy."""
     inputs, targets = batch
-    with torch.autocast(inputs.device.type, torch.bfloat16):
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=model.in_half):
         logits = model(inputs)
     return F.cross_entropy(logits.float(), targets)
 
@@ -69,7 +73,7 @@ class Gradient:
     After a call every parameter's ``grad`` is that of the batch, in the same tensor each time.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch) -> None:
+    def __init__(self, model: Language, batch: Batch) -> None:
         self._model, self._batch = model, batch
         self._graph: torch.cuda.CUDAGraph | None = None
         if batch[0].device.type == "cuda":
@@ -103,7 +107,7 @@ class Gradient:
         self._loss = loss.detach()
 
 
-def evaluate(model: nn.Module, batches: list[Batch]) -> float:
+def evaluate(model: Language, batches: list[Batch]) -> float:
     """The mean loss on batches of one shape."""
     with torch.no_grad():
         return float(torch.stack([loss_of(model, batch) for batch in batches]).mean())

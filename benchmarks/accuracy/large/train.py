@@ -133,7 +133,7 @@ def _follow(
 class SharedRanks:
     """Ranks that exchange every gradient, so that one model and one optimizer serve all of them."""
 
-    def __init__(self, model: nn.Module, method: Method, plan: Plan) -> None:
+    def __init__(self, model: Language, method: Method, plan: Plan) -> None:
         self._parameters = dict(model.named_parameters())
         self._group = InProcessGroup(plan.ranks)
         self._exchanges = [
