@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hvd_sketch.native import sources
 
-ABI = 3
+ABI = 4
 """Of the functions below; raised together with ``kernel_abi`` in ``identity.cpp``."""
 
 _int64, _pointer = ctypes.c_int64, ctypes.c_void_p
