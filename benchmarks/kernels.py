@@ -8,6 +8,7 @@ done (``op``) by what (``impl``) on which ``device``, the size of the vector ``d
 - ``add``: sketch the vector; ``add_slices``: the same vector as 100 slices in one call, ``add_each``: in 100;
 - ``top_k``: choose k coordinates from the table, and ``estimate``: estimate all of them;
 - ``stage``: copy a gradient to its place and take its norm; by ``torch`` in two passes;
+- ``mix``: transform the vector, as a matrix of 1024 columns, by ``hadamard`` and by ``dct``; see `hvd_sketch.mixing`;
 - ``advance``: add a gradient to the memory, set what was sent, a hundredth, and sketch the result; by ``passes`` one
   after the other, of which the last is ``add``;
 - by ``index_add``: a classic Count Sketch in PyTorch, with buckets and signs looked up, not hashed;
@@ -36,6 +37,7 @@ from torch import Tensor
 from benchmarks.kernels_page import write
 from hvd_sketch.exchange.staging import Staging
 from hvd_sketch.layout import Layout, Slot
+from hvd_sketch.mixing import Mixing
 from hvd_sketch.sketch import CountSketch, native
 from hvd_sketch.sparse.chosen import Chosen
 
@@ -88,6 +90,10 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
                 yield _time(
                     {"op": "stage", "impl": impl, "d": d, "threads": threads}, function, vector, options.seconds
                 )
+            for impl in ("hadamard", "dct"):
+                matrix, function = _mix(vector, impl)
+                row = {"op": "mix", "impl": impl, "d": matrix.numel(), "threads": threads}
+                yield _time(row, function, matrix, options.seconds)
             for rows in options.rows:
                 for share in options.columns:
                     shape = {"d": d, "rows": rows, "cols": int(d * share), "threads": threads}
@@ -145,6 +151,14 @@ def _stage(vector: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
 
     yield "native", native
     yield "torch", lambda: float(torch.linalg.vector_norm(staging.vector.copy_(vector)))
+
+
+def _mix(vector: Tensor, kind: str) -> tuple[Tensor, Callable[[], object]]:
+    """What of the vector fills blocks of 64 rows."""
+    rows = vector.numel() // (64 * 1024) * 64
+    matrix = vector[: rows * 1024].clone()
+    slot = Slot("", (rows, 1024), 0, matrix.numel())
+    return matrix, partial(Mixing(Layout((slot,), matrix.numel(), matrix.numel()), kind).mix, matrix, 0)
 
 
 def _advance(sketch: CountSketch, vector: Tensor, k: int) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hvd_sketch import gpu, native
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.layout import Layout, Slot
 from hvd_sketch.precision import full_precision
@@ -26,6 +28,9 @@ class _Side(NamedTuple):
     blocks: int
     size: int
     behind: int
+
+
+_Sides = tuple[_Side, ...]
 
 
 class Mixing:
@@ -56,31 +61,34 @@ class Mixing:
 
     def __init__(self, layout: Layout, kind: str) -> None:
         check_mixing(kind)
-        self._divisor, self._along = _KINDS[kind]
+        self._kind = _KINDS[kind]
         its = [self._sides_of(slot) if slot.stop <= layout.compressed else () for slot in layout.slots]
-        self._sides = [[side for side in sides if side.size > 1] for sides in its]
-        self._runs = [run for number in range(2) for run in _runs(layout.slots, its, number)]
+        self._sides = [tuple(side for side in sides if side.size > 1) for sides in its]
+        passes = [self._sides]
+        if self._kind.together is None:
+            passes = [[tuple(side for side in sides[n : n + 1] if side.size > 1) for sides in its] for n in range(2)]
+        self._runs = [run for sides in passes for run in _runs(layout.slots, sides)]
 
     def mix(self, part: Tensor, position: int) -> None:
         """Replace a slot's entries (1-D, contiguous) by their coefficients."""
-        for side in self._sides[position]:
-            self._transform(part.view(side), inverse=False)
+        self._transform(part, self._sides[position], inverse=False)
 
     def mix_all(self, vector: Tensor) -> None:
         """Replace the entries of all slots; one launch on a GPU for all neighbours of one shape."""
-        for where, side in self._runs:
-            self._transform(vector[where].view(side), inverse=False)
+        for where, sides in self._runs:
+            self._transform(vector[where], sides, inverse=False)
 
     def unmix_all(self, vector: Tensor) -> None:
         """Replace the coefficients of all slots."""
-        for where, side in reversed(self._runs):
-            self._transform(vector[where].view(side), inverse=True)
+        for where, sides in reversed(self._runs):
+            self._transform(vector[where], sides, inverse=True)
 
-    def _transform(self, values: Tensor, *, inverse: bool) -> None:
-        """Along the middle one of three dimensions, in place; a processor does it in pieces that its caches hold."""
-        each = max(1, _PIECE // (values.shape[1] * values.shape[2])) if values.device.type == "cpu" else len(values)
-        for piece in values.split(each):
-            piece.copy_(self._along(piece, inverse).view_as(piece))
+    def _transform(self, values: Tensor, sides: Sequence[_Side], *, inverse: bool) -> None:
+        """Along some sides of as many values, in place."""
+        if self._kind.together is not None and sides and self._kind.together(values, sides, inverse):
+            return
+        for side in reversed(sides) if inverse else sides:
+            _in_pieces(values.view(side), self._kind.along, inverse)
 
     def _sides_of(self, slot: Slot) -> tuple[_Side, ...]:
         """Two sides: of a tensor of several dimensions all others together, and the first one."""
@@ -88,24 +96,32 @@ class Mixing:
             return ()
         rows = slot.shape[0] if len(slot.shape) > 1 else 1
         cols = slot.numel // rows
-        sizes = self._divisor(cols), self._divisor(rows)
+        sizes = self._kind.divisor(cols), self._kind.divisor(rows)
         return _Side(slot.numel // sizes[0], sizes[0], 1), _Side(rows // sizes[1], sizes[1], cols)
 
 
-def _runs(slots: Sequence[Slot], sides: Sequence[tuple[_Side, ...]], number: int) -> Iterator[tuple[slice, _Side]]:
-    """Stretches of the vector, each of slots that follow each other and are alike on that side."""
-    where, whole = slice(0, 0), _Side(0, 1, 1)
-    for slot, its in zip(slots, sides, strict=True):
-        if not its or its[number].size == 1:
+def _in_pieces(values: Tensor, along: Callable[[Tensor, bool], Tensor], inverse: bool) -> None:
+    """Along the middle one of three dimensions, in place; a processor does it in pieces that its caches hold."""
+    each = max(1, _PIECE // (values.shape[1] * values.shape[2])) if values.device.type == "cpu" else len(values)
+    for piece in values.split(each):
+        piece.copy_(along(piece, inverse).view_as(piece))
+
+
+def _runs(slots: Sequence[Slot], all_sides: Sequence[_Sides]) -> Iterator[tuple[slice, _Sides]]:
+    """Stretches of the vector, each of slots that follow each other and have sides that are alike."""
+    where, whole = slice(0, 0), _Sides()
+    for slot, sides in zip(slots, all_sides, strict=True):
+        if not sides:
             continue
-        side = its[number]
-        if slot.offset == where.stop and side[1:] == whole[1:]:
-            where, whole = slice(where.start, slot.stop), whole._replace(blocks=whole.blocks + side.blocks)
+        if slot.offset == where.stop and [side[1:] for side in sides] == [side[1:] for side in whole]:
+            where = slice(where.start, slot.stop)
+            pairs = zip(whole, sides, strict=True)
+            whole = tuple(before._replace(blocks=before.blocks + side.blocks) for before, side in pairs)
             continue
-        if whole.blocks:
+        if whole:
             yield where, whole
-        where, whole = slice(slot.offset, slot.stop), side
-    if whole.blocks:
+        where, whole = slice(slot.offset, slot.stop), sides
+    if whole:
         yield where, whole
 
 
@@ -166,8 +182,31 @@ def _hadamard(values: Tensor, inverse: bool) -> Tensor:
     return values * (1.0 / math.sqrt(size))
 
 
-_KINDS: dict[str, tuple[Callable[[int], int], Callable[[Tensor, bool], Tensor]]] = {
-    "dct": (largest_divisor, _cosine),
-    "hadamard": (_largest_power_of_two, _hadamard),
+def _hadamard_together(values: Tensor, sides: Sequence[_Side], inverse: bool) -> bool:
+    """Both sides by one kernel, if there is one for these values; the same bits as one side after the other."""
+    along = next((side.size for side in sides if side.behind == 1), 1)
+    down, behind = next((side[1:] for side in sides if side.behind > 1), (1, values.numel()))
+    if native.serves_floats(values):
+        native.library().hadamard_transform(
+            values.data_ptr(), values.numel(), along, down, behind, inverse, torch.get_num_threads()
+        )
+    elif values.dtype == torch.float32 and values.is_contiguous() and gpu.serves(values):
+        on_gpu = importlib.import_module("hvd_sketch.mixing_cuda")  # with Triton
+        on_gpu.transform(values, along, down, behind, inverse=inverse)
+    else:
+        return False
+    return True
+
+
+class _Kind(NamedTuple):
+    """A transform: the size of a side's blocks, along one side, and of all sides in place, where there is a kernel."""
+
+    divisor: Callable[[int], int]
+    along: Callable[[Tensor, bool], Tensor]
+    together: Callable[[Tensor, Sequence[_Side], bool], bool] | None = None
+
+
+_KINDS = {
+    "dct": _Kind(largest_divisor, _cosine),
+    "hadamard": _Kind(_largest_power_of_two, _hadamard, _hadamard_together),
 }
-"""The size of a side's blocks, and the transform."""

@@ -23,7 +23,7 @@ FLOORS = (
     ("stock", "compatibility"),
     ("exchange",),
     (
-        *("memory", "memory_cuda", "mixing", "layout", "shards"),
+        *("memory", "memory_cuda", "mixing", "mixing_cuda", "layout", "shards"),
         *("wire", "grid", "saved", "stats", "scope", "instances"),
     ),
     ("sketch", "sparse", "comm"),

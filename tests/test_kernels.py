@@ -17,6 +17,7 @@ MODULES = (
     "tests.sketch.test_narrow",
     "tests.sparse.test_codec_cuda",
     "tests.sparse.test_cuda",
+    "tests.test_mixing",
 )
 
 

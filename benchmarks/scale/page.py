@@ -20,7 +20,7 @@ _RATIO = 40.0
 _SHORT = {"dense": "D", "sketch": "S", "sharded": "Sh", "topk": "T", "sharded, header in its codes": "Sh"}
 _BUILT = ("dense", "sketch", "sharded", "topk")
 _DIRECT = ("sketch", "sharded, header in its codes")
-_PACKET, _SMALLEST = 1460, 320  # bytes of a TCP packet; of a code whose levels are a tenth of it
+_PACKET, _SMALLEST = 1460, 180  # bytes of a TCP packet; of a code whose levels and checksum are a tenth of it
 _TIMES = 2.0  # slower than the fastest of all, an exchange counts as broken
 _HEAD = """\
 # Exchanges on clusters that are not at hand
@@ -175,7 +175,7 @@ def _codes() -> str:
     for coordinates in (1e7, 1e8, 1e9):
         size = 4 * coordinates / _RATIO
         lines.append([f"{coordinates / 1e6:g} M", f"{size / _PACKET:.0f}", f"{size / _SMALLEST:.0f}"])
-    columns = ("coordinates", "less than a packet", "levels a tenth of it")
+    columns = ("coordinates", "less than a packet", "levels and checksum a tenth of it")
     return (
         "`sharded` and every direct exchange cut a message into a part for every rank.\n"
         f"From so many ranks on a part is small, at ratio 40:\n\n{_table(columns, lines)}"

@@ -25,9 +25,9 @@ class Auto(Bucketed):
     """`Sharded`, unless ranks are too many for the model: then `Sketch`. With what is known of the links, the fastest.
 
     Of all exchanges `Sharded` ended nearest to dense training, at every ratio and number of ranks
-    that was measured, see docs/convergence.md. But it sends a code to every owner, whose 32 bytes
-    of levels do not shrink. Where they would be more than the pairs', with more ranks than
-    ``parameters / (16 ratio)``, a sketch still has the size of a sketch; that of a model so small for
+    that was measured, see docs/convergence.md. But it sends a code to every owner, whose 18 bytes
+    of levels and checksum do not shrink. Where they would be more than the pairs', with more ranks than
+    ``parameters / (9 ratio)``, a sketch still has the size of a sketch; that of a model so small for
     its ranks is not cut into buckets.
 
     With ``delay`` and ``mbit``, the same on all ranks, the choice is that of `hvd_sketch.compressors.rule`, which may

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from hvd_sketch import wire
 from hvd_sketch.comm import direct
 from hvd_sketch.comm.delay import NOTABLE
 from hvd_sketch.sparse.codec import SparseCodec
@@ -14,8 +15,8 @@ Kind = Literal["dense", "sharded", "sketch"]
 ARITHMETIC = 3.4e-9
 """Seconds of a core for a coordinate of a sketch."""
 
-LEAST_CODE = 2 * SparseCodec.LEVEL_BYTES
-"""Bytes of a code to an owner, half of which are levels then."""
+LEAST_CODE = 2 * (SparseCodec.LEVEL_BYTES + wire.SEAL)
+"""Bytes of a code to an owner, half of which are levels and checksum then."""
 
 _TWICE = 2.0  # sharded's arithmetic over that of a sketch
 _DENSE_MAY_TAKE, _SHARDED_MAY_TAKE = 1.2, 1.5  # times as long: one loses nothing, the other less than a sketch

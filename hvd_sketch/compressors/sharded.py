@@ -26,8 +26,8 @@ from hvd_sketch.sparse.rows import Rows, add
 _KEEPING = 2e-9
 """Seconds of a processor to keep a coordinate of the memory, so that the step can be undone."""
 
-_LEAST_PAIRS = 8 * SparseCodec.LEVEL_BYTES
-"""Of a part of a shard: a tenth of the code's bytes are levels then."""
+_LEAST_PAIRS = 8 * (SparseCodec.LEVEL_BYTES + wire.SEAL)
+"""Of a part of a shard: a tenth of the code's bytes are levels and checksum then."""
 
 Codes = list[tuple[slice, SparseCodec]]
 """Parts of the compressed coordinates, each with the code for every shard of it."""

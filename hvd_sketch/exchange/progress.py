@@ -21,6 +21,7 @@ from hvd_sketch.layout import describe_values
 from hvd_sketch.memory import Memory
 from hvd_sketch.saved import Equal, Form, unfit
 from hvd_sketch.sketch import geometry
+from hvd_sketch.sparse import codec
 from hvd_sketch.stats import Stats
 from hvd_sketch.version import VERSION
 
@@ -260,7 +261,8 @@ class Progress(ABC):
         """Compare settings, parameters and their values; on a difference, tell every rank what differs."""
         setting = self._setting
         mine = {
-            "software": f"version={VERSION} sketch_geometry={geometry.VERSION} kernel={native.identity()}",
+            "software": f"version={VERSION} sketch_geometry={geometry.VERSION} sparse_code={codec.VERSION} "
+            f"kernel={native.identity()}",
             "settings": f"{self._agreed} average={setting.average} momentum_correction={setting.momentum} "
             f"resync_every={self._resync_every}",
             "step": self._progress(),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hvd_sketch.native import sources
 
-ABI = 3
+ABI = 4
 """Of the functions below; raised together with ``kernel_abi`` in ``identity.cpp``."""
 
 _int64, _pointer = ctypes.c_int64, ctypes.c_void_p
@@ -36,6 +36,7 @@ _SIGNATURES = {
     "sparse_keep": [*_PIECES, _pointer, *[_int64] * 3, _pointer, _int64],
     "sparse_put": [*_SCATTER, _int64],
     "sparse_add": _SCATTER,
+    "hadamard_transform": [_pointer, *[_int64] * 6],
     "stage_gradient": [_pointer, _pointer, _int64, ctypes.c_float, _int64, _int64],
 }
 

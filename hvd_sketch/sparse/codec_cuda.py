@@ -124,10 +124,11 @@ def find_ends(ends: tl.tensor, values: tl.tensor, count: tl.int64, lanes: tl.con
 
 
 @triton.jit
-def _level(magnitude, ends):
-    """The level of each magnitude, from the ends that `find_ends` wrote."""
-    largest = tl.load(ends).to(tl.float32, bitcast=True)
-    least = (0x7FFFFFFF - tl.load(ends + 1)).to(tl.float32, bitcast=True)
+def _level(bits, ends):
+    """The level of each magnitude, given by its bits, from the ends that `find_ends` wrote."""
+    magnitude = tl.minimum(bits, 0x7F800000).to(tl.float32, bitcast=True)
+    largest = tl.minimum(tl.load(ends), 0x7F800000).to(tl.float32, bitcast=True)  # what is not a number is infinite
+    least = tl.minimum(0x7FFFFFFF - tl.load(ends + 1), 0x7F800000).to(tl.float32, bitcast=True)
     least = tl.where(tl.load(ends + 1) == 0, largest, least)
     bound = tl.maximum(tl.maximum(least, largest * 0.0078125), 1.1754943508222875e-38)
     level = (magnitude > 0.0).to(tl.int32)
@@ -154,12 +155,13 @@ def weigh(
     lanes: tl.constexpr = 1 << log
     at = block * lanes + tl.arange(0, lanes)
     value = tl.load(values + vector * count + at, mask=at < count, other=0.0)
-    magnitude = (value.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.float32, bitcast=True)
-    level = _level(magnitude, ends + 2 * vector)
+    bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    magnitude = bits.to(tl.float32, bitcast=True)
+    level = _level(bits, ends + 2 * vector)
     nibble = level + ((value < 0.0).to(tl.int32) << 3)
     pairs = tl.reshape(nibble, (lanes // 2, 2)) << (4 * tl.arange(0, 2)[None, :])
     pair = block * (lanes // 2) + tl.arange(0, lanes // 2)
-    to = code + vector * nbytes + 32 + pair
+    to = code + vector * nbytes + 14 + pair
     tl.store(to, tl.sum(pairs, axis=1).to(tl.uint8), mask=2 * pair < count)
     its = level[None, :] == tl.arange(0, 8)[:, None]
     line = (vector * blocks + block) * 8 + tl.arange(0, 8)
@@ -190,6 +192,15 @@ def add_up(
     tl.store(fewer + line, number)
 
 
+@triton.jit
+def _rounded(mean):
+    """The bits of the nearest numbers that bfloat16 has, of two the even one; infinite only if they were."""
+    bits = mean.to(tl.uint32, bitcast=True)
+    finite = tl.where(bits < 0x7F800000, tl.minimum(bits, 0x7F7F0000), bits)
+    nearest = ((finite + 0x7FFF + ((finite >> 16) & 1)) >> 16) << 16
+    return tl.where(bits > 0x7F800000, 0x7FC00000, nearest).to(tl.uint32)
+
+
 @triton.jit(do_not_specialize=["nbytes", "blocks"])
 def average(
     code: tl.tensor,
@@ -200,15 +211,16 @@ def average(
     blocks: tl.int64,
     log: tl.constexpr,
 ):
-    """The mean magnitude of each level, for `pack` and as bytes of the code. Grid: vectors."""
+    """The mean magnitude of each level, rounded, for `pack` and as bytes of the code. Grid: vectors."""
     vector = tl.program_id(0).to(tl.int64)
     start = vector * blocks * 8
     total, number = _of_blocks(sums + start, numbers + start, 0, blocks, log)
     mean = tl.div_rn(total, tl.maximum(number, 1).to(tl.float32))
-    tl.store(means + vector * 8 + tl.arange(0, 8), mean)
-    word, byte = mean.to(tl.uint32, bitcast=True)[:, None], tl.arange(0, 4)[None, :]
-    to = code + vector * nbytes + tl.arange(0, 8)[:, None] * 4 + byte
-    tl.store(to, ((word >> (8 * byte).to(tl.uint32)) & 255).to(tl.uint8))
+    word, level = _rounded(mean), tl.arange(0, 8)
+    tl.store(means + vector * 8 + level, word.to(tl.float32, bitcast=True))
+    byte = tl.arange(0, 2)[None, :]
+    to = code + vector * nbytes + 2 * (level[:, None] - 1) + byte
+    tl.store(to, ((word[:, None] >> (16 + 8 * byte).to(tl.uint32)) & 255).to(tl.uint8), mask=level[:, None] > 0)
 
 
 @triton.jit(do_not_specialize=["count", "nbytes", "value_bytes", "low_bytes", "row_words"])
@@ -244,7 +256,7 @@ def pack(
     one = (tl.load(indices + vector * count + at, mask=there, other=0) >> low_bits) + at
     mark = 1 << ((one & 24) + 7 - (one & 7)).to(tl.int32)  # the first bit of a byte is its highest
     tl.atomic_or(words + vector * row_words + (one >> 5), mark, mask=there, sem="relaxed")
-    nibble = (tl.load(row + 32 + (at >> 1), mask=there, other=0).to(tl.int32) >> (4 * (at & 1)).to(tl.int32)) & 15
+    nibble = (tl.load(row + 14 + (at >> 1), mask=there, other=0).to(tl.int32) >> (4 * (at & 1)).to(tl.int32)) & 15
     mean = tl.load(means + vector * 8 + (nibble & 7), mask=there, other=0.0)
     tl.store(decoded + vector * count + at, tl.where(nibble > 7, -mean, mean), mask=there)
 
@@ -325,11 +337,12 @@ def unpack(
             piece = tl.load(low_part + (place >> 3), mask=one > 0, other=0).to(tl.int32)
             low |= ((piece >> (7 - (place & 7)).to(tl.int32)) & 1).to(whole) << number
         index = ((at * 8 + bit - rank) << low_bits) | low
-        nibble = tl.load(row + 32 + (rank >> 1), mask=one > 0, other=0).to(tl.int32) >> (4 * (rank & 1)).to(tl.int32)
+        nibble = tl.load(row + 14 + (rank >> 1), mask=one > 0, other=0).to(tl.int32) >> (4 * (rank & 1)).to(tl.int32)
+        level = nibble & 7
         mean = tl.zeros((lanes,), tl.uint32)
-        for number in tl.static_range(4):
-            piece = tl.load(row + 4 * (nibble & 7) + number, mask=one > 0, other=0).to(tl.uint32)
-            mean |= piece << (8 * number)
+        for number in tl.static_range(2):
+            piece = tl.load(row + 2 * (level - 1) + number, mask=(one > 0) & (level > 0), other=0).to(tl.uint32)
+            mean |= piece << (16 + 8 * number)
         sign = ((nibble >> 3) & 1).to(tl.uint32) << 31
         value = (mean ^ sign).to(tl.float32, bitcast=True)
         known = index < last

@@ -79,7 +79,7 @@ NEAR = Conditions(members=8, coordinates=1e7, ratio=40.0, crossing=5e-5, byte=8e
         (replace(NEAR, byte=8e-11), "dense"),
         (replace(NEAR, byte=8e-9, crossing=0.08), "sharded"),
         (replace(NEAR, byte=8e-9, crossing=0.08, negotiates=True), "dense"),
-        (replace(NEAR, members=20_000), "sketch"),
+        (replace(NEAR, members=30_000), "sketch"),
         (replace(NEAR, members=2, crossing=0.08, byte=8e-10), "dense"),
     ],
 )

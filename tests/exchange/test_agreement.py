@@ -19,6 +19,7 @@ from hvd_sketch.compressors import Compressor
 from hvd_sketch.exchange import Exchange, progress
 from hvd_sketch.memory import Momentum
 from hvd_sketch.sketch import geometry
+from hvd_sketch.sparse import codec
 from tests.support.compressors import BUCKETS, EVERY, HALF, PLAIN, SINGLE, TOTAL, conserved
 from tests.support.simulation import SHAPES, Run, heavy_tailed, make, simulate, step, submit
 
@@ -107,7 +108,12 @@ class OfThisRank(threading.local):
 
 @pytest.mark.parametrize(
     ("module", "name", "what"),
-    [(progress, "VERSION", "version"), (native, "identity", "kernel"), (geometry, "VERSION", "geometry")],
+    [
+        (progress, "VERSION", "version"),
+        (native, "identity", "kernel"),
+        (geometry, "VERSION", "geometry"),
+        (codec, "VERSION", "sparse_code"),
+    ],
 )
 def test_other_software_is_told_on_all_ranks(
     module: Any, name: str, what: str, monkeypatch: pytest.MonkeyPatch

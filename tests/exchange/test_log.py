@@ -94,11 +94,11 @@ def test_the_first_compressed_step_comes_with_the_warmups_end_in_sight(lines: Li
 
 @pytest.mark.parametrize(("ratio", "member"), [(10.0, "Sharded"), (90.0, "Sketch")])
 def test_auto_tells_what_it_chose_and_why(ratio: float, member: str, lines: Lines) -> None:
-    simulate(Compression.auto(ratio=ratio, warmup_steps=0), heavy_tailed(4, 1, TOTAL))
+    simulate(Compression.auto(ratio=ratio, warmup_steps=0), heavy_tailed(8, 1, TOTAL))
     first, _ = lines()
-    code = 4 * TOTAL / ratio / 4
+    code = 4 * TOTAL / ratio / 8
     assert found(FIRST, first)[1].split("(")[0] == member
-    assert f"auto chose {member}: there are {code:.0f} bytes for each owner of Sharded, which needs 64" in first
+    assert f"auto chose {member}: there are {code:.0f} bytes for each owner of Sharded, which needs 36" in first
 
 
 @pytest.mark.parametrize(

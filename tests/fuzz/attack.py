@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from hvd_sketch import native
+from hvd_sketch.layout import Layout
+from hvd_sketch.mixing import Mixing
 from hvd_sketch.sketch import Geometry, reference
 from hvd_sketch.sketch import native as sketch
 from hvd_sketch.sketch.geometry import TILE_WIDTH
@@ -25,10 +27,12 @@ from hvd_sketch.sparse.codec import SparseCodec
 from hvd_sketch.sparse.comb import comb
 from hvd_sketch.sparse.heaviest import _reference, heaviest_of_shards
 from hvd_sketch.sparse.rows import Rows
+from tests.support.without_kernel import without_kernel
 
 SPECIAL = (0.0, -0.0, 1e-45, -1e-40, 1.2e-38, 3.4e38, -3.4e38, float("inf"), float("-inf"), float("nan"))
 SIZES = (1, 2, 3, 31, 61, 64, 127, 251, 256, 257, 509, 1021, 4096, 8191, 20_011, 150_001)
 COLUMNS = (1, 2, 7, 63, 255, 256, 257, TILE_WIDTH - 1, TILE_WIDTH, 2 * TILE_WIDTH - 1, 2 * TILE_WIDTH, 9001)
+SIDES = (1, 2, 3, 12, 48, 61, 64, 96, 127, 160, 328)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -101,7 +105,11 @@ def attack_code(draw: random.Random) -> None:
     universe = draw.choice(SIZES)
     codec, vectors = SparseCodec(universe, draw.choice((1, universe, draw.randint(1, universe)))), draw.randint(1, 3)
     indices = torch.stack([ascending(draw, codec.count, universe) for _ in range(vectors)])
-    code, decoded = codec.encode(indices, numbers(draw, vectors * codec.count).view(vectors, -1))
+    given = numbers(draw, vectors * codec.count).view(vectors, -1)
+    code, decoded = codec.encode(indices, given)
+    expected = codec._encode(indices, given)
+    assert torch.equal(code, expected[0])
+    assert same(decoded, expected[1])
     found, values, known = codec.decode(code)
     assert known.all()
     assert torch.equal(found, indices)
@@ -144,7 +152,19 @@ def attack_stage(draw: random.Random) -> None:
     assert math.isclose(square, expected, rel_tol=1e-12) or (math.isnan(square) and math.isnan(expected))
 
 
-ATTACKS = (attack_sketch, attack_sketch, attack_advance, attack_code, attack_shards, attack_stage)
+def attack_mixing(draw: random.Random) -> None:
+    """Hadamard transforms of matrices and vectors, and back."""
+    shape = draw.choice(((draw.choice(SIZES),), (draw.choice(SIDES), draw.choice(SIDES))))
+    ours, inverse = numbers(draw, math.prod(shape)), draw.random() < 0.5
+    mixing = Mixing(Layout.of([("w", torch.zeros(shape))], lambda name, parameter: False), "hadamard")
+    theirs = ours.clone()
+    mixing.unmix_all(ours) if inverse else mixing.mix(ours, 0)
+    with without_kernel():
+        mixing.unmix_all(theirs) if inverse else mixing.mix(theirs, 0)
+    assert same(ours, theirs)
+
+
+ATTACKS = (attack_sketch, attack_sketch, attack_advance, attack_code, attack_shards, attack_stage, attack_mixing)
 
 
 def main(seconds: float, first: int, file: Path) -> None:

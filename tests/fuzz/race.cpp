@@ -16,12 +16,13 @@ extern "C" {
 void sketch_add(int64_t, int64_t, uint64_t, float*, const Segment*, int64_t, float, int64_t);
 void sketch_top_k(int64_t, int64_t, uint64_t, const float*, int64_t, int64_t, int64_t*, float*, int64_t);
 double stage_gradient(const float*, float*, int64_t, float, int64_t, int64_t);
+void hadamard_transform(float*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
 void sparse_heaviest(const float*, int64_t, int64_t, int64_t, int64_t, int64_t*, float*, int64_t);
 }
 
 namespace {
 
-constexpr int64_t kDim = 200'000, kRows = 3, kCols = 9001, kCount = 300, kShards = 4;
+constexpr int64_t kDim = 204'800, kRows = 3, kCols = 9001, kCount = 300, kShards = 4;
 
 struct Results {
     std::vector<float> table = std::vector<float>(kRows * kCols), values = std::vector<float>(2 * kCount);
@@ -38,6 +39,7 @@ Results work(uint64_t seed, int64_t threads) {
     for (int64_t i = 0; i < kDim; i++) given[i] = float(int64_t(i * 2654435761u + seed) % 2001 - 1000);
     Results results;
     results.square = stage_gradient(given.data(), vector.data(), kDim, 0.5f, kDim, threads);
+    hadamard_transform(vector.data(), kDim, 64, 32, kDim / 64, 0, threads);
     const Segment whole = {vector.data(), 0, 0, kDim};
     sketch_add(kRows, kCols, seed, results.table.data(), &whole, 1, 1.0f, threads);
     sketch_top_k(kRows, kCols, seed, results.table.data(), kDim, kCount, results.places.data(), results.values.data(),

@@ -52,7 +52,9 @@ def race(rounds: int) -> None:
         Found: what it says.
     """
     with tempfile.TemporaryDirectory(prefix="race-") as name:
-        sources = [ROOT / "hvd_sketch" / "native" / f"{part}.cpp" for part in ("sketch", "sparse", "stage")]
+        sources = [
+            ROOT / "hvd_sketch" / "native" / f"{part}.cpp" for part in ("hadamard", "sketch", "sparse", "stage")
+        ]
         flags = ("-std=c++17", "-pthread", "-ffp-contract=off", *f"{_CHECKED}thread".split())
         program = str(Path(name, "race"))
         compiler = os.environ.get("CXX") or "g++"

@@ -23,6 +23,11 @@ def lists(codec: SparseCodec, vectors: int, kind: str) -> tuple[Tensor, Tensor]:
     values = torch.randn(vectors, codec.count, generator=generator) ** 3
     if kind == "zeros":
         values[:, ::3] = torch.tensor([0.0, -0.0]).repeat(codec.count)[: values[0, ::3].numel()]
+    if kind in ("inf", "nan"):
+        values[:, ::7] = float(kind)
+        values[:, 3::7] = -float(kind)
+    if kind == "largest":
+        values = torch.tensor([3.4e38, *[-1.0] * (codec.count - 1)]).expand(vectors, -1).contiguous()
     scale = {"subnormal": 2.0**-132, "huge": 1e30, "nothing": 0.0}
     return torch.stack(chosen) * (codec.universe // least), values * scale.get(kind, 1.0)
 
@@ -36,7 +41,7 @@ def lists(codec: SparseCodec, vectors: int, kind: str) -> tuple[Tensor, Tensor]:
         (1000, 3, "zeros"),
         (5000, 130, "any"),
         (2**33, 20, "any"),
-        *((5000, 40, kind) for kind in ("zeros", "subnormal", "huge", "nothing")),
+        *((5000, 40, kind) for kind in ("zeros", "subnormal", "huge", "nothing", "largest", "inf", "nan")),
     ],
 )
 def test_the_bytes_of_the_reference(universe: int, count: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:

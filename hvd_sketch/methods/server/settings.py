@@ -21,6 +21,7 @@ from hvd_sketch.methods.server.codes import Code, Whole
 from hvd_sketch.methods.server.polyline import Polyline, PolylineCode
 from hvd_sketch.methods.server.sparse_codes import sparse_code
 from hvd_sketch.methods.server.worker import MemoryUse, Transform
+from hvd_sketch.sparse import codec
 
 
 class ServerOptions(TypedDict, total=False):
@@ -125,7 +126,7 @@ class Settings:
         return {
             "method": self.method,
             "server": f"server={self.server} server_works={self.server_works}",
-            "compression": f"up={self.up!r} down={self.down!r}",
+            "compression": f"up={self.up!r} down={self.down!r} sparse_code={codec.VERSION}",
             "parameters": f"{parameters.layout.describe()} {parameters.dtype}",
             "what does not train": others,
         }

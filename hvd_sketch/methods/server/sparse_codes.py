@@ -97,7 +97,7 @@ class Pairs(SparseCode):
 class FourBits(SparseCode):
     """The heaviest coordinates by `SparseCodec`: packed indices and values of four bits."""
 
-    number = 2
+    number = 5  # 2 was of the code's first version
 
     def _choose(self, vector: Tensor, count: int, step: int) -> list[Tensor]:
         single = vector.float()

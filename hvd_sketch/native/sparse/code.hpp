@@ -12,6 +12,8 @@ using sketch::magnitude;
 
 constexpr int kLevels = 8;
 constexpr uint8_t kNegative = 8;
+constexpr int64_t kLevelBytes = 2 * (kLevels - 1);  // the first is zero
+constexpr uint32_t kInfinite = 0x7F800000;          // above it is what is not a number
 
 // One lane for each of four levels: the widest register that every processor has.
 typedef float Sums __attribute__((vector_size(16)));
@@ -24,7 +26,7 @@ struct Code {
 
     Code(int64_t universe, int64_t count) : universe(universe), count(count), low_bits(0) {
         while (universe / count >> low_bits > 1) low_bits++;
-        value_bytes = 4 * kLevels + (count + 1) / 2;
+        value_bytes = kLevelBytes + (count + 1) / 2;
         low_bytes = (count * low_bits + 7) / 8;
         high_bytes = (count + (universe >> low_bits) + 1 + 7) / 8;
     }
@@ -36,10 +38,12 @@ struct Code {
         fill_nibbles(values, nibbles);
         float meaning[2 * kLevels];
         weigh(values, nibbles, meaning);
-        std::memcpy(code, meaning, 4 * kLevels);
+        uint16_t upper[kLevels];
+        for (int level = 0; level < kLevels; level++) upper[level] = uint16_t(bit_cast<uint32_t>(meaning[level]) >> 16);
+        std::memcpy(code, upper + 1, kLevelBytes);
         nibbles[count] = 0;
         for (int64_t i = 0; i < (count + 1) / 2; i++)
-            code[4 * kLevels + i] = uint8_t(nibbles[2 * i] | nibbles[2 * i + 1] << 4);
+            code[kLevelBytes + i] = uint8_t(nibbles[2 * i] | nibbles[2 * i + 1] << 4);
         for (int64_t i = 0; i < count; i++) decoded[i] = meaning[nibbles[i]];
         write_rows(rows, code + value_bytes);
     }
@@ -47,9 +51,11 @@ struct Code {
     // Whether these bytes are a code; if not, they may have been read in part.
     bool decode(const uint8_t* code, int64_t* rows, float* values) const {
         float meaning[2 * kLevels];
-        std::memcpy(meaning, code, 4 * kLevels);
+        uint16_t upper[kLevels] = {};
+        std::memcpy(upper + 1, code, kLevelBytes);
+        for (int level = 0; level < kLevels; level++) meaning[level] = bit_cast<float>(uint32_t(upper[level]) << 16);
         negate(meaning);
-        const uint8_t* const nibbles = code + 4 * kLevels;
+        const uint8_t* const nibbles = code + kLevelBytes;
         for (int64_t i = 0; i < count / 2; i++) {
             values[2 * i] = meaning[nibbles[i] & 15];
             values[2 * i + 1] = meaning[nibbles[i] >> 4];
@@ -67,7 +73,7 @@ private:
     void bounds(const float* values, float* bound) const {
         int32_t largest = 0, least = INT32_MAX;
         for (int64_t i = 0; i < count; i++) {
-            const int32_t its = int32_t(magnitude(values[i]));
+            const int32_t its = int32_t(std::min(magnitude(values[i]), kInfinite));
             largest = std::max(largest, its);
             least = std::min(least, (its - 1) & INT32_MAX);  // zero counts as the largest
         }
@@ -81,7 +87,7 @@ private:
         float bound[kLevels - 2];
         bounds(values, bound);
         for (int64_t i = 0; i < count; i++) {
-            const float its = bit_cast<float>(magnitude(values[i]));
+            const float its = bit_cast<float>(std::min(magnitude(values[i]), kInfinite));
             int nibble = (values[i] < 0) * kNegative + (its > 0);
             for (int j = 0; j < kLevels - 2; j++) nibble += its >= bound[j];
             nibbles[i] = uint8_t(nibble);
@@ -140,7 +146,15 @@ private:
         }
     };
 
-    // What each nibble stands for: the mean magnitude of its level.
+    // The nearest number that bfloat16 has, of two the even one; infinite only if it was.
+    static float rounded(float mean) {
+        const uint32_t bits = bit_cast<uint32_t>(mean);
+        if (bits > kInfinite) return bit_cast<float>(0x7FC00000);
+        const uint32_t finite = bits < kInfinite ? std::min(bits, uint32_t(0x7F7F0000)) : bits;
+        return bit_cast<float>((finite + 0x7FFF + (finite >> 16 & 1)) >> 16 << 16);
+    }
+
+    // What each nibble stands for: the mean magnitude of its level, rounded.
     void weigh(const float* values, const uint8_t* nibbles, float* meaning) const {
         InPairs in_pairs(values, nibbles, count);
         int64_t size = InPairs::kRun;
@@ -148,7 +162,7 @@ private:
         const Levels total = in_pairs(0, size);
         for (int level = 0; level < kLevels; level++) {
             const int32_t number = in_pairs.number[level / 4][level % 4];
-            meaning[level] = total.sum[level / 4][level % 4] / std::max(1.0f, float(number));
+            meaning[level] = rounded(total.sum[level / 4][level % 4] / std::max(1.0f, float(number)));
         }
         negate(meaning);
     }

@@ -180,7 +180,7 @@ def test_the_parts_of_shards_tile_them_and_share_the_pairs(ranks: int, rows: int
         assert 1 <= codec.count <= (where.stop - where.start) // ranks
         assert codec.universe == -(-(where.stop - where.start) // ranks)
     assert count - 1 <= sum(codec.count for _, codec in parts) <= count
-    assert len(parts) == max(1, min(buckets, count // 256))
+    assert len(parts) == max(1, min(buckets, count // 144))
 
 
 def uneven(use_mpi4py: bool) -> list[Tensor]:
