@@ -25,7 +25,8 @@ it are of the fourth, what others do of the first. Hosts differ, and change with
 
 **Changed since, and not measured:** the measuring sketches of `Anticipate`, which did not compile in the fifth run,
 and then were compiled for that card and interpreted; mixing takes one launch for all neighbours that are alike, in
-place of one for each matrix and side.
+place of one for each matrix and side, and has a kernel for Hadamard transforms; a sparse code's levels have two bytes;
+a ratio's sizes are fitted once, not in every step, which took half a millisecond of the host.
 
 Times are medians, in milliseconds: until the device was done, with its second-level cache overwritten before each
 call, and until the host was (*host*). A **pass** is 4 bytes for each coordinate, read or written: half of what a copy
