@@ -271,3 +271,17 @@ def test_the_report_says_how_to_get_what_is_missing(tmp_path: Path, monkeypatch:
         assert "\n" not in lines[name]
     assert "libmpi.so.40 is not there" in lines["Horovod"]
     assert "MISSING" not in lines["torch"]
+
+
+def test_the_report_misses_the_kernel_where_python_leaves_assertions_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = tmp_path / "hvd_sketch" / "sketch" / "native.py"
+    without.parent.mkdir(parents=True)
+    without.write_text("available = bool")
+    (tmp_path / "hvd_sketch" / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONOPTIMIZE", "1")
+    monkeypatch.setattr(report, "_PARTS", [part for part in report._PARTS if part.name == "native kernel"])
+    (line,) = report.report()
+    assert line.startswith("native kernel: MISSING (it is not built)")

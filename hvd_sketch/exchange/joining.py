@@ -28,7 +28,7 @@ def stand_in(exchanges: Sequence[Exchange], comm: Communicator) -> int:
     steps = 0
     while exchanges and all(attend(exchange) for exchange in exchanges):
         steps += 1
-    return _last(comm, steps)
+    return last_to_join(comm, steps)
 
 
 def attend(exchange: Exchange) -> bool:
@@ -47,8 +47,8 @@ def attend(exchange: Exchange) -> bool:
     return exchange.rounds.present > 0
 
 
-def _last(comm: Communicator, steps: int) -> int:
-    """The rank that stood in for the fewest steps; the highest of them."""
+def last_to_join(comm: Communicator, steps: int) -> int:
+    """Collective: the rank that stood in for the fewest steps; the highest of them."""
     waited = torch.zeros(comm.size, dtype=torch.int64, device="cpu")
     waited[comm.rank] = steps
     message = thrice(waited)

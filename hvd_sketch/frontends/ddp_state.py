@@ -23,11 +23,11 @@ from hvd_sketch.error_feedback.default import follow
 from hvd_sketch.error_feedback.passes import Passes
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.exchange.gradients import shared_state, take_over, watch, watches
-from hvd_sketch.exchange.joining import attend
 from hvd_sketch.exchange.scaling import LossScale
 from hvd_sketch.frontends.arguments import check_hierarchical
 from hvd_sketch.frontends.ddp_arguments import check, innermost, numbered, settled
 from hvd_sketch.frontends.ddp_buckets import Buckets, after_backward
+from hvd_sketch.frontends.ddp_join import Missed, keeping_memories, keeps_memories
 from hvd_sketch.frontends.ddp_steps import (
     Steps,
     Unstepped,
@@ -58,7 +58,8 @@ class State:
     Gradients are anticipated where the compressor's ``anticipate`` has it so, see `Compressor`.
 
     Sent: what the compressor sends; zeros by ranks that have run out of data inside ``model.join()``, whose memory
-    stays as it is. Such steps do not count for schedules.
+    stays as it is. Such steps do not count for schedules. In the first step of all after them, the optimizer's
+    state of a rank that missed the fewest, which all others take over.
 
     Args:
         compression: one of `hvd_sketch.Compression` that sparsifies.
@@ -107,6 +108,7 @@ class State:
         self._buckets = Buckets(self._positions)
         self._steps = Steps(optimizer, self._positions)
         self._unstepped = Unstepped(self.exchange, self._parameters)
+        self._missed = Missed(self.exchange)
         self._fresh = self._local = self._added_to = self._joined = False
         self._compare(trained)
         self._succeed()
@@ -178,10 +180,11 @@ class State:
         promised = buckets.promised
         try:
             if self._joined:
-                attend(exchange)
+                self._missed.attend()
             else:
                 exchange.run()
                 exchange.write_update(buckets.views, self._factor)
+                self._missed.catch_up(self._steps.given)
         finally:
             buckets.close()
             self._told.clear()
@@ -247,7 +250,8 @@ class State:
 
     def take_over(self, state: dict[str, Any]) -> None:
         """Go on with another rank's `shared_state`; what is unsent here stays."""
-        take_over(state, self._parameters, self._steps.given)
+        with keeping_memories():
+            take_over(state, self._parameters, self._steps.given)
 
     def _back_at_the_model(self) -> None:
         """End the step ahead, if parameters are."""
@@ -304,6 +308,8 @@ class State:
 
     def _restart(self) -> None:
         """The optimizer has loaded a state: what is unsent belongs to what was before, unless it was just loaded."""
+        if keeps_memories():
+            return
         self._back_at_the_model()
         self._unstepped.settle()
         if not self.exchange.is_as_loaded:

@@ -23,7 +23,8 @@ print(mpi4py.__version__, "on", MPI.Get_library_version().split(",")[0])
 """
 _KERNEL = """
 from hvd_sketch.sketch import native
-assert native.available(), "it is not built"
+if not native.available():
+    raise SystemExit("it is not built")
 print("built")
 """
 _MPIRUN = """

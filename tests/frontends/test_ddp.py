@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -153,18 +153,41 @@ def cleared() -> bool:
     return changed and same and before["step"] == after["step"] == 1
 
 
-def uneven() -> tuple[Balance, int, Tensor]:
-    """Rank 0 has half of the batches of rank 1."""
+class Uneven(NamedTuple):
+    balance: Balance
+    steps: int
+    joined: Tensor
+    end: Tensor
+
+
+def uneven(longest: int = 1, **settings: Any) -> Uneven:
+    """One rank has half of the batches of the other, and as many again after that."""
     inner = net()
     model = wrapped(inner)
-    optimizer, rank = sgd(model), dist.get_rank()
+    optimizer, rank = sgd(model, **settings), dist.get_rank()
     state = hvd.ddp.register(model, optimizer, COMPRESSORS["topk"]())
     start, computed = flat(model), torch.zeros(flat(model).numel())
     with model.join():
-        for number in range(STEPS * (1 + rank) // 2):
+        for number in range(STEPS * (1 + (rank == longest)) // 2):
             computed += local_gradient(inner, loss(inner, rank, number))
             step(model, optimizer, number)
-    return balance(inner, start, state, computed), state.exchange.stats.steps, flat(model)
+    joined, steps = flat(model), state.exchange.stats.steps
+    for number in range(STEPS, STEPS + 3):
+        computed += local_gradient(inner, loss(inner, rank, number))
+        step(model, optimizer, number)
+    return Uneven(balance(inner, start, state, computed), steps, joined, flat(model))
+
+
+def taken_over() -> tuple[bool, float]:
+    """Whether what is unsent stays when what is common comes from another rank, as after ``hvd.join()``; and it."""
+    model = wrapped(net())
+    optimizer = sgd(model, momentum=0.5)
+    state = hvd.ddp.register(model, optimizer, COMPRESSORS["topk"]())
+    for number in range(2):
+        step(model, optimizer, number)
+    before = state.exchange.memory.residual.clone()
+    state.take_over(state.shared_state())
+    return torch.equal(state.exchange.memory.residual, before), float(before.norm())
 
 
 def void(*, scales: bool = False, closure: bool = False) -> tuple[bool, bool, float, int]:
@@ -445,7 +468,8 @@ def on_a_rank(folder: str) -> dict[str, Any]:
             synchronized_twice(False),
         ],
         "cleared": cleared(),
-        "uneven": uneven(),
+        "uneven": [uneven(), uneven(0), uneven(momentum=0.5), uneven(0, momentum=0.5)],
+        "taken over": taken_over(),
         "void": [void(), void(closure=True)],
         "void, scaled": void(scales=True),
         "scaled": scaled(),
@@ -522,7 +546,8 @@ def test_what_was_sent_and_what_is_kept_is_what_was_computed(seen: list[dict[str
     model's scaler.
     """
     for one in seen:
-        for difference, computed, kept in (*one["balances"], one["uneven"][0], *one["scripts"]["balances"]):
+        joined = [each.balance for each in one["uneven"][:2]]
+        for difference, computed, kept in (*one["balances"], *joined, *one["scripts"]["balances"]):
             assert difference < 1e-5 * computed
             assert kept > 0.1 * computed
 
@@ -574,8 +599,18 @@ def test_cleared_gradients_leave_no_trace(seen: list[dict[str, Any]]) -> None:
 
 
 def test_uneven_data_end_in_one_model(seen: list[dict[str, Any]]) -> None:
-    assert [one["uneven"][1] for one in seen] == [STEPS, STEPS]
-    assert torch.equal(seen[0]["uneven"][2], seen[1]["uneven"][2])
+    """Also after what they go on with, in which momentum has its part."""
+    for one, other in zip(*(rank["uneven"] for rank in seen), strict=True):
+        assert one.steps == other.steps == STEPS
+        assert torch.equal(one.joined, other.joined)
+        assert torch.equal(one.end, other.end)
+
+
+def test_what_is_unsent_stays_when_what_is_common_comes_from_another_rank(seen: list[dict[str, Any]]) -> None:
+    for one in seen:
+        stays, norm = one["taken over"]
+        assert stays
+        assert norm > 0
 
 
 def test_a_bad_gradient_on_one_rank_makes_the_step_void(seen: list[dict[str, Any]]) -> None:
