@@ -27,7 +27,7 @@ FLOORS = (
         *("wire", "grid", "saved", "stats", "scope", "instances"),
     ),
     ("sketch", "sparse", "comm"),
-    ("native", "gpu", "precision", "bits"),
+    ("native", "gpu", "precision", "bits", "settings"),
     ("errors", "version"),
 )
 HEIGHT = {room: len(FLOORS) - number for number, rooms in enumerate(FLOORS) for room in rooms}

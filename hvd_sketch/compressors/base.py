@@ -22,6 +22,7 @@ from hvd_sketch.layout import DensePredicate, Layout, small_or_named
 from hvd_sketch.memory import Momentum
 from hvd_sketch.mixing import check_mixing
 from hvd_sketch.schedules.base import AdaptiveSchedule, Schedule, sampled, warmup
+from hvd_sketch.settings import check_numbers
 
 _MOST_FITTED = 32
 """Plans that a compressor keeps: those of all ranks in one process, of the parts of a host, of a few ratios."""
@@ -57,6 +58,7 @@ class Compressor(ABC):
     mixing: str | None = None
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check_mixing(self.mixing)
         stock.prepare()
         if self.clip_norm is not None and not self.clip_norm > 0.0:

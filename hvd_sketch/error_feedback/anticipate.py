@@ -23,6 +23,7 @@ from hvd_sketch.exchange.common_share import CommonShare, read_errors
 from hvd_sketch.methods.exchanging import ExchangingOptimizer
 from hvd_sketch.methods.flat import Flat, FlatParameters
 from hvd_sketch.methods.wiring import Wiring
+from hvd_sketch.settings import check_numbers
 from hvd_sketch.shards import is_sharded, local
 
 
@@ -65,6 +66,7 @@ class Anticipate(ErrorFeedback):
     second_moments: FactoredMoments | None = None
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not 0.0 < self.coefficient <= 1.0:
             raise ConfigurationError(f"Anticipate coefficient must be above 0 and at most 1, got {self.coefficient}")
 

@@ -16,6 +16,7 @@ from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.layout import Slot
 from hvd_sketch.saved import Form
+from hvd_sketch.settings import check_numbers
 from hvd_sketch.shards import local
 from hvd_sketch.sketch.narrow import CELLS, NarrowSketches
 
@@ -58,6 +59,7 @@ class FactoredMoments:
     interval: int = 50
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not 0.0 <= self.decay < 1.0:
             raise ConfigurationError(f"FactoredMoments decay must be at least 0 and below 1, got {self.decay}")
         if self.interval < 1:

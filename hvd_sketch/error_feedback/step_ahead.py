@@ -22,6 +22,7 @@ from hvd_sketch.exchange.scaling import tell_scalers
 from hvd_sketch.methods.displacement import displacement_exchange
 from hvd_sketch.methods.flat import Flat, FlatParameters
 from hvd_sketch.methods.wrapper import Method
+from hvd_sketch.settings import check_numbers
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class StepAhead(ErrorFeedback):
     averaging_period: int = 0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not 0.0 <= self.coefficient <= 1.0:
             raise ConfigurationError(f"StepAhead coefficient must be between 0 and 1, got {self.coefficient}")
         if self.averaging_period < 0:

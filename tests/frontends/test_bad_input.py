@@ -49,11 +49,34 @@ def test_a_ratio_below_one_is_refused(make: Any, ratio: float) -> None:
         ({"clip_norm": float("nan")}, "clip_norm must be above 0 or None"),
         ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
         ({"exclude": "*.head"}, "exclude must be a tuple"),
+        ({"ratio": "40"}, "ratio must be a number, got '40'"),
+        ({"ratio": None}, "ratio must be a number, got None"),
+        ({"dense_below": "0"}, "dense_below must be a number, got '0'"),
+        ({"half": "false"}, "half must be True or False, got 'false'"),
+        ({"anticipate": "no"}, "anticipate must be True or False, got 'no'"),
     ],
     ids=str,
 )
 def test_settings_that_cannot_work_are_refused_when_made(settings: dict[str, Any], expected: str) -> None:
     refused(expected, lambda: Compression.sketch(**settings))
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda given: hvd.StepAhead(given), "coefficient"),
+        (lambda given: hvd.Anticipate(given), "coefficient"),
+        (lambda given: hvd.FactoredMoments(given), "decay"),
+        (
+            lambda given: hvd.LocalSGD(
+                torch.optim.SGD(net().parameters(), 0.1), net(), comm=SingleProcess(), period=given
+            ),
+            "period",
+        ),
+    ],
+)
+def test_numbers_that_are_text_are_refused(make: Any, name: str) -> None:
+    refused(f"{name} must be a number, got '4'", lambda: make("4"))
 
 
 def wrap(model: nn.Module, compression: Any = None, **keywords: Any) -> Any:

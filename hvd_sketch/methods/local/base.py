@@ -18,6 +18,7 @@ from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.methods.decentralized import Decentralized
 from hvd_sketch.methods.flat import Flat, LayoutRule, whole
 from hvd_sketch.saved import Equal, Form, unfit
+from hvd_sketch.settings import check_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ class Rhythm:
         Raises:
             ConfigurationError: naming the method.
         """
+        check_numbers(self)
         if self.period < 1:
             raise ConfigurationError(f"{method}: period must be at least 1 step, got {self.period}")
         if self.clip_norm is not None and not self.clip_norm > 0.0:
