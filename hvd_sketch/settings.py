@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import fields
 from numbers import Real
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 from hvd_sketch.errors import ConfigurationError
 
 _NUMBERS = frozenset({"bool", "int", "float"})
-_BESIDE = frozenset({"None", "Optional", "Union", "class", "typing"})
 
 
 def check_numbers(settings: Any) -> None:
@@ -20,9 +18,8 @@ def check_numbers(settings: Any) -> None:
         ConfigurationError: names the field and what it was given.
     """
     for entry in fields(settings):
-        words, value = set(re.findall(r"\w+", str(entry.type))), getattr(settings, entry.name)
-        declared = words & _NUMBERS and words <= _NUMBERS | _BESIDE
-        left_out = value is None and words & {"None", "Optional"}
-        if declared and not left_out and not isinstance(value, Real):
-            kind = "True or False" if words & _NUMBERS == {"bool"} else "a number"
-            raise ConfigurationError(f"{entry.name} must be {kind}, got {value!r}")
+        declared, value = {kind.strip() for kind in str(entry.type).split("|")}, getattr(settings, entry.name)
+        if not declared <= _NUMBERS | {"None"} or isinstance(value, Real) or (value is None and "None" in declared):
+            continue
+        kind = "True or False" if "bool" in declared else "a number"
+        raise ConfigurationError(f"{entry.name} must be {kind}, got {value!r}")
