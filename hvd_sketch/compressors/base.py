@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -149,9 +150,11 @@ class Compressor(ABC):
             momentum=momentum or self.momentum,
             mixing=self.mixing,
         )
-        if hosts is None:
-            return self.build(setting)
-        return HierarchicalExchange(setting, hosts, self)
+        exchange = self.build(setting) if hosts is None else HierarchicalExchange(setting, hosts, self)
+        names = [slot.name for slot in layout.slots]
+        vain = [pattern for pattern in self.exclude if not fnmatch.filter(names, pattern)]
+        exchange.log.notes += [f"exclude={pattern!r} matches no parameter" for pattern in vain]
+        return exchange
 
     @abstractmethod
     def plan(self, layout: Layout, step: int, ranks: int) -> Any:

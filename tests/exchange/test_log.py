@@ -17,7 +17,7 @@ import pytest
 from hvd_sketch import Compression, Stats
 from hvd_sketch.comm import SingleProcess
 from hvd_sketch.comm.in_process import run_in_process
-from hvd_sketch.compressors import Compressor, PowerSGD
+from hvd_sketch.compressors import Compressor, PowerSGD, Sharded
 from tests.support.compressors import EVERY, SHARDED
 from tests.support.methods import METHODS, fresh, train
 from tests.support.ranks import launch
@@ -90,6 +90,12 @@ def test_the_first_compressed_step_comes_with_the_warmups_end_in_sight(lines: Li
     first, _ = lines()
     assert found(FIRST, first)[0] == "3"
     assert "the ratio is 10 from step 8 on" in first
+
+
+def test_a_pattern_that_excludes_nothing_is_told(lines: Lines) -> None:
+    simulate(Sharded(ratio=8.0, exclude=("a.?ias", "a.w", "*.norms")), heavy_tailed(2, 2, TOTAL))
+    first, _ = lines()
+    assert re.findall("exclude='([^']*)' matches no parameter", first) == ["a.w", "*.norms"]
 
 
 @pytest.mark.parametrize(("ratio", "member"), [(10.0, "Sharded"), (90.0, "Sketch")])
