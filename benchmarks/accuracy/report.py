@@ -37,13 +37,15 @@ whole table hours, in pieces of any length: a row that is there is not run again
 
 *Setting* is the ratio asked for, or PowerSGD's rank; *ratio* is dense bytes over bytes sent over the whole run, and
 *bytes* what a rank sent for each parameter in all of it. No method has a dense warm-up here, which would send more in
-a few steps than in all the others. *Gap* is the loss above the dense run of the same seed and length, in percent;
+a few steps than in all the others. *Gap* is the loss above a dense run of the same seed and length, in percent;
 negative is better than dense. Mean over seeds, and the spread between the best and the worst. Where *lr* is given,
-the learning rate was so many times dense's.
+the learning rate was so many times the one tuned for dense.
 
-*Dropped in* is what one argument brings, `Compression.auto(ratio=…)` for one; *by hand* takes more than that. The rows
-"sketch" and "sketch, anticipate" by hand were measured with the sketch's former geometry, which found less (see the
-design page); "sketch, dropped in" has the present one.
+*Dropped in* is what one argument brings, `Compression.auto(ratio=…)` for one, beside dense at the same learning rate.
+*By hand* takes more than that: there methods may have a rate of their own, and dense has the best of those that it was
+tried at with all seeds. The rows "sketch" and "sketch, anticipate" by hand were measured with the sketch's former
+geometry, which found less (see the design page); "sketch, dropped in" has the present one. Most rows of `sharded` are
+of a code with larger levels: 18 bytes in each, at 400 a seventeenth of it, are values today.
 
 "anticipate" is `error_feedback=Anticipate()`, and then norms and biases are compressed like everything else
 (`dense_below=0`); "sketch, anticipate" sends three quarters of its values in turn (`in_turn=0.75`), which helps it
