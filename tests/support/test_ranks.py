@@ -63,7 +63,7 @@ def test_a_rank_that_dies_without_a_word_is_a_failure() -> None:
 def test_a_hang_is_killed_and_shows_where_each_rank_stood(launcher: Launcher) -> None:
     both_stacks = r"(?s)rank 0 of 2:.*in wait_for_ever.*rank 1 of 2:.*in wait_for_ever"
     with pytest.raises(RanksTimedOut, match=both_stacks) as error:
-        ranks(2, wait_for_ever, launcher=launcher, timeout=25)
+        ranks(2, wait_for_ever, launcher=launcher, timeout=60)
     assert str(error.value).count("waiting for ever") == 2
     folder = str(error.value).split("tests.support.ranks ")[1].split()[0]
     left = [p.pid for p in psutil.process_iter(["cmdline"]) if folder in (p.info["cmdline"] or [])]
