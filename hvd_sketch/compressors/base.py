@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fnmatch
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -151,8 +151,7 @@ class Compressor(ABC):
             mixing=self.mixing,
         )
         exchange = self.build(setting) if hosts is None else HierarchicalExchange(setting, hosts, self)
-        names = [slot.name for slot in layout.slots]
-        vain = [pattern for pattern in self.exclude if not fnmatch.filter(names, pattern)]
+        vain = [each for each in self.exclude if not any(fnmatchcase(slot.name, each) for slot in layout.slots)]
         exchange.log.notes += [f"exclude={pattern!r} matches no parameter" for pattern in vain]
         return exchange
 

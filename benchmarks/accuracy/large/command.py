@@ -18,7 +18,7 @@ from benchmarks.accuracy.large.train import Method, Plan, train
 from benchmarks.gpu.record import Record, Row
 from hvd_sketch import Anticipate, Compression, ConfigurationError, FactoredMoments
 
-RESULTS = Path("benchmarks/results/accuracy-large.json")
+RESULTS = "benchmarks/results/accuracy-{size}.json"
 SIZES: dict[str, Size] = {"large": LARGE, "medium": MEDIUM, "small": SMALL}
 PERIOD = 8
 _PLAIN: dict[str, Any] = {"warmup_steps": 0}
@@ -70,8 +70,9 @@ _IMPORTANT = (
 def main(arguments: Sequence[str]) -> None:
     """Train what is missing, and keep each row as it is done."""
     options = _parse(arguments)
-    until, record = time.monotonic() + 60 * options.minutes, Record(options.out)
-    rows = record.rows() if options.out.exists() else []
+    out = options.out or Path(RESULTS.format(size=options.size))
+    until, record = time.monotonic() + 60 * options.minutes, Record(out)
+    rows = record.rows() if out.exists() else []
     size, device = SIZES[options.size], torch.device(options.device)
     size = replace(size, rate=options.lr_scale * size.rate)
     text = Text.read(device, size.text_bytes)
@@ -151,7 +152,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--lr-scale", type=float, default=1.0, help="times dense's learning rate (default: 1)")
     parser.add_argument("--only", nargs="+", type=_asked, help="a method and its ratio or rank, as in 'powersgd=8'")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="train no longer")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help=f"(default: {RESULTS})")
     return parser.parse_args(arguments)
 
 
