@@ -29,12 +29,12 @@ class _Meeting:
         """All ranks are there, and nothing is under way."""
         self._waiting: dict[int, Any] = {}
         self._ended: dict[int, str] = {}
-        self._met, self._values = 0, list[Any]()
+        self._met, self._values = 0, None
         for _, part in self._parts:
             part.begin()
 
-    def gather(self, rank: int, value: Any, what: str) -> list[Any]:
-        """What every rank gives, by rank.
+    def gather(self, rank: int, value: Any, what: str, combine: Callable[[list[Any]], Any] = list) -> Any:
+        """Of what every rank gives, by rank, what the last one to come makes of it; the same object for all.
 
         Raises:
             RankLostError: when a rank has ended, or after the limit.
@@ -42,7 +42,7 @@ class _Meeting:
         with self._changed:
             self._waiting[rank], number = value, self._met
             if len(self._waiting) == self._size:
-                self._values = [self._waiting[other] for other in range(self._size)]
+                self._values = combine([self._waiting[other] for other in range(self._size)])
                 self._waiting, self._met = {}, number + 1
                 self._changed.notify_all()
             elif not self._changed.wait_for(lambda: self._met > number or self._ended, self._limit):
@@ -99,24 +99,28 @@ class InProcess(Communicator):
         return device.type == "cpu"
 
     def post_allreduce(self, tensor: Tensor, name: str) -> Pending:
-        contributions = self._gather(tensor, f"allreduce {name}")
-        tensor.copy_(contributions[0])
-        for contribution in contributions[1:]:
-            tensor.add_(contribution)
-        return Pending(tensor)
+        return Pending(tensor.copy_(self._gather(tensor.clone(), f"allreduce {name}", _sum)))
 
     def post_allgather(self, tensor: Tensor, name: str) -> Pending:
-        return Pending(torch.stack(self._gather(tensor, f"allgather {name}")))
+        return Pending(self._gather(tensor.clone(), f"allgather {name}", torch.stack).clone())
 
     def post_alltoall(self, tensor: Tensor, name: str) -> Pending:
-        rows = [sent[self._rank] for sent in self._gather(tensor, f"alltoall {name}")]
-        return Pending(torch.stack(rows))
+        return Pending(self._gather(tensor.clone(), f"alltoall {name}", torch.stack)[:, self._rank].clone())
 
     def run_broadcast(self, tensor: Tensor, root: int, name: str) -> None:
-        tensor.copy_(self._gather(tensor, f"broadcast {name} from rank {root}")[root])
+        sent = tensor.clone() if self._rank == root else None
+        tensor.copy_(self._gather(sent, f"broadcast {name} from rank {root}", lambda values: values[root]))
 
-    def _gather(self, tensor: Tensor, what: str) -> list[Tensor]:
-        return self._meeting.gather(self._rank, tensor.clone(), self.in_words(what))
+    def _gather(self, value: Tensor | None, what: str, combine: Callable[[list[Any]], Tensor]) -> Tensor:
+        result: Tensor = self._meeting.gather(self._rank, value, self.in_words(what), combine)
+        return result
+
+
+def _sum(contributions: list[Tensor]) -> Tensor:
+    total, *others = contributions
+    for contribution in others:
+        total.add_(contribution)
+    return total
 
 
 class InProcessGroup:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-_CHECKED = "-O1 -g -fno-omit-frame-pointer -fsanitize="
+_CHECKED = "-O0 -g -fno-omit-frame-pointer -fsanitize="
 _STOP = "halt_on_error=1:abort_on_error=0:exitcode=99"
 
 

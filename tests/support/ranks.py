@@ -1,11 +1,11 @@
 """Run a function of a test file on real ranks: ``ranks(2, body, argument)``.
 
-The ranks are processes started by mpirun, horovodrun or torchrun, as a user starts them. Each runs
-``python -m tests.support.ranks FOLDER``, calls the function with the pickled arguments, and leaves its return value or
-its traceback in the folder. A run that does not end in time is killed, and fails with the place where every rank
-stood.
+The ranks are processes started by mpirun, horovodrun or torchrun, as a user starts them, and born in a
+`tests.support.nursery`. Each calls the function with the pickled arguments, and leaves its return value or its
+traceback in a folder. A run that does not end in time is killed, and fails with the place where every rank stood.
 """
 
+import atexit
 import faulthandler
 import importlib
 import io
@@ -14,6 +14,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,9 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import psutil
 import pytest
+
+from tests.support import nursery
+from tests.support.rank import RANK_VARIABLES
 
 Result = TypeVar("Result")
 Launcher = Literal["mpirun", "horovodrun-gloo", "horovodrun-mpi", "torchrun"]
@@ -44,7 +48,6 @@ ENVIRONMENT = {
 }
 quick = False
 """Whether tests that start processes are to be left out; see ``--quick``."""
-RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "RANK")
 OTHERS_MAY_FAIL_TOO = 1.0  # seconds a failed rank waits before its exit makes the launcher kill the rest
 
 
@@ -130,7 +133,7 @@ def ranks(
         folder = Path(name)
         deadline = time.time() + max(timeout - 5, timeout / 2)
         (folder / "call").write_bytes(pickle.dumps((body.__module__, body.__qualname__, deadline, args)))
-        command = (sys.executable, "-m", "tests.support.ranks", name)
+        command = (sys.executable, str(Path(__file__).with_name("rank.py")), nursery.folder(), name)
         try:
             completed = launch(count, command, launcher=launcher, env=env, timeout=timeout)
         except RanksTimedOut as error:
@@ -190,7 +193,16 @@ def rank_main(folder: Path) -> None:
     distributed = sys.modules.get("torch.distributed")  # not imported for a body that does without PyTorch
     if distributed is not None and distributed.is_initialized():
         distributed.destroy_process_group()  # as PyTorch wants it of a script
+    leave()
 
 
-if __name__ == "__main__":
-    rank_main(Path(sys.argv[1]))
+def leave() -> None:
+    """End as an interpreter does, but for taking a thousand modules apart, which is a third of a short run's time."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -1,0 +1,35 @@
+"""What a launcher starts as a rank of a test: see `tests.support.nursery`. It imports little, to start at once."""
+
+import os
+import pickle
+import signal
+import socket
+import sys
+from types import FrameType
+
+RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "RANK")
+
+
+def main(nursery: str, *arguments: str) -> None:
+    """Ask for a process, and end as it does."""
+    rank = next(os.environ[name] for name in RANK_VARIABLES if name in os.environ)
+    request = pickle.dumps((dict(os.environ), os.getcwd(), arguments))
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.connect(f"{nursery}/{int(rank) % 2}")
+
+        def forward(number: int, frame: FrameType | None) -> None:
+            asking.send(bytes([number]))
+
+        socket.send_fds(asking, [len(request).to_bytes(8)], [0, 1, 2])
+        asking.sendall(request)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, forward)
+        status = int.from_bytes(asking.recv(4) or (1 << 8).to_bytes(4))
+    if os.WIFSIGNALED(status):
+        signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
+        os.kill(os.getpid(), os.WTERMSIG(status))
+    os._exit(os.WEXITSTATUS(status))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
