@@ -340,6 +340,19 @@ def mismatched() -> None:
     step(model, optimizer, 0)
 
 
+def scheduled_by_batch() -> None:
+    """Inside ``join()``, where rank 0 has half of the batches, and after it."""
+    model = wrapped(net())
+    optimizer = sgd(model)
+    hvd.ddp.register(model, optimizer, COMPRESSORS["topk"]())
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    with model.join():
+        for number in range(STEPS // (2 - dist.get_rank())):
+            step(model, optimizer, number)
+            scheduler.step()
+    step(model, optimizer, STEPS)
+
+
 def unknown() -> None:
     model = wrapped(net())
     optimizer = torch.optim.SGD(list(model.parameters())[:2], RATE)
@@ -423,6 +436,7 @@ def errors() -> dict[str, str]:
     insisting = Compression.topk(**{**PLAIN, "anticipate": True})
     return {
         "ranks differ": refused(mismatched),
+        "scheduled by batch": refused(scheduled_by_batch),
         "a parameter that State does not know": refused(unknown),
         "sparse": refused(sparse),
         "alone": alone(),
@@ -685,6 +699,10 @@ def test_a_rank_that_is_killed_is_started_again_and_nothing_is_lost(tmp_path: Pa
     ("what", "told"),
     [
         ("ranks differ", "RankMismatchError: .*rank 0 has 'ratio=8.0,', rank 1 has 'ratio=9.0,'"),
+        (
+            "scheduled by batch",
+            "group0.lr=.*missed inside join\\(\\): rank 0 has '3', rank 1 has '0'.*step it by epoch",
+        ),
         ("a parameter that State does not know", "give State named_parameters=model.named_parameters()"),
         ("sparse", "rank 1: parameter 'weight' has a sparse gradient; make its embedding with sparse=False"),
         ("not wrapped", "needs a torch.nn.parallel.DistributedDataParallel model, got Sequential"),
