@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -176,6 +177,21 @@ def uneven(longest: int = 1, **settings: Any) -> Uneven:
         computed += local_gradient(inner, loss(inner, rank, number))
         step(model, optimizer, number)
     return Uneven(balance(inner, start, state, computed), steps, joined, flat(model))
+
+
+def uneven_in_turn() -> list[Tensor]:
+    """Two models inside one ``Join``, the backward pass of each before the forward pass of the next."""
+    models = [wrapped(net(seed)) for seed in range(2)]
+    optimizers, rank = [sgd(model, momentum=0.5) for model in models], dist.get_rank()
+    for model, optimizer in zip(models, optimizers, strict=True):
+        hvd.ddp.register(model, optimizer, COMPRESSORS["topk"]())
+    with Join([*models]):
+        for number in range(STEPS * (1 + rank) // 2):
+            for model, optimizer in zip(models, optimizers, strict=True):
+                step(model, optimizer, number)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        step(model, optimizer, STEPS)
+    return [flat(model) for model in models]
 
 
 def taken_over() -> tuple[bool, float]:
@@ -483,6 +499,7 @@ def on_a_rank(folder: str) -> dict[str, Any]:
         ],
         "cleared": cleared(),
         "uneven": [uneven(), uneven(0), uneven(momentum=0.5), uneven(0, momentum=0.5)],
+        "uneven in turn": uneven_in_turn(),
         "taken over": taken_over(),
         "void": [void(), void(closure=True)],
         "void, scaled": void(scales=True),
@@ -613,11 +630,13 @@ def test_cleared_gradients_leave_no_trace(seen: list[dict[str, Any]]) -> None:
 
 
 def test_uneven_data_end_in_one_model(seen: list[dict[str, Any]]) -> None:
-    """Also after what they go on with, in which momentum has its part."""
+    """Also after what they go on with, in which momentum has its part; and of two models, each in its own."""
     for one, other in zip(*(rank["uneven"] for rank in seen), strict=True):
         assert one.steps == other.steps == STEPS
         assert torch.equal(one.joined, other.joined)
         assert torch.equal(one.end, other.end)
+    for end, same in zip(*(rank["uneven in turn"] for rank in seen), strict=True):
+        assert torch.equal(end, same)
 
 
 def test_what_is_unsent_stays_when_what_is_common_comes_from_another_rank(seen: list[dict[str, Any]]) -> None:
