@@ -13,6 +13,7 @@ from torch import Tensor
 from hvd_sketch import gpu
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.saved import Form
+from hvd_sketch.settings import check_numbers
 from hvd_sketch.sketch import CountSketch
 from hvd_sketch.sparse.chosen import Chosen
 from hvd_sketch.sparse.places import Places
@@ -32,6 +33,7 @@ class Momentum:
     masking: bool = True
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not 0.0 < self.factor < 1.0:
             raise ConfigurationError(f"momentum factor must be between 0 and 1, got {self.factor}")
 

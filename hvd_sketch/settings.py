@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import wraps
+from inspect import get_annotations, signature
 from numbers import Real
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from hvd_sketch.errors import ConfigurationError
 
 _NUMBERS = frozenset({"bool", "int", "float"})
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
 def check_numbers(settings: Any) -> None:
@@ -18,8 +23,31 @@ def check_numbers(settings: Any) -> None:
         ConfigurationError: names the field and what it was given.
     """
     for entry in fields(settings):
-        declared, value = {kind.strip() for kind in str(entry.type).split("|")}, getattr(settings, entry.name)
-        if not declared <= _NUMBERS | {"None"} or isinstance(value, Real) or (value is None and "None" in declared):
-            continue
-        kind = "True or False" if "bool" in declared else "a number"
-        raise ConfigurationError(f"{entry.name} must be {kind}, got {value!r}")
+        _check(entry.name, entry.type, getattr(settings, entry.name))
+
+
+def check_given(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Refuse arguments of a function as `check_numbers` refuses fields; for ``locals()``, as they are at first."""
+    for name, annotation in get_annotations(function).items():
+        if name in given:
+            _check(name, annotation, given[name])
+
+
+def given_numbers(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """A function, such as a constructor, that refuses arguments so before anything else."""
+    names = tuple(signature(function).parameters)
+
+    @wraps(function)
+    def checked(*arguments: _Arguments.args, **keywords: _Arguments.kwargs) -> _Result:
+        check_given(function, {**dict(zip(names, arguments, strict=False)), **keywords})
+        return function(*arguments, **keywords)
+
+    return checked
+
+
+def _check(name: str, annotation: Any, value: Any) -> None:
+    declared = {kind.strip() for kind in str(annotation).split("|")}
+    if not declared <= _NUMBERS | {"None"} or isinstance(value, Real) or (value is None and "None" in declared):
+        return
+    kind = "True or False" if "bool" in declared else "a number"
+    raise ConfigurationError(f"{name} must be {kind}, got {value!r}")

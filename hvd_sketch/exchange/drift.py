@@ -29,6 +29,11 @@ _REMEDY = (
     "damaged, or a kernel differs. Go on from a checkpoint, or from broadcast_optimizer_state and then "
     "broadcast_parameters."
 )
+_MISSED = "steps missed inside join()"
+_STEP_ALIKE = (
+    "Ranks have missed steps inside join(), and with them those of a scheduler that is stepped by batch: step it by "
+    "epoch, after the loop, or there as often on every rank. "
+)
 
 
 class Drift:
@@ -47,6 +52,7 @@ class Drift:
         groups: the optimizer's.
         samples: whether to look at parameters at all.
         describe_values: a checksum of each parameter, by name.
+        missed: steps that others have taken, and this rank has joined without data.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -59,7 +65,7 @@ class Drift:
         self._noted: list[Tensor] = []
         self._state: Any = None
         self._sizes = ""
-        self.step = 0
+        self.step = self.missed = 0
 
     def forget(self) -> None:
         """Compare nothing of the steps so far."""
@@ -88,7 +94,8 @@ class Drift:
         """Collective, when the digests differ: the error to raise on all ranks."""
         told = list(filter(None, comm.allgather_object(dict(self._answers()), name("drift"))))  # none of joined ranks
         what = f"before step {self.step} the ranks have drifted apart, and the step was not taken"
-        return RankMismatchError(differences(told, what, _REMEDY))
+        uneven = len({answers[_MISSED] for answers in told}) > 1
+        return RankMismatchError(differences(told, what, _STEP_ALIKE + _REMEDY if uneven else _REMEDY))
 
     def _answers(self) -> Answers:
         numbers, (tensors, text) = _numbers(self.groups()), _taken_apart(self._state)
@@ -100,6 +107,7 @@ class Drift:
             f"update of step {self.step - 1}": noted,
             "state": state,
             "sizes of messages": self._sizes.replace(" ", ""),
+            _MISSED: str(self.missed),
         }
 
     def _sample(self, step: int) -> Iterator[Tensor]:

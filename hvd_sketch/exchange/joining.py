@@ -44,7 +44,9 @@ def attend(exchange: Exchange) -> bool:
         exchange.comm.muted = False
         if not (exchange.shares_memory and exchange.rounds.present):
             undo()
-    return exchange.rounds.present > 0
+    missed = exchange.rounds.present > 0
+    exchange.drift.missed += missed
+    return missed
 
 
 def last_to_join(comm: Communicator, steps: int) -> int:

@@ -11,6 +11,7 @@ import torch
 from hvd_sketch.comm.states import broadcast_pickled
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
+from hvd_sketch.settings import given_numbers
 
 
 class Keeping(Protocol):
@@ -40,6 +41,7 @@ class SavedMemory:
             room for all of them.
     """
 
+    @given_numbers
     def __init__(self, keeper: Keeping, *, gathered: bool = False) -> None:
         self._keeper, self._gathered = keeper, gathered
 

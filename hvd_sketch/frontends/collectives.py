@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hvd_sketch.compressors import Compression
 from hvd_sketch.frontends import handles
-from hvd_sketch.frontends.handles import Average, Sum, op_of, ranks_of
+from hvd_sketch.frontends.handles import Average, Sum, check_dense, op_of, ranks_of
 from hvd_sketch.frontends.world import world
 
 
@@ -38,7 +38,11 @@ def allreduce(
         prescale_factor: of every rank's tensor.
         postscale_factor: of the result.
         process_set: all ranks.
+
+    Raises:
+        ConfigurationError: see `handles.allreduce_async`.
     """
+    check_dense(tensor, name)
     packed, context = compression.compress(tensor)
     factors = prescale_factor, postscale_factor
     reduced = _Allreduce.apply(packed, op_of(op, average), *factors, process_set)  # type: ignore[no-untyped-call]

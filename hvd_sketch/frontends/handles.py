@@ -63,8 +63,9 @@ def allreduce_async(
     """Begin to reduce a tensor of the same shape and dtype on all ranks: to its mean, or what else ``op`` says.
 
     Raises:
-        ConfigurationError: for ``op=Adasum``, for both ``op`` and ``average``, or a process set.
+        ConfigurationError: for ``op=Adasum``, for both ``op`` and ``average``, a process set, or a sparse tensor.
     """
+    check_dense(tensor, name)
     comm, op = ranks_of(process_set), op_of(op, average)
     added_as = _ADDED_AS.get(tensor.dtype, tensor.dtype)
     values = torch.empty(tensor.shape, dtype=added_as, device=tensor.device).copy_(tensor.detach())
@@ -206,6 +207,20 @@ def op_of(op: int | None, average: bool | None) -> int:
     if chosen not in (Average, Sum, *_OF_ROWS):
         raise ConfigurationError("op=Adasum needs Horovod; without it there are Average, Sum, Min, Max and Product")
     return chosen
+
+
+def check_dense(tensor: Tensor, name: str | None) -> None:
+    """Refuse to reduce a sparse tensor.
+
+    Raises:
+        ConfigurationError: naming the tensor, and what to call instead.
+    """
+    if tensor.layout != torch.strided:
+        what = f"of shape {tuple(tensor.shape)}" if name is None else repr(name)
+        raise ConfigurationError(
+            f"allreduce adds up dense tensors, and the tensor {what} has the layout {tensor.layout}; give its "
+            "to_dense(), or call hvd.sparse_allreduce_async(tensor, name, op)()"
+        )
 
 
 class _AllRanks:

@@ -39,6 +39,7 @@ from hvd_sketch.memory import Momentum
 from hvd_sketch.methods.delayed import DelayedOptimizer
 from hvd_sketch.methods.exchanging import ExchangingOptimizer
 from hvd_sketch.methods.wiring import HorovodOptimizer, Wiring
+from hvd_sketch.settings import check_given
 from hvd_sketch.shards import Shards, check_shards, is_sharded, local_parts
 
 Uncompressed = type[NoCompression] | type[HalfPrecision]
@@ -138,7 +139,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     named_parameters: Iterable[tuple[str, Tensor]] | None = None,
     compression: Any = Compression.none,
     backward_passes_per_step: int = 1,
-    op: int = Average,
+    op: Any = Average,  # what is no operation is told which there are
     gradient_predivide_factor: float = 1.0,
     num_groups: int = 0,
     groups: int | list[list[Tensor]] | None = None,
@@ -202,6 +203,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     Raises:
         ConfigurationError: when a setting cannot work, before any communication.
     """
+    check_given(DistributedOptimizer, locals())
     check_arguments(optimizer, backward_passes_per_step, op, gradient_predivide_factor, process_set, comm)
     if resync_every < 0:
         raise ConfigurationError(f"resync_every must be at least 0, got {resync_every}")

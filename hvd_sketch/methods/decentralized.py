@@ -19,6 +19,7 @@ from hvd_sketch.exchange.log import MethodLog
 from hvd_sketch.methods.flat import HOST, FlatModel, LayoutRule, whole
 from hvd_sketch.methods.start import start_alike
 from hvd_sketch.methods.wrapper import Method
+from hvd_sketch.settings import given_numbers
 from hvd_sketch.stats import Stats
 
 
@@ -50,6 +51,7 @@ class Decentralized(Method):
     model: torch.nn.Module
     stats: Stats
 
+    @given_numbers
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,

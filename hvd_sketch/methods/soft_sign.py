@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.settings import given_numbers
 
 _STEPS = 9.0
 _SMOOTHING = 0.95
@@ -53,6 +54,7 @@ class SoftSign(torch.optim.Optimizer):
 
     optimizer: torch.optim.Optimizer
 
+    @given_numbers
     def __init__(self, optimizer: torch.optim.Optimizer, *, gain: float = 1.4, softness: float = 0.5) -> None:
         _check(optimizer)
         for name, value in (("gain", gain), ("softness", softness)):

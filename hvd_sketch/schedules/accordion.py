@@ -7,6 +7,7 @@ from typing import Any
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.layout import Layout
 from hvd_sketch.schedules.critical_regimes import CriticalRegimes
+from hvd_sketch.settings import given_numbers
 
 
 class Accordion(CriticalRegimes):
@@ -32,6 +33,7 @@ class Accordion(CriticalRegimes):
         ConfigurationError: for settings out of range.
     """
 
+    @given_numbers
     def __init__(self, low: float, high: float, epoch_steps: int, **detector: Any) -> None:
         super().__init__(epoch_steps, **detector)
         if not 1.0 <= low <= high:

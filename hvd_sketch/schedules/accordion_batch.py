@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.layout import Layout
 from hvd_sketch.schedules.critical_regimes import CriticalRegimes
+from hvd_sketch.settings import given_numbers
 
 
 class _Accumulates(Protocol):
@@ -36,6 +37,7 @@ class AccordionBatch(CriticalRegimes):
         ConfigurationError: for settings out of range.
     """
 
+    @given_numbers
     def __init__(self, small: int, large: int, ratio: float, epoch_passes: int, **detector: Any) -> None:
         super().__init__(epoch_passes, **detector)
         if not 1 <= small <= large:

@@ -10,6 +10,7 @@ from typing import Any
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.base import Exchange
 from hvd_sketch.saved import Form
+from hvd_sketch.settings import given_numbers
 
 Schedule = Callable[[int], float]
 """Maps the step (0, 1, …) to a ratio; 1 means dense. Must be the same function on every rank."""
@@ -25,6 +26,7 @@ def sampled(schedule: Schedule) -> str:
     return " ".join(ratios)
 
 
+@given_numbers
 def constant(ratio: float) -> Schedule:
     """The same ratio in every step.
 
@@ -35,6 +37,7 @@ def constant(ratio: float) -> Schedule:
     return lambda step: ratio
 
 
+@given_numbers
 def warmup(ratio: float, steps: int, stages: int = 4) -> Schedule:
     """Grow geometrically from dense to ``ratio`` over ``steps`` steps, in equal stages.
 
@@ -47,6 +50,7 @@ def warmup(ratio: float, steps: int, stages: int = 4) -> Schedule:
     return exponential(1.0, ratio, steps, stages)
 
 
+@given_numbers
 def linear(start: float, end: float, steps: int, stages: int = 4) -> Schedule:
     """From ``start`` to ``end`` over ``steps`` steps; stage s of n uses ``start + (end - start) s / n``.
 
@@ -56,6 +60,7 @@ def linear(start: float, end: float, steps: int, stages: int = 4) -> Schedule:
     return _staged("linear", start, end, steps, stages, lambda share: start + (end - start) * share)
 
 
+@given_numbers
 def exponential(start: float, end: float, steps: int, stages: int = 4) -> Schedule:
     """From ``start`` to ``end`` over ``steps`` steps; stage s of n uses ``start (end / start) ** (s / n)``.
 
@@ -65,6 +70,7 @@ def exponential(start: float, end: float, steps: int, stages: int = 4) -> Schedu
     return _staged("exponential", start, end, steps, stages, lambda share: start * (end / start) ** share)
 
 
+@given_numbers
 def per_epoch(ratios: Sequence[float], steps_per_epoch: int) -> Schedule:
     """Ratio e in every step of epoch e; the last one from then on.
 
@@ -149,6 +155,7 @@ def _staged(
     return ratio_at
 
 
+@given_numbers
 def _check_ratio(name: str, ratio: float) -> None:
     if not ratio >= 1.0:
         raise ConfigurationError(f"{name}: a ratio must be at least 1 (1 is dense), got {ratio}")

@@ -13,6 +13,7 @@ from hvd_sketch.exchange.base import Exchange
 from hvd_sketch.layout import Layout
 from hvd_sketch.saved import Form, Maybe
 from hvd_sketch.schedules.base import AdaptiveSchedule
+from hvd_sketch.settings import given_numbers
 
 
 class CriticalRegimes(AdaptiveSchedule):
@@ -45,6 +46,7 @@ class CriticalRegimes(AdaptiveSchedule):
         ConfigurationError: for settings out of range.
     """
 
+    @given_numbers
     def __init__(
         self,
         epoch_steps: int,

@@ -11,6 +11,7 @@ from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.base import Exchange
 from hvd_sketch.saved import Form
 from hvd_sketch.schedules.base import AdaptiveSchedule
+from hvd_sketch.settings import given_numbers
 
 
 class EnergyTarget(AdaptiveSchedule):
@@ -34,6 +35,7 @@ class EnergyTarget(AdaptiveSchedule):
             its captured energy.
     """
 
+    @given_numbers
     def __init__(
         self, target: float, *, low: float = 2.0, high: float = 200.0, every: int = 10, gain: float = 0.5
     ) -> None:

@@ -12,6 +12,7 @@ from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange.base import Exchange
 from hvd_sketch.saved import Form
 from hvd_sketch.schedules.base import AdaptiveSchedule
+from hvd_sketch.settings import given_numbers
 
 _SMOOTHING = 0.8
 _FORGETTING = 1.02
@@ -44,6 +45,7 @@ class Guard(AdaptiveSchedule):
         ConfigurationError: for settings out of range.
     """
 
+    @given_numbers
     def __init__(self, ratio: float, *, backlog: float = 100.0, growth: float = 3.0, every: int = 10) -> None:
         if not ratio > 1.0:
             raise ConfigurationError(f"Guard: ratio must be above 1, got {ratio}")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hvd_sketch import gpu
 from hvd_sketch.native import serves
+from hvd_sketch.settings import check_given
 from hvd_sketch.sketch import native, reference
 from hvd_sketch.sketch.geometry import Geometry
 from hvd_sketch.sparse.chosen import Chosen
@@ -54,6 +55,7 @@ class CountSketch:
         device: torch.device | str = "cpu",
         table: Tensor | None = None,
     ) -> None:
+        check_given(CountSketch.__init__, locals())
         self.geometry = Geometry(dim, rows, cols)
         self.seed = seed
         if rows % 2 == 0:

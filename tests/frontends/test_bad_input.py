@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import hvd_sketch as hvd
 from hvd_sketch import Compression, ConfigurationError, DistributedOptimizer, RankMismatchError, SingleProcess
 from hvd_sketch.memory import Momentum
+from tests.support.public import PUBLIC, arguments_for, numbers_of
 from tests.support.ranks import ranks
 from tests.support.training import COMPRESSED, flat, loss, net, train
 
@@ -61,22 +62,10 @@ def test_settings_that_cannot_work_are_refused_when_made(settings: dict[str, Any
     refused(expected, lambda: Compression.sketch(**settings))
 
 
-@pytest.mark.parametrize(
-    ("make", "name"),
-    [
-        (lambda given: hvd.StepAhead(given), "coefficient"),
-        (lambda given: hvd.Anticipate(given), "coefficient"),
-        (lambda given: hvd.FactoredMoments(given), "decay"),
-        (
-            lambda given: hvd.LocalSGD(
-                torch.optim.SGD(net().parameters(), 0.1), net(), comm=SingleProcess(), period=given
-            ),
-            "period",
-        ),
-    ],
-)
-def test_numbers_that_are_text_are_refused(make: Any, name: str) -> None:
-    refused(f"{name} must be a number, got '4'", lambda: make("4"))
+@pytest.mark.parametrize(("make", "name"), [(make, name) for make in PUBLIC for name in numbers_of(make)])
+def test_numbers_that_are_text_are_refused(make: Callable[..., Any], name: str) -> None:
+    needed = {**arguments_for(make), name: "4"}
+    refused(rf"{name}\b.* got '4'", lambda: make(**needed))
 
 
 def wrap(model: nn.Module, compression: Any = None, **keywords: Any) -> Any:

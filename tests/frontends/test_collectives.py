@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -83,6 +84,21 @@ CALLS: dict[str, Call] = {
 }
 
 
+def refused(call: Callable[[], Any]) -> str:
+    with pytest.raises(ValueError) as told:  # noqa: PT011 - its text is looked at
+        call()
+    return f"{type(told.value).__name__}: {told.value}"
+
+
+REFUSED: dict[str, Call] = {
+    "words": lambda hvd, rank: hvd.allreduce(sparse(rank), name="words"),
+    "words, in place": lambda hvd, rank: hvd.allreduce_(sparse(rank), name="words, in place"),
+    "words, in half": lambda hvd, rank: hvd.allreduce(
+        sparse(rank), name="words, in half", compression=hvd.Compression.fp16
+    ),
+}
+
+
 def polled(hvd: Any, handle: Any) -> Tensor:
     while not hvd.poll(handle):
         pass
@@ -98,6 +114,9 @@ def results(forbid: bool) -> dict[str, Any]:
     untyped: Any = hvd
     untyped.init()
     told = {name: call(untyped, untyped.rank()) for name, call in CALLS.items()}
+    if forbid:
+        told |= {name: refused(partial(call, untyped, untyped.rank())) for name, call in REFUSED.items()}
+        told["no name"] = refused(partial(untyped.allreduce, sparse(untyped.rank())))
     untyped.shutdown()
     return told
 
@@ -112,6 +131,16 @@ def test_the_result_is_horovods(both: tuple[list[dict[str, Any]], list[dict[str,
     for theirs, ours in zip(*both, strict=True):
         assert type(theirs[name]) is type(ours[name])
         assert_same(theirs[name], ours[name])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_sparse_tensor_is_refused_by_name(
+    both: tuple[list[dict[str, Any]], list[dict[str, Any]]], name: str
+) -> None:
+    for told in both[1]:
+        assert told[name].startswith("ConfigurationError")
+        assert f"the tensor {name!r} has the layout torch.sparse_coo; give its to_dense(), or call" in told[name]
+        assert "the tensor of shape (4, 1) has the layout torch.sparse_coo" in told["no name"]
 
 
 def assert_same(theirs: Any, ours: Any) -> None:

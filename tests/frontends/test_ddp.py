@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -176,6 +177,21 @@ def uneven(longest: int = 1, **settings: Any) -> Uneven:
         computed += local_gradient(inner, loss(inner, rank, number))
         step(model, optimizer, number)
     return Uneven(balance(inner, start, state, computed), steps, joined, flat(model))
+
+
+def uneven_in_turn() -> list[Tensor]:
+    """Two models inside one ``Join``, the backward pass of each before the forward pass of the next."""
+    models = [wrapped(net(seed)) for seed in range(2)]
+    optimizers, rank = [sgd(model, momentum=0.5) for model in models], dist.get_rank()
+    for model, optimizer in zip(models, optimizers, strict=True):
+        hvd.ddp.register(model, optimizer, COMPRESSORS["topk"]())
+    with Join([*models]):
+        for number in range(STEPS * (1 + rank) // 2):
+            for model, optimizer in zip(models, optimizers, strict=True):
+                step(model, optimizer, number)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        step(model, optimizer, STEPS)
+    return [flat(model) for model in models]
 
 
 def taken_over() -> tuple[bool, float]:
@@ -340,6 +356,19 @@ def mismatched() -> None:
     step(model, optimizer, 0)
 
 
+def scheduled_by_batch() -> None:
+    """Inside ``join()``, where rank 0 has half of the batches, and after it."""
+    model = wrapped(net())
+    optimizer = sgd(model)
+    hvd.ddp.register(model, optimizer, COMPRESSORS["topk"]())
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    with model.join():
+        for number in range(STEPS // (2 - dist.get_rank())):
+            step(model, optimizer, number)
+            scheduler.step()
+    step(model, optimizer, STEPS)
+
+
 def unknown() -> None:
     model = wrapped(net())
     optimizer = torch.optim.SGD(list(model.parameters())[:2], RATE)
@@ -423,6 +452,7 @@ def errors() -> dict[str, str]:
     insisting = Compression.topk(**{**PLAIN, "anticipate": True})
     return {
         "ranks differ": refused(mismatched),
+        "scheduled by batch": refused(scheduled_by_batch),
         "a parameter that State does not know": refused(unknown),
         "sparse": refused(sparse),
         "alone": alone(),
@@ -469,6 +499,7 @@ def on_a_rank(folder: str) -> dict[str, Any]:
         ],
         "cleared": cleared(),
         "uneven": [uneven(), uneven(0), uneven(momentum=0.5), uneven(0, momentum=0.5)],
+        "uneven in turn": uneven_in_turn(),
         "taken over": taken_over(),
         "void": [void(), void(closure=True)],
         "void, scaled": void(scales=True),
@@ -599,11 +630,13 @@ def test_cleared_gradients_leave_no_trace(seen: list[dict[str, Any]]) -> None:
 
 
 def test_uneven_data_end_in_one_model(seen: list[dict[str, Any]]) -> None:
-    """Also after what they go on with, in which momentum has its part."""
+    """Also after what they go on with, in which momentum has its part; and of two models, each in its own."""
     for one, other in zip(*(rank["uneven"] for rank in seen), strict=True):
         assert one.steps == other.steps == STEPS
         assert torch.equal(one.joined, other.joined)
         assert torch.equal(one.end, other.end)
+    for end, same in zip(*(rank["uneven in turn"] for rank in seen), strict=True):
+        assert torch.equal(end, same)
 
 
 def test_what_is_unsent_stays_when_what_is_common_comes_from_another_rank(seen: list[dict[str, Any]]) -> None:
@@ -685,6 +718,10 @@ def test_a_rank_that_is_killed_is_started_again_and_nothing_is_lost(tmp_path: Pa
     ("what", "told"),
     [
         ("ranks differ", "RankMismatchError: .*rank 0 has 'ratio=8.0,', rank 1 has 'ratio=9.0,'"),
+        (
+            "scheduled by batch",
+            "group0.lr=.*missed inside join\\(\\): rank 0 has '3', rank 1 has '0'.*step it by epoch",
+        ),
         ("a parameter that State does not know", "give State named_parameters=model.named_parameters()"),
         ("sparse", "rank 1: parameter 'weight' has a sparse gradient; make its embedding with sparse=False"),
         ("not wrapped", "needs a torch.nn.parallel.DistributedDataParallel model, got Sequential"),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hvd_sketch.bits import pack, packed_bytes, unpack
 from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.settings import check_numbers
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class InfNorm:
     block: int = 512
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.bits not in (2, 4, 8):
             raise ConfigurationError(f"InfNorm bits must be 2, 4 or 8, got {self.bits}")
         if self.block < 1:

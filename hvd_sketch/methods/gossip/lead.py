@@ -10,6 +10,7 @@ import torch
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.methods.gossip.base import Gossip, check_sgd, nonzero_rate
 from hvd_sketch.methods.gossip.infnorm import InfNorm, InfNormCode
+from hvd_sketch.settings import check_numbers
 
 
 class DifferenceOptions(TypedDict, total=False):
@@ -31,6 +32,7 @@ class Differences:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not 0.0 < self.alpha <= 1.0 or not 0.0 < self.gamma <= 2.0:
             raise ConfigurationError(
                 f"LEAD needs 0 < alpha <= 1 and 0 < gamma <= 2, got {self.alpha} and {self.gamma}"

@@ -16,6 +16,7 @@ from hvd_sketch.methods.displacement import displacement_exchange, layout_rule
 from hvd_sketch.methods.flat import Flat
 from hvd_sketch.methods.local.base import LocalSteps, Rhythm
 from hvd_sketch.saved import Form
+from hvd_sketch.settings import check_numbers
 
 MomentumSync = Literal["keep", "reset", "average"]
 
@@ -41,6 +42,7 @@ class Outer:
     anticipate: float = 0.0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.momentum_sync not in ("keep", "reset", "average"):
             raise ConfigurationError(f"momentum_sync must be keep, reset or average, got {self.momentum_sync!r}")
         if not self.outer_rate > 0.0 or not 0.0 <= self.outer_momentum < 1.0:

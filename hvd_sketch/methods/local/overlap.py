@@ -14,6 +14,7 @@ from hvd_sketch.errors import ConfigurationError, RankMismatchError
 from hvd_sketch.exchange.log import MethodLog
 from hvd_sketch.methods.local.base import LocalSteps, Rhythm
 from hvd_sketch.saved import Form
+from hvd_sketch.settings import check_numbers
 
 
 class AnchorOptions(TypedDict, total=False):
@@ -31,6 +32,7 @@ class Anchor:
     anchor_momentum: float = 0.7
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not 0.0 < self.pull <= 1.0 or not 0.0 <= self.anchor_momentum < 1.0:
             raise ConfigurationError(
                 f"pull must be in (0, 1] and anchor_momentum in [0, 1), got {self.pull} and {self.anchor_momentum}"

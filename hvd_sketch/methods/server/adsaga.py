@@ -19,6 +19,7 @@ from hvd_sketch.methods.server.member import Member
 from hvd_sketch.methods.server.message import Note
 from hvd_sketch.methods.server.rules.saga import OnLost, Saga
 from hvd_sketch.methods.server.settings import ServerOptions, Settings
+from hvd_sketch.settings import check_given
 
 _LARGE_TABLE = 2**30  # bytes
 
@@ -97,6 +98,7 @@ class ADSAGA(Member):
         on_lost: OnLost = "keep",
         **options: Unpack[ADSAGAOptions],
     ) -> None:
+        check_given(ADSAGA.__init__, locals())
         self._average_of = rule = Saga(_rate(smoothness, rate), on_lost)
         settings = Settings(method=self._name, samples=components, **options)
         self.model = model

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.methods.server.codes import Code
+from hvd_sketch.settings import check_numbers
 
 _BITS = 5  # of a group
 _MORE = 32  # added to every group of a number but the last
@@ -43,6 +44,7 @@ class Polyline:
     precision: int = 4
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not 0 <= self.precision <= 12:
             raise ConfigurationError(f"Polyline precision must be from 0 to 12 digits, got {self.precision}")
 

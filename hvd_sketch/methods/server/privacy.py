@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.settings import given_numbers
 
 
 class LocalNoise:
@@ -32,6 +33,7 @@ class LocalNoise:
         pushes: so far.
     """
 
+    @given_numbers
     def __init__(self, clip: float, sigma: float, seed: int | None = None) -> None:
         if not 0.0 < clip < math.inf:
             raise ConfigurationError(f"LocalNoise: clip must be above 0 and finite, got {clip}")

@@ -21,6 +21,7 @@ from hvd_sketch.methods.server.codes import Code, Whole
 from hvd_sketch.methods.server.polyline import Polyline, PolylineCode
 from hvd_sketch.methods.server.sparse_codes import sparse_code
 from hvd_sketch.methods.server.worker import MemoryUse, Transform
+from hvd_sketch.settings import check_numbers
 from hvd_sketch.sparse import codec
 
 
@@ -67,6 +68,7 @@ class Settings:
     on_change: Callable[[int], None] | None = None
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         demands = {
             "period": (self.period >= 1 and float(self.period).is_integer(), "at least 1 step, a whole number"),
             "samples": (float(self.samples).is_integer(), "a whole number"),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hvd_sketch.bits import pack, packed_bytes, unpack
 from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.settings import check_numbers
 
 _CHUNK = 1 << 16  # values worked on at a time: their temporaries stay in the cache
 
@@ -49,6 +50,7 @@ class Lattice:
     headroom: float = 3.0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.bits not in (4, 8, 16):
             raise ConfigurationError(f"Lattice bits must be 4, 8 or 16, got {self.bits}")
         if self.step is not None and not 2.0**-100 < self.step < 2.0**100:

@@ -26,6 +26,7 @@ from hvd_sketch.methods.swarm.message import HEADER, Damaged, Header, Kind
 from hvd_sketch.methods.swarm.node import Node
 from hvd_sketch.methods.swarm.peers import Peers
 from hvd_sketch.methods.swarm.settings import Settings, SwarmOptions
+from hvd_sketch.settings import given_numbers
 
 _LAST_WORDS = 2.0  # seconds for messages to leave when a node ends
 
@@ -90,6 +91,7 @@ class SwarmSGD(Decentralized):
 
     stats: SwarmStats
 
+    @given_numbers
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
@@ -105,10 +107,10 @@ class SwarmSGD(Decentralized):
 
         from hvd_sketch.comm.peer import LARGEST_MESSAGE, Courier
 
+        self.settings = settings = Settings(**options)
         comm = MPI.COMM_WORLD if comm is None else comm
         if not isinstance(comm, MPI.Intracomm):
             raise ConfigurationError(f"comm must be an mpi4py intracommunicator, got {comm!r}")
-        self.settings = settings = Settings(**options)
         self.graph = graph_of(graph, comm.size)
         agreed = {"graph": str(self.graph.neighbours), **self.settings.agreed()}
         super().__init__(optimizer, model, as_communicator(comm), agreed, same_start=same_start)

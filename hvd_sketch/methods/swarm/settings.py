@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
-from typing import TypedDict
+from numbers import Real
+from typing import Any, TypedDict
 
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.methods.swarm.lattice import Lattice
 from hvd_sketch.methods.swarm.peers import OnLost
+from hvd_sketch.settings import check_numbers
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Geometric:
     mean: float
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not 1.0 <= self.mean < math.inf:
             raise ConfigurationError(f"Geometric mean must be at least 1 step, got {self.mean}")
 
@@ -55,8 +58,10 @@ class Settings:
     on_lost: OnLost = "raise"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.local_steps, Geometric) and self.local_steps < 1:
-            raise ConfigurationError(f"local_steps must be at least 1 or a Geometric, got {self.local_steps}")
+        check_numbers(self)
+        steps: Any = self.local_steps
+        if not isinstance(steps, Geometric) and (not isinstance(steps, Real) or steps < 1):
+            raise ConfigurationError(f"local_steps must be at least 1 or a Geometric, got {steps!r}")
         if self.quantization is not None and not isinstance(self.quantization, Lattice):
             raise ConfigurationError(f"quantization must be a Lattice or None, got {self.quantization!r}")
         if not 0.0 < self.patience < math.inf:

@@ -131,4 +131,4 @@ def check(rule: str, **conditions: tuple[bool, str, object]) -> None:
     """
     for name, (holds, demand, value) in conditions.items():
         if not holds:
-            raise ConfigurationError(f"{rule}: {name} must be {demand}, got {value}")
+            raise ConfigurationError(f"{rule}: {name} must be {demand}, got {value!r}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hvd_sketch.methods.server.rules.base import Push, Rule, check
+from hvd_sketch.settings import check_numbers, given_numbers
 
 Staleness = Callable[[int], float]
 """Maps the staleness (0, 1, …) to a factor from 0 to 1."""
@@ -20,6 +21,7 @@ class Polynomial:
     exponent: float = 0.5
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check("Polynomial", exponent=(self.exponent >= 0.0, "at least 0", self.exponent))
 
     def __call__(self, staleness: int) -> float:
@@ -35,6 +37,7 @@ class Hinge:
     after: int = 4
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check(
             "Hinge",
             slope=(self.slope >= 0.0, "at least 0", self.slope),
@@ -60,6 +63,7 @@ class FedAsync(Rule):
 
     needs_base = True
 
+    @given_numbers
     def __init__(self, alpha: float = 0.6, staleness: Staleness | None = None) -> None:
         check("FedAsync", alpha=(0.0 < alpha <= 1.0, "above 0 and at most 1", alpha))
         self.alpha, self._staleness = alpha, staleness or Polynomial()

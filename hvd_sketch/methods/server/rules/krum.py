@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.methods.server.rules.base import Gathered, Push, check
+from hvd_sketch.settings import given_numbers
 
 
 class MultiKrum(Gathered):
@@ -25,6 +26,7 @@ class MultiKrum(Gathered):
         keep: k, at least 1.
     """
 
+    @given_numbers
     def __init__(self, hostile: int, keep: int) -> None:
         check(
             type(self).__name__,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from hvd_sketch.methods.server.rules.base import Push, Rule, check
+from hvd_sketch.settings import given_numbers
 
 
 class Plain(Rule):
@@ -16,6 +17,7 @@ class Plain(Rule):
     With one local step of SGD at learning rate r, u is r times a gradient: asynchronous SGD.
     """
 
+    @given_numbers
     def __init__(self, rate: float = 1.0) -> None:
         check("Plain", rate=(0.0 < rate < math.inf, "above 0 and finite", rate))
         self.rate = rate

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hvd_sketch.methods.server.rules.base import Gathered, Push, check
+from hvd_sketch.settings import given_numbers
 
 
 class _Combined(Gathered):
@@ -49,6 +50,7 @@ class TrimmedMean(_Combined):
     Bears ``trim`` hostile workers, fewer than half of all. Source: as for `Median`.
     """
 
+    @given_numbers
     def __init__(self, trim: int) -> None:
         check("TrimmedMean", trim=(trim >= 0, "at least 0", trim))
         self._trim, self.least = trim, 2 * trim + 1

@@ -11,6 +11,7 @@ from torch import Tensor
 from hvd_sketch.methods.server.rules.base import Push, Rule, check
 from hvd_sketch.methods.server.validation import Served
 from hvd_sketch.saved import Form
+from hvd_sketch.settings import given_numbers
 
 OnLost = Literal["keep", "remove"]
 
@@ -29,6 +30,7 @@ class Saga(Rule):
 
     tells = True
 
+    @given_numbers
     def __init__(self, rate: float, on_lost: OnLost) -> None:
         check("ADSAGA", on_lost=(on_lost in get_args(OnLost), f"one of {get_args(OnLost)}", on_lost))
         self._rate, self._on_lost = rate, on_lost

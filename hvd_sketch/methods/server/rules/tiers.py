@@ -13,6 +13,7 @@ from torch import Tensor
 from hvd_sketch.methods.server.rules.base import Push, Rule, check
 from hvd_sketch.methods.server.validation import Served
 from hvd_sketch.saved import Form
+from hvd_sketch.settings import given_numbers
 
 Weights = Literal["mirror", "uniform", "samples"]
 
@@ -41,6 +42,7 @@ class Tiers(Rule):
 
     needs_base = True
 
+    @given_numbers
     def __init__(
         self,
         tiers: int | Sequence[Sequence[int]],
@@ -53,9 +55,10 @@ class Tiers(Rule):
         seed: int = 0,
     ) -> None:
         count = tiers if isinstance(tiers, int) else len(tiers)
+        numbered = isinstance(tiers, int) or all(isinstance(rank, int) for tier in tiers for rank in tier)
         check(
             "FedAT",
-            tiers=(count >= 1, "at least 1", tiers),
+            tiers=(numbered and count >= 1, "at least 1, or the ranks of each tier", tiers),
             clients=(clients is None or clients >= 1, "at least 1 or None", clients),
             weights=(weights in ("mirror", "uniform", "samples"), "mirror, uniform or samples", weights),
             published=(not published or weights == "mirror", "False unless weights='mirror'", published),

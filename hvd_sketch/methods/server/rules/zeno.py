@@ -11,6 +11,7 @@ from torch import Tensor
 from hvd_sketch.methods.server.rules.base import Gathered, Push, check
 from hvd_sketch.methods.server.validation import Served, Validate, Validation
 from hvd_sketch.saved import Form
+from hvd_sketch.settings import given_numbers
 
 
 class Zeno(Gathered):
@@ -31,6 +32,7 @@ class Zeno(Gathered):
             of their sum.
     """
 
+    @given_numbers
     def __init__(self, validate: Validate, drop: int, *, rate: float = 1.0, rho: float = 0.0005) -> None:
         check(
             "Zeno",

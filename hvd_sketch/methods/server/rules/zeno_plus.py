@@ -12,6 +12,7 @@ from torch import Tensor
 from hvd_sketch.methods.server.rules.base import Push, Rule, check
 from hvd_sketch.methods.server.validation import Served, Validate, Validation
 from hvd_sketch.saved import Form
+from hvd_sketch.settings import check_numbers
 
 
 @dataclass(eq=False)
@@ -60,6 +61,7 @@ class ZenoPlus(Rule):
     tell: bool = False
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         oldest = self.max_staleness
         check(
             "ZenoPlus",

@@ -14,6 +14,7 @@ from torch import Tensor
 from hvd_sketch.methods.server.rules.base import Gathered, Push, Rule, check
 from hvd_sketch.methods.server.validation import Served, Validate, Validation
 from hvd_sketch.saved import Form
+from hvd_sketch.settings import check_numbers
 
 
 @dataclass(eq=False)
@@ -29,6 +30,7 @@ class _Validated(Rule):
     refresh = 1
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         self._given = [self.validators] if callable(self.validators) else list(self.validators)
         check(
             type(self).__name__,
