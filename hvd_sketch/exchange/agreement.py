@@ -46,7 +46,7 @@ def agree(
         gathered = comm.allgather_object(dict(answers), f"hvd_sketch.{comm.group}.differences")
         told = [told or next(filter(None, gathered)) for told in gathered]  # a rank that has joined differs from none
         if not settle(told):
-            raise RankMismatchError(differences(told, "the ranks disagree, and nothing was exchanged", _START))
+            raise RankMismatchError(differences(gathered, "the ranks disagree, and nothing was exchanged", _START))
     return round(header.present)
 
 
@@ -58,13 +58,18 @@ def newcomers(told: Sequence[Answers], question: str, new: str) -> list[int]:
     return ranks if len(known) == len(rest) == 1 else []
 
 
-def differences(answers: Sequence[Answers], what: str, remedy: str) -> str:
-    """Where the ranks' answers differ from rank 0's: an error's text."""
+def differences(answers: Sequence[Answers | None], what: str, remedy: str) -> str:
+    """Where answers differ from those of the first rank that gave any; who has joined gives none. An error's text."""
+    told = {rank: each for rank, each in enumerate(answers) if each}
+    first = min(told)
     lines = [f"hvd_sketch: {what}:"]
-    for key in answers[0]:
-        for rank, answer in enumerate(answers):
-            if answer.get(key) != answers[0][key]:
-                ours = sorted(set(answers[0][key].split()) - set(answer.get(key, "").split()))
-                theirs = sorted(set(answer.get(key, "").split()) - set(answers[0][key].split()))
-                lines.append(f"  {key}: rank 0 has {' '.join(ours[:5])!r}, rank {rank} has {' '.join(theirs[:5])!r}")
+    for key, expected in told[first].items():
+        for rank, each in told.items():
+            answer = each.get(key, "")
+            if answer != expected:
+                ours = sorted(set(expected.split()) - set(answer.split()))
+                theirs = sorted(set(answer.split()) - set(expected.split()))
+                lines.append(
+                    f"  {key}: rank {first} has {' '.join(ours[:5])!r}, rank {rank} has {' '.join(theirs[:5])!r}"
+                )
     return "\n".join([*lines, remedy])

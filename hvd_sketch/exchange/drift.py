@@ -92,9 +92,9 @@ class Drift:
 
     def tell(self, comm: Communicator, name: Callable[[str], str]) -> RankMismatchError:
         """Collective, when the digests differ: the error to raise on all ranks."""
-        told = list(filter(None, comm.allgather_object(dict(self._answers()), name("drift"))))  # none of joined ranks
+        told = comm.allgather_object(dict(self._answers()), name("drift"))
         what = f"before step {self.step} the ranks have drifted apart, and the step was not taken"
-        uneven = len({answers[_MISSED] for answers in told}) > 1
+        uneven = len({answers[_MISSED] for answers in told if answers}) > 1
         return RankMismatchError(differences(told, what, _STEP_ALIKE + _REMEDY if uneven else _REMEDY))
 
     def _answers(self) -> Answers:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hvd_sketch import Compression
+from hvd_sketch import Compression, RankMismatchError
 from hvd_sketch.comm import Communicator, SingleProcess
 from hvd_sketch.comm.in_process import run_in_process
 from hvd_sketch.compressors import Compressor
@@ -79,3 +79,22 @@ def test_ranks_that_go_on_still_hear_of_each_others_problems() -> None:
         return str(told.value)
 
     assert len(set(run_in_process(3, body))) == 1
+
+
+def test_ranks_that_drift_while_one_has_joined_are_told_by_their_own_numbers() -> None:
+    gradients = heavy_tailed(3, 2, TOTAL)
+
+    def body(comm: Communicator) -> str:
+        exchange = make(Compression.sharded(ratio=10.0, **PLAIN), comm)
+        contents = exchange._update.contents
+        if comm.rank == 2:
+            exchange._update.contents = lambda: [content + 1 for content in contents()]  # type: ignore[method-assign]
+        step(exchange, gradients[comm.rank, 0])
+        with pytest.raises(RankMismatchError) as told:
+            stand_in([exchange], comm) if comm.rank == 0 else step(exchange, gradients[comm.rank, 1])
+        return str(told.value)
+
+    (text,) = set(run_in_process(3, body))
+    assert "update of step 0: rank 1 has" in text
+    assert ", rank 2 has" in text
+    assert "rank 0 has" not in text
