@@ -47,7 +47,7 @@ def run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProc
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=200,
+        timeout=280,
         check=False,
     )
 
