@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.support import ranks
+from tests.support import nursery, ranks
 
 # Tests run side by side, and threads that wait for each other spin: one thread, here and in what tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -31,6 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure() -> None:
     """Exchanges that last until the process ends tell of it to nobody."""
+    nursery.close()
     logging.getLogger("hvd_sketch").setLevel(logging.WARNING)
 
 

@@ -20,14 +20,14 @@ MODULES = (
     "tests.test_mixing",
 )
 
+pytestmark = [pytest.mark.slow, pytest.mark.early]
 
-@pytest.mark.slow
+
 @starts_interpreter
 def test_on_the_interpreter_they_do_as_the_reference(tmp_path: Path) -> None:
     interpret(tmp_path, MODULES)
 
 
-@pytest.mark.slow
 @compiles
 def test_they_compile_and_nothing_is_fused_or_flushed(tmp_path: Path) -> None:
     """For one kind of GPU; for another, ``python -m tests.support.triton 80 MODULE …``."""

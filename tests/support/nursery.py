@@ -46,6 +46,14 @@ def folder() -> str:
     return place
 
 
+def close() -> None:
+    """End them."""
+    for nursery in _started:
+        if nursery.stdin is not None:
+            nursery.stdin.close()
+        nursery.wait()
+
+
 def alive() -> list[int]:
     """The processes that were born here and have not ended."""
     return [child.pid for nursery in _started for child in psutil.Process(nursery.pid).children()]
