@@ -1,5 +1,6 @@
 """Settings of all tests."""
 
+import gc
 import logging
 import os
 
@@ -33,6 +34,12 @@ def pytest_unconfigure() -> None:
     """Exchanges that last until the process ends tell of it to nobody."""
     nursery.close()
     logging.getLogger("hvd_sketch").setLevel(logging.WARNING)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: to look for garbage, or for an optimizer's wrapper, need not go through it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -8,6 +8,7 @@ have in programs that are started apart.
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import selectors
@@ -65,6 +66,7 @@ def serve(place: str, number: int) -> None:
         import pytest  # noqa: F401
         import torch  # noqa: F401
 
+        gc.freeze()
         events.register(door, selectors.EVENT_READ)
         events.register(sys.stdin, selectors.EVENT_READ)
         while True:
