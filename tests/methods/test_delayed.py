@@ -22,6 +22,8 @@ from hvd_sketch import Anticipate, Compression, ConfigurationError, DistributedO
 from hvd_sketch.comm import Communicator
 from hvd_sketch.comm.in_process import InProcessGroup, run_in_process
 from hvd_sketch.errors import RankLostError
+from hvd_sketch.exchange import scaling
+from hvd_sketch.instances import instances_of
 from tests.support.compressors import SHARDED, TOPK, WHOLE, at_ratio_one
 from tests.support.simulation import lost, rounding
 from tests.support.training import flat, loss, net
@@ -301,6 +303,33 @@ def test_loss_scales_change_nothing_and_fall_on_all_ranks_a_step_late(by_hand: b
         warnings.filterwarnings("ignore", "hvd_sketch: step")
         ends_alike(body)
     assert scales[0] == scales[1] == [11.0, 12.0, 13.0, 14.0, 13.0, 14.0]
+
+
+def test_a_scaler_is_searched_for_in_the_first_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look through all objects takes some tens of milliseconds."""
+    searched: list[type] = []
+
+    def counted(kind: type) -> list[Any]:
+        searched.append(kind)
+        return instances_of(kind)
+
+    monkeypatch.setattr(scaling, "instances_of", counted)
+
+    def body(comm: Communicator) -> list[int]:
+        model, scaler, counts = net(), torch.amp.GradScaler("cpu"), list[int]()
+        optimizer = wrap(model, comm, TOPK)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            scaler.scale(loss(model, comm.rank, step)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            counts.append(len(searched))
+        optimizer.finish()
+        return counts
+
+    first, *others = run_in_process(1, body)[0]
+    assert first > 0
+    assert others == [first] * (STEPS - 1)
 
 
 @pytest.mark.parametrize("groups", [False, 2])
