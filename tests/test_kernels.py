@@ -20,7 +20,7 @@ MODULES = (
     "tests.test_mixing",
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.early]
+pytestmark = [pytest.mark.slow, pytest.mark.early, pytest.mark.timeout(600)]
 
 
 @starts_interpreter

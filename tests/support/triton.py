@@ -40,7 +40,7 @@ def in_another_process(tmp_path: Path, *arguments: str, **environment: str) -> N
         env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), **environment},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=560,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
