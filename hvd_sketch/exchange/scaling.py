@@ -117,22 +117,23 @@ def _scale_of(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> fl
 
 def tell_scalers(optimizer: torch.optim.Optimizer, *, void: bool = True) -> None:
     """Make the scaler that steps this optimizer, if one does, lower its scale or not, whatever gradients here are."""
-    for scaler in _scalers_of(optimizer) if "found_inf" in vars(optimizer) else ():
-        state = _state_of(scaler, optimizer)
-        for found in () if state is None else state["found_inf_per_device"].values():
+    for state in _states_of(optimizer) if "found_inf" in vars(optimizer) else ():
+        for found in state["found_inf_per_device"].values():
             found.fill_(float(void))
 
 
-def _scalers_of(optimizer: torch.optim.Optimizer) -> list[GradScaler]:
-    """Those that know it in this step; the one of the step before is looked at first, for to search takes long."""
+def _states_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What scalers know of it in this step; that of the step before is asked first, for to search takes long."""
     before = _before.get(optimizer)
     scaler = None if before is None else before()
-    if scaler is not None and _state_of(scaler, optimizer) is not None:
-        return [scaler]
-    found = [scaler for scaler in instances_of(GradScaler) if _state_of(scaler, optimizer) is not None]
-    if len(found) == 1:
-        _before[optimizer] = weakref.ref(found[0])
-    return found
+    state = None if scaler is None else _state_of(scaler, optimizer)
+    if state is not None:
+        return [state]
+    asked = [(scaler, _state_of(scaler, optimizer)) for scaler in instances_of(GradScaler)]
+    known = [(scaler, state) for scaler, state in asked if state is not None]
+    if len(known) == 1:
+        _before[optimizer] = weakref.ref(known[0][0])
+    return [state for _, state in known]
 
 
 def _scalers_in_use() -> list[GradScaler]:
