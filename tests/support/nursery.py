@@ -8,6 +8,7 @@ have in programs that are started apart.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import pickle
@@ -24,8 +25,8 @@ from pathlib import Path
 
 import psutil
 
-SEVERAL = 2
-_LENGTH = 8  # bytes that say how long a request is
+from tests.support.rank import LENGTH, NURSERIES, STATUS
+
 _started: list[subprocess.Popen[bytes]] = []
 
 
@@ -33,7 +34,7 @@ _started: list[subprocess.Popen[bytes]] = []
 def folder() -> str:
     """Where they are asked; they are started, where they have not been, and end with this process."""
     place = tempfile.mkdtemp(prefix="nursery-")
-    for number in range(SEVERAL):
+    for number in range(NURSERIES):
         with socket.socket(socket.AF_UNIX) as door:
             door.bind(f"{place}/{number}")
             door.listen(64)
@@ -82,7 +83,7 @@ def serve(place: str, number: int) -> None:
 
 def _bear(door: socket.socket, events: selectors.BaseSelector) -> None:
     asking, _ = door.accept()
-    length, streams, _, _ = socket.recv_fds(asking, _LENGTH, 3)
+    length, streams, _, _ = socket.recv_fds(asking, LENGTH, 3)
     request = asking.recv(int.from_bytes(length), socket.MSG_WAITALL)
     pid = os.fork()
     if pid == 0:
@@ -92,6 +93,8 @@ def _bear(door: socket.socket, events: selectors.BaseSelector) -> None:
     ended = os.pidfd_open(pid)
 
     def forward() -> None:
+        if asking.fileno() < 0:  # the process has ended in the same moment
+            return
         number = asking.recv(1)
         os.kill(pid, number[0] if number else signal.SIGKILL)  # who asked for it was killed
         if not number:
@@ -101,9 +104,10 @@ def _bear(door: socket.socket, events: selectors.BaseSelector) -> None:
         _, status = os.waitpid(pid, 0)
         events.unregister(ended)
         os.close(ended)
-        if asking in {key.fileobj for key in events.get_map().values()}:
+        if asking in events.get_map():
             events.unregister(asking)
-            asking.sendall(status.to_bytes(4))
+            with contextlib.suppress(OSError):  # who asked for it was killed in the same moment
+                asking.sendall(status.to_bytes(STATUS))
         asking.close()
 
     events.register(asking, selectors.EVENT_READ, forward)
