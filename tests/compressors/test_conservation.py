@@ -55,5 +55,5 @@ def test_on_eight_ranks_with_and_without_halves(compressor: Any) -> None:
 
 @pytest.mark.parametrize("compressor", HALVES.values(), ids=HALVES)
 def test_on_64_ranks(compressor: Compressor) -> None:
-    steps = 60 if compressor is HALVES["sketch, in turn"] else 30
+    steps = STEPS if compressor is HALVES["sketch, in turn"] else 30
     assert share_lost(compressor, heavy_tailed(64, steps, FEW), SMALL) <= 1e-6
