@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Required, Unpack
+from typing import Any, Unpack
 
 import torch
 
@@ -16,7 +16,6 @@ from hvd_sketch.methods.server.settings import ServerOptions
 class FedATOptions(ServerOptions, TierOptions, total=False):
     """Keywords of `FedAT`."""
 
-    period: Required[int]
     samples: int
     proximal: float
 
@@ -81,10 +80,11 @@ class FedAT(AsyncSGD):
         model: torch.nn.Module,
         comm: Any = None,
         *,
+        period: int,
         tiers: int | Sequence[Sequence[int]] = 5,
         code: Any = Polyline(4),  # noqa: B008 - frozen
         **options: Unpack[FedATOptions],
     ) -> None:
-        others: dict[str, Any] = {"proximal": 0.4, **options}
+        others: dict[str, Any] = {"period": period, "proximal": 0.4, **options}
         self.tiers = Tiers(tiers, **{name: others.pop(name) for name in TierOptions.__annotations__ if name in others})
         super().__init__(optimizer, model, comm, rule=self.tiers, up=code, down=code, memory="none", **others)
