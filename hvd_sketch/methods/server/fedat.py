@@ -7,6 +7,8 @@ from typing import Any, Unpack
 
 import torch
 
+from hvd_sketch.compressors import Compression, Sparsifier
+from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.methods.server.optimizer import AsyncSGD
 from hvd_sketch.methods.server.polyline import Polyline
 from hvd_sketch.methods.server.rules.tiers import TierOptions, Tiers
@@ -85,6 +87,10 @@ class FedAT(AsyncSGD):
         code: Any = Polyline(4),  # noqa: B008 - frozen
         **options: Unpack[FedATOptions],
     ) -> None:
+        if not (code is Compression.none or isinstance(code, (Polyline, Sparsifier))):
+            raise ConfigurationError(
+                f"FedAT: code must be a Polyline, or Compression.none, topk(), sharded() or stride(), got {code!r}"
+            )
         others: dict[str, Any] = {"period": period, "proximal": 0.4, **options}
         self.tiers = Tiers(tiers, **{name: others.pop(name) for name in TierOptions.__annotations__ if name in others})
         super().__init__(optimizer, model, comm, rule=self.tiers, up=code, down=code, memory="none", **others)
