@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import wraps
 from inspect import get_annotations, signature
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar
 
 from hvd_sketch.errors import ConfigurationError
@@ -17,7 +17,7 @@ _Result = TypeVar("_Result")
 
 
 def check_numbers(settings: Any) -> None:
-    """Refuse a field of a dataclass that is declared a number, or True or False, and is none.
+    """Refuse a field of a dataclass that is declared a number, a whole one, or True or False, and is none.
 
     Raises:
         ConfigurationError: names the field and what it was given.
@@ -47,7 +47,15 @@ def given_numbers(function: Callable[_Arguments, _Result]) -> Callable[_Argument
 
 def _check(name: str, annotation: Any, value: Any) -> None:
     declared = {kind.strip() for kind in str(annotation).split("|")}
-    if not declared <= _NUMBERS | {"None"} or isinstance(value, Real) or (value is None and "None" in declared):
+    if not declared <= _NUMBERS | {"None"} or (value is None and "None" in declared):
         return
     kind = "True or False" if "bool" in declared else "a number"
+    if isinstance(value, Real):
+        if "float" in declared or ("int" in declared and _is_whole(value)) or ("bool" in declared and value in (0, 1)):
+            return
+        kind = "a whole number" if "int" in declared else kind
     raise ConfigurationError(f"{name} must be {kind}, got {value!r}")
+
+
+def _is_whole(value: Real) -> bool:
+    return isinstance(value, Integral) or float(value).is_integer()

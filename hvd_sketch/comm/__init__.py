@@ -108,13 +108,18 @@ def as_communicator(comm: Any) -> Communicator:
     """Accept one of our communicators, an mpi4py intracommunicator, or a group of torch.distributed.
 
     Raises:
-        ConfigurationError: for anything else.
+        ConfigurationError: for anything else; and for MPI's world when a launcher started several processes that it
+            does not connect, as torchrun does: each would train alone, silently.
     """
     if isinstance(comm, Communicator):
         return comm
     if type(comm).__module__.startswith("mpi4py"):
+        from mpi4py import MPI
+
         from hvd_sketch.comm.mpi import MpiCommunicator
 
+        if comm == MPI.COMM_WORLD:
+            check_not_alone(MPI.COMM_WORLD.size)
         return MpiCommunicator(comm)
     group = of_torch.group_of(comm)
     if group is not None:

@@ -61,8 +61,9 @@ def check_not_alone(size: int) -> None:
     raise ConfigurationError(
         f"at least {count} processes were started together ({says}={os.environ[says.split()[0]]}), and this one is "
         "connected to no other: it would train alone. Under srun, give --mpi=pmix with an MPI that has PMIx, or start "
-        "with mpirun; Horovod needs its MPI or horovodrun; torchrun needs no more. To train alone on purpose, give "
-        f"comm=hvd_sketch.SingleProcess(), or unset {says.split()[0]}"
+        "with mpirun; Horovod needs its MPI or horovodrun; torchrun connects groups of torch.distributed and not MPI, "
+        "so start what needs MPI with mpirun. To train alone on purpose, give comm=hvd_sketch.SingleProcess() or "
+        f"MPI.COMM_SELF, or unset {says.split()[0]}"
     )
 
 

@@ -15,8 +15,8 @@ from hvd_sketch import gpu, wire
 from hvd_sketch.compressors.base import Compressor
 from hvd_sketch.errors import ConfigurationError, RankMismatchError
 from hvd_sketch.exchange import Exchange, Part, Setting
-from hvd_sketch.exchange.base import Factor, Finite
 from hvd_sketch.exchange.coarse import Coarse, sum_coarsely
+from hvd_sketch.exchange.intake import Factor, Finite
 from hvd_sketch.gpu import Recorded
 from hvd_sketch.layout import Layout
 from hvd_sketch.precision import full_precision

@@ -13,8 +13,8 @@ from hvd_sketch import wire
 from hvd_sketch.comm.base import Communicator, Pending
 from hvd_sketch.compressors.base import Bucketed
 from hvd_sketch.exchange import Exchange, Part, Setting
-from hvd_sketch.exchange.base import Factor, Finite
 from hvd_sketch.exchange.budget import unreachable
+from hvd_sketch.exchange.intake import Factor, Finite
 from hvd_sketch.exchange.sparse import SparseExchange, dense_nbytes
 from hvd_sketch.gpu import Recorded
 from hvd_sketch.layout import Layout

@@ -9,8 +9,8 @@ import torch
 from hvd_sketch import wire
 from hvd_sketch.compressors.base import Sparsifier
 from hvd_sketch.exchange import Exchange, Part, Setting
-from hvd_sketch.exchange.base import Factor, Finite
 from hvd_sketch.exchange.budget import unreachable
+from hvd_sketch.exchange.intake import Factor, Finite
 from hvd_sketch.layout import Layout
 from hvd_sketch.sparse.chosen import Chosen
 from hvd_sketch.sparse.comb import comb

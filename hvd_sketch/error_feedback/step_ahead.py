@@ -18,7 +18,7 @@ from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.exchange.common_share import read_errors
 from hvd_sketch.exchange.gradients import watch
-from hvd_sketch.exchange.scaling import tell_scalers
+from hvd_sketch.exchange.scaling import LossScale
 from hvd_sketch.methods.displacement import displacement_exchange
 from hvd_sketch.methods.flat import Flat, FlatParameters
 from hvd_sketch.methods.wrapper import Method
@@ -83,6 +83,7 @@ class StepAheadOptimizer(AheadOptimizer, Method):
     _settings: StepAhead
     _stepped: Flat
     _undo: Undo
+    _scale: LossScale
 
     def __init__(self, wrapping: Wrapping, settings: StepAhead) -> None:
         super().__init__(wrapping.optimizer)
@@ -90,6 +91,7 @@ class StepAheadOptimizer(AheadOptimizer, Method):
         ahead = _ByTheErrors(self, wrapping, settings.coefficient)
         self._look_ahead(ahead, trained)
         self._own(_wrapping=wrapping, _settings=settings, _stepped=ahead.flat.new(), _undo=Undo(wrapping.optimizer))
+        self._own(_scale=LossScale(wrapping.wiring.grad_scaler))
         self._begin(None)
 
     def __new__(cls, wrapping: Any = None, *arguments: Any) -> StepAheadOptimizer:
@@ -187,7 +189,7 @@ class StepAheadOptimizer(AheadOptimizer, Method):
                 self._undo.restore()
             self._ahead.back()
         if not taken:
-            tell_scalers(self)
+            self._scale.tell(self)
         elif exchange.rounds.all_present and period and exchange.step % period == 0:
             exchange.average_memory()
 

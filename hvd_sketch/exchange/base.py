@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -12,18 +12,14 @@ from torch import Tensor
 
 from hvd_sketch import wire
 from hvd_sketch.exchange.absent import Absent, gather_absent
-from hvd_sketch.exchange.domain import Domain
+from hvd_sketch.exchange.intake import Factor, Finite, Intake
 from hvd_sketch.exchange.log import Log
-from hvd_sketch.exchange.progress import Progress, Saved
+from hvd_sketch.exchange.progress import Saved
 from hvd_sketch.exchange.resync import take_over_parameters
 from hvd_sketch.exchange.setting import Setting
-from hvd_sketch.exchange.staging import Staging
 from hvd_sketch.exchange.update import Part, Update
 from hvd_sketch.exchange.void import tell_void
 from hvd_sketch.gpu import refuse_capture
-
-Factor = float | Tensor
-Finite = bool | Tensor
 
 
 class Observer(Saved, Protocol):
@@ -32,8 +28,8 @@ class Observer(Saved, Protocol):
     def observe(self, exchange: Exchange) -> None: ...
 
 
-class Exchange(Progress):
-    """Collects a step's gradients, runs the collectives, and holds the resulting update.
+class Exchange(Intake):
+    """Collects a step's gradients, see `Intake`, runs the collectives, and holds the resulting update.
 
     `submit` each gradient as it becomes ready, in any order; then `run` once, on all ranks;
     then read `update_of`. A parameter that was not submitted counts as gradient zero. The
@@ -51,12 +47,8 @@ class Exchange(Progress):
         observers: who learns from every step that counts.
         log: what rank 0 tells of it.
         shares_memory: whether what other ranks have not sent is in this rank's memory as well.
-        domain: the coordinates of gradient, memory and messages.
-        gradient: the step's gradients, float32, of the layout's size.
         frozen: positions of the parameters that do not require a gradient for now.
         only_decay: positions of those that were handed in for their weight decay, and have no gradient.
-        staging: which gradients have arrived, and their norms.
-        whole_norm: the norm of a gradient from that of this rank's shards of it; None where a rank has all of it.
     """
 
     shares_memory = False
@@ -67,46 +59,14 @@ class Exchange(Progress):
         self.void = False
         self.log = Log(setting.label)
         self.observers: list[Observer] = []
-        self.domain = Domain(setting.layout, setting.mixing)
-        self.staging = Staging(setting.layout, setting.device, self.domain)
-        self.gradient = self.staging.vector
         self.frozen: Collection[int] = ()
         self.only_decay: Collection[int] = ()
-        self.whole_norm: Callable[[float], float] | None = None
         self._update = Update(setting.layout, setting.device, self.domain)
         self._everything: Tensor | None = None
         self._absent, self._missing = Absent(setting.layout), set[int]()
         self.rounds.on_incomplete = self._leave_alone
         self._told_void = False
         self._measured: tuple[Factor, Finite] | None = None
-
-    def submit(
-        self,
-        position: int,
-        gradient: Tensor,
-        factor: float = 1.0,
-        parameter: Tensor | None = None,
-        weight_decay: float = 0.0,
-    ) -> None:
-        """Hand in ``factor * gradient + weight_decay * parameter`` (dense) of slot ``position``."""
-        self.staging.put(position, gradient, factor, parameter, weight_decay)
-
-    def submit_many(self, gradients: Mapping[int, Tensor], factor: float = 1.0) -> None:
-        """Hand in ``factor`` times the gradients of some slots, by their positions, at the cost of one on a GPU."""
-        self.staging.put_many(gradients, factor)
-
-    @property
-    def streams(self) -> bool:
-        """Whether gradients are better handed in as they become ready, because messages begin before `run`."""
-        return False
-
-    def has_begun(self, position: int) -> bool:
-        """Whether some of a slot's gradient is under way."""
-        return False
-
-    def take_back(self, position: int) -> None:
-        """Undo a `submit` of this step, of a slot that has not begun."""
-        self.staging.take_back(position)
 
     def run_void(self) -> None:
         """Go through the step as if this rank's gradient were not finite: it is void on all ranks."""
@@ -119,10 +79,6 @@ class Exchange(Progress):
             self.run()
         finally:
             self._measured = None
-
-    def submit_all(self, vector: Tensor) -> None:
-        """Hand in the whole vector, in the layout's order, in place of one `submit` a slot."""
-        self.staging.put_all(vector)
 
     def run(self) -> None:
         """Exchange the step's gradients, `begin` and `complete` in one; afterwards `update` is the same on all ranks.
@@ -211,32 +167,6 @@ class Exchange(Progress):
     def divisor(self) -> float:
         """What a sum over the ranks is divided by to be the update."""
         return float(self.comm.size) if self.average else 1.0
-
-    def measure(self) -> tuple[Factor, Finite]:
-        """The factor of this rank's gradient, and whether it is finite; what a GPU knows stays there."""
-        if self.staging.gathered and self.whole_norm is None:
-            return self.staging.measure(self._setting.clip_norm)
-        return self.judge(self.gradient_norm())
-
-    def judge(self, norm: float) -> tuple[float, bool]:
-        """The factor of a gradient, and whether it is finite, by the norm of what this rank has of it."""
-        whole = norm if self.whole_norm is None else self.whole_norm(norm)
-        return self.clip_factor(whole), math.isfinite(whole)
-
-    def gradient_norm(self) -> float:
-        """The norm of this rank's gradient; not finite if the gradient is not."""
-        return self.staging.norm()
-
-    def clip_factor(self, norm: float) -> float:
-        """The factor that brings a gradient of this norm down to ``clip_norm``."""
-        limit = self._setting.clip_norm
-        if limit is None or not math.isfinite(norm) or norm == 0.0:
-            return 1.0
-        return min(1.0, limit / norm)
-
-    def in_model(self, vector: Tensor) -> Tensor:
-        """Gradient or memory in the coordinates of the model: the vector itself, where those are the exchange's."""
-        return vector if self.domain.is_models else self.domain.leave(vector.clone())
 
     def average_memory(self) -> None:
         """Replace every rank's residual by the mean over the ranks: what is kept in total stays the same."""

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from hvd_sketch.comm.base import Communicator
-from hvd_sketch.exchange.base import Exchange, Factor, Finite
+from hvd_sketch.exchange.base import Exchange
+from hvd_sketch.exchange.intake import Factor, Finite
 from hvd_sketch.exchange.setting import Setting
 from hvd_sketch.layout import Layout
 

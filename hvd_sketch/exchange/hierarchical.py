@@ -15,8 +15,9 @@ from hvd_sketch import wire
 from hvd_sketch.comm.copies import COPIES, majority, thrice
 from hvd_sketch.comm.hosts import Hosts
 from hvd_sketch.errors import ConfigurationError, RankMismatchError
-from hvd_sketch.exchange.base import Exchange, Factor, Finite
+from hvd_sketch.exchange.base import Exchange
 from hvd_sketch.exchange.division import Division, LaysOut
+from hvd_sketch.exchange.intake import Factor, Finite
 from hvd_sketch.exchange.progress import Undo
 from hvd_sketch.exchange.rounds import Rounds
 from hvd_sketch.exchange.setting import Setting

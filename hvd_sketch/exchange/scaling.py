@@ -26,23 +26,23 @@ _NOT_THEIRS = (
     "torch.amp.GradScaler(enabled=False) for an optimizer without one"
 )
 
-_before: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[GradScaler]] = weakref.WeakKeyDictionary()
-
 
 class LossScale:
-    """The scale that an optimizer's gradients carry when they are exchanged.
+    """The scale that an optimizer's gradients carry when they are exchanged, and whom to tell of void steps.
 
     Inside ``scaler.step(optimizer)`` the scaler tells it. Before that, when gradients are synchronized by
     hand, it is that of the scaler that was given, or else of the only one in use, unless
     ``scaler.unscale_(optimizer)`` has been called. That one is looked for once, at the first time; of several, none
     is taken, with a warning.
 
-    A scaler that is not for these gradients is told from one that is by the first step, see `settle`.
+    A scaler that is not for these gradients is told from one that is by the first step, see `settle`. Inside
+    ``scaler.step(optimizer)`` the scaler has a state of that optimizer, by which `tell` knows it.
     """
 
     def __init__(self, scaler: GradScaler | None) -> None:
         self._told = None if scaler is None else weakref.ref(scaler)
         self._found: weakref.ref[GradScaler] | None = None
+        self._stepping: weakref.ref[GradScaler] | None = None
         self._looked = False
         self._scaler_steps: bool | None = None
         """Whether a scaler called the last step; None before the first."""
@@ -106,6 +106,30 @@ class LossScale:
         known = self._told or self._found
         return _scale_of(None if known is None else known(), optimizer)
 
+    def tell(self, optimizer: torch.optim.Optimizer, *, void: bool = True) -> None:
+        """Make the scaler that steps this optimizer, if one does, lower its scale or not, whatever gradients here are.
+
+        Args:
+            optimizer: the one that the scaler was given.
+            void: lower it.
+        """
+        for state in self._states_of(optimizer) if "found_inf" in vars(optimizer) else ():
+            for found in state["found_inf_per_device"].values():
+                found.fill_(float(void))
+
+    def _states_of(self, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+        """What scalers know of it in this step; those that are known are asked first, for to search takes long."""
+        for known in (self._stepping, self._told, self._found):
+            scaler = None if known is None else known()
+            state = None if scaler is None else _state_of(scaler, optimizer)
+            if state is not None:
+                return [state]
+        asked = [(scaler, _state_of(scaler, optimizer)) for scaler in instances_of(GradScaler)]
+        knowing = [(scaler, state) for scaler, state in asked if state is not None]
+        if len(knowing) == 1:
+            self._stepping = weakref.ref(knowing[0][0])
+        return [state for _, state in knowing]
+
 
 def _scale_of(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> float:
     """What gradients that backward computed from ``scaler.scale(loss)`` carry, unless they were unscaled."""
@@ -113,27 +137,6 @@ def _scale_of(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> fl
         return 1.0
     state = _state_of(scaler, optimizer)
     return 1.0 if state is not None and state["stage"] is not OptState.READY else float(scaler.get_scale())
-
-
-def tell_scalers(optimizer: torch.optim.Optimizer, *, void: bool = True) -> None:
-    """Make the scaler that steps this optimizer, if one does, lower its scale or not, whatever gradients here are."""
-    for state in _states_of(optimizer) if "found_inf" in vars(optimizer) else ():
-        for found in state["found_inf_per_device"].values():
-            found.fill_(float(void))
-
-
-def _states_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """What scalers know of it in this step; that of the step before is asked first, for to search takes long."""
-    before = _before.get(optimizer)
-    scaler = None if before is None else before()
-    state = None if scaler is None else _state_of(scaler, optimizer)
-    if state is not None:
-        return [state]
-    asked = [(scaler, _state_of(scaler, optimizer)) for scaler in instances_of(GradScaler)]
-    known = [(scaler, state) for scaler, state in asked if state is not None]
-    if len(known) == 1:
-        _before[optimizer] = weakref.ref(known[0][0])
-    return [state for _, state in known]
 
 
 def _scalers_in_use() -> list[GradScaler]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hvd_sketch import grid, wire
-from hvd_sketch.exchange.base import Exchange, Factor, Finite
+from hvd_sketch.exchange.base import Exchange
+from hvd_sketch.exchange.intake import Factor, Finite
 from hvd_sketch.exchange.setting import Setting
 from hvd_sketch.exchange.update import Part
 from hvd_sketch.grid import Grid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -36,6 +37,8 @@ def check_arguments(
         raise ConfigurationError("give process_set (of Horovod) or comm (in place of Horovod), not both")
     if passes <= 0:
         raise ConfigurationError(f"backward_passes_per_step must be at least 1, got {passes}")
+    if not 0.0 < predivide_factor < math.inf:
+        raise ConfigurationError(f"gradient_predivide_factor must be above 0 and finite, got {predivide_factor}")
     if predivide_factor != 1.0 and op != Average:
         raise ConfigurationError("gradient_predivide_factor is supported with op=Average only")
 

@@ -5,18 +5,14 @@
 import logging
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket  # torch.distributed's own, which it does not export to type checkers
 
-from hvd_sketch.comm import as_communicator
-from hvd_sketch.comm.hosts import Asked, find_hosts
-from hvd_sketch.comm.launcher import check_not_alone
+from hvd_sketch.comm.hosts import Asked
 from hvd_sketch.compressors import Compressor
 from hvd_sketch.error_feedback.anticipate import Anticipate
 from hvd_sketch.error_feedback.default import follow
@@ -24,9 +20,9 @@ from hvd_sketch.error_feedback.passes import Passes
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.exchange.gradients import shared_state, take_over, watch, watches
 from hvd_sketch.exchange.scaling import LossScale
-from hvd_sketch.frontends.arguments import check_hierarchical
 from hvd_sketch.frontends.ddp_arguments import check, innermost, numbered, settled
 from hvd_sketch.frontends.ddp_buckets import Buckets, after_backward
+from hvd_sketch.frontends.ddp_exchange import Compared, make_exchange, refuse_sparse
 from hvd_sketch.frontends.ddp_join import Missed, keeping_memories, keeps_memories
 from hvd_sketch.frontends.ddp_steps import (
     Steps,
@@ -38,8 +34,6 @@ from hvd_sketch.frontends.ddp_steps import (
     teller,
     warn_of_local_step,
 )
-from hvd_sketch.frontends.grouped import grouped
-from hvd_sketch.layout import describe_values
 
 _logger = logging.getLogger("hvd_sketch")
 
@@ -96,21 +90,15 @@ class State:
         check(compression, optimizer, trained)
         compression, feedback = settled(compression, optimizer, trained)
         self._scale, self._factor = LossScale(grad_scaler), 1.0
-        layout = compression.layout(trained.items())
-        check_not_alone(dist.get_world_size())
-        comm = as_communicator(dist.group.WORLD if process_group is None else process_group)
-        device = next(iter(trained.values())).device
-        hosts, note = find_hosts(comm, check_hierarchical(hierarchical, compression, feedback))
-        make = partial(compression.exchange, layout, comm, average=True, device=device)
-        self.exchange = grouped(lambda hosts: make(hosts=hosts), hosts, note)
-        self._parameters = [trained[slot.name] for slot in layout.slots]
+        self.exchange = make_exchange(compression, feedback, trained, process_group, hierarchical)
+        self._parameters = [trained[slot.name] for slot in self.exchange.layout.slots]
         self._positions = {parameter: position for position, parameter in enumerate(self._parameters)}
         self._buckets = Buckets(self._positions)
         self._steps = Steps(optimizer, self._positions)
         self._unstepped = Unstepped(self.exchange, self._parameters)
         self._missed = Missed(self.exchange)
         self._fresh = self._local = self._added_to = self._joined = False
-        self._compare(trained)
+        self._compared = Compared(self.exchange, trained, self._steps)
         self._succeed()
         self._passes: Passes | None = None
         if isinstance(feedback, Anticipate):
@@ -146,7 +134,7 @@ class State:
             self._begin()
         future = self._buckets.promise(bucket)
         if bucket.buffer().is_sparse:
-            self._refuse_sparse(bucket)
+            refuse_sparse(self.exchange, self._buckets.positions(bucket))
         else:
             self.exchange.submit_many(self._buckets.take(bucket), 1.0 / self._factor)
         if bucket.is_last():
@@ -187,7 +175,7 @@ class State:
                 self._missed.catch_up(self._steps.given)
         finally:
             buckets.close()
-            self._told.clear()
+            self._compared.forget()
         if exchange.void:
             if not self._added_to:
                 self._unstepped.settle()
@@ -197,12 +185,6 @@ class State:
             after_backward(self._unstepped.note)
         for future, buffer in promised:
             future.set_result(buffer)
-
-    def _refuse_sparse(self, bucket: GradBucket) -> None:
-        """Tell all ranks, in the step, that a gradient is sparse."""
-        slots = self.exchange.layout.slots
-        names = ", ".join(slots[position].name for position in self._buckets.positions(bucket))
-        self.exchange.fail_together(f"parameter {names!r} has a sparse gradient; make its embedding with sparse=False")
 
     def _watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Be told, while the model lives, of gradients that are computed and of steps."""
@@ -220,19 +202,6 @@ class State:
                 leave(other)
                 if other._passes is not None:
                     other._passes.retire()
-
-    def _compare(self, trained: Mapping[str, Tensor]) -> None:
-        """Have the ranks compare what they train, as it is when the first gradient of all is computed.
-
-        Later in that step the parameters may be elsewhere, for an optimizer that looks around; and in any step while
-        backward runs they may be ahead, on each rank elsewhere.
-        """
-        steps, told = self._steps, list[str]()
-        self._told, self._describe_values = told, partial(describe_values, trained)
-        self.exchange.watch(trained, lambda: steps.groups)
-        self.exchange.drift.parameters = ()
-        describe = self._describe_values
-        self.exchange.drift.describe_values = lambda: told[0] if told else describe()
 
     def gradient_computed(self, parameter: Tensor) -> None:
         """Called by backward."""
@@ -262,8 +231,7 @@ class State:
         """Backward is about to add to a gradient."""
         if not self._buckets.used:
             self._take_back_what_was_cleared()
-            if self.exchange.step + self.exchange.stats.steps == 0 and not self._told:
-                self._told.append(self._describe_values())
+            self._compared.note(self.exchange)
         self._buckets.used.add(position)
 
     def _take_back_what_was_cleared(self) -> None:

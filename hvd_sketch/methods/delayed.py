@@ -12,7 +12,6 @@ from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.exchange.delayed import Delayed
 from hvd_sketch.exchange.gradients import Gradients
-from hvd_sketch.exchange.scaling import tell_scalers
 from hvd_sketch.methods.exchanging import ExchangingOptimizer
 from hvd_sketch.saved import unfit
 
@@ -68,7 +67,9 @@ class DelayedOptimizer(ExchangingOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        tell_scalers(self, void=False)  # of this step's gradients nobody knows yet; what is late is told by all alike
+        self._scale.tell(
+            self, void=False
+        )  # of this step's gradients nobody knows yet; what is late is told by all alike
         result = super().step(None, **keywords)
         if self._handed_in:
             self._start()

@@ -14,7 +14,7 @@ from torch import Tensor
 from hvd_sketch.compatibility import without_momentum
 from hvd_sketch.exchange import Exchange
 from hvd_sketch.exchange.gradients import Gradients, shared_state, take_over, watch
-from hvd_sketch.exchange.scaling import LossScale, tell_scalers
+from hvd_sketch.exchange.scaling import LossScale
 from hvd_sketch.methods.wiring import HorovodOptimizer, Wiring
 from hvd_sketch.methods.wrapper import WrappedOptimizer
 
@@ -148,7 +148,7 @@ class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
                 void = self.exchange.void and not all(bool(g.isfinite().all()) for g in self._made()[1].there())
         self._own(_synchronized=False, _undo=None)
         if void:
-            tell_scalers(self)
+            self._scale.tell(self)
             return None
         return self._step_plainly(None, keywords)
 

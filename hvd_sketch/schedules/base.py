@@ -33,7 +33,7 @@ def constant(ratio: float) -> Schedule:
     Raises:
         ConfigurationError: for a ratio below 1.
     """
-    _check_ratio("constant", ratio)
+    _check_ratio("constant", "ratio", ratio)
     return lambda step: ratio
 
 
@@ -84,7 +84,7 @@ def per_epoch(ratios: Sequence[float], steps_per_epoch: int) -> Schedule:
             f"per_epoch: give at least one ratio and one step an epoch, got {list(ratios)} and {steps_per_epoch}"
         )
     for ratio in ratios:
-        _check_ratio("per_epoch", ratio)
+        _check_ratio("per_epoch", "ratios", ratio)
     table = tuple(ratios)
     return lambda step: table[min(step // steps_per_epoch, len(table) - 1)]
 
@@ -146,8 +146,8 @@ def _staged(
 ) -> Schedule:
     if steps < 0 or stages < 1:
         raise ConfigurationError(f"{name}: steps must be >= 0 and stages >= 1, got {steps} and {stages}")
-    _check_ratio(name, start)
-    _check_ratio(name, end)
+    _check_ratio(name, "start", start)
+    _check_ratio(name, "end", end)
 
     def ratio_at(step: int) -> float:
         return float(end) if step >= steps else float(ratio_of(step * stages // steps / stages))
@@ -156,6 +156,6 @@ def _staged(
 
 
 @given_numbers
-def _check_ratio(name: str, ratio: float) -> None:
+def _check_ratio(name: str, argument: str, ratio: float) -> None:
     if not ratio >= 1.0:
-        raise ConfigurationError(f"{name}: a ratio must be at least 1 (1 is dense), got {ratio}")
+        raise ConfigurationError(f"{name}: {argument} must be a ratio of at least 1 (1 is dense), got {ratio}")

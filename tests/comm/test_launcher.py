@@ -76,6 +76,39 @@ def test_a_process_with_horovod_is_told_as_well() -> None:
     assert ended.output.count("<told: at least 3 processes were started together (SLURM_STEP_NUM_TASKS") == 3, ended
 
 
+OVER_MPI = """
+import torch, hvd_sketch as hvd
+from mpi4py import MPI
+
+model = torch.nn.Linear(30, 40)
+sgd = torch.optim.SGD(model.parameters(), 0.1)
+makes = {
+    "AsyncSGD": lambda comm: hvd.AsyncSGD(sgd, model, comm, server_works=True),
+    "a server": lambda comm: hvd.AsyncSGD(sgd, model, comm, server_works=comm == MPI.COMM_SELF),
+    "SwarmSGD": lambda comm: hvd.SwarmSGD(sgd, model=model, comm=comm),
+    "DecentLaM": lambda comm: hvd.DecentLaM(sgd, model, comm),
+    "LocalSGD": lambda comm: hvd.LocalSGD(sgd, model, comm),
+    "DistributedOptimizer": lambda comm: hvd.DistributedOptimizer(sgd, model.named_parameters(), comm=comm),
+}
+for name, make in makes.items():
+    try:
+        make(MPI.COMM_WORLD)
+    except hvd.ConfigurationError as error:
+        print(f"<{name} is told: {error}>")
+    make(MPI.COMM_SELF)
+print("all train alone when asked to")
+"""
+
+
+def test_mpi_of_one_process_is_not_taken_for_the_ranks_of_torchrun() -> None:
+    """A script that torchrun starts, and that gives it, would train as many models as there are ranks."""
+    ended = run((sys.executable, "-c", OVER_MPI), env={"WORLD_SIZE": "3", "RANK": "0"}, timeout=100)
+    told = " is told: at least 3 processes were started together (WORLD_SIZE"
+    assert ended.output.count(told) == 6, ended
+    assert ended.output.count("start what needs MPI with mpirun") == 6
+    assert "all train alone when asked to" in ended.output
+
+
 def test_a_host_has_the_ranks_that_its_launcher_says() -> None:
     assert launcher.on_host({}) == (0, 1)
     assert launcher.on_host({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}) == (1, 4)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import hvd_sketch as hvd
 from hvd_sketch import Compression, ConfigurationError, DistributedOptimizer, RankMismatchError, SingleProcess
 from hvd_sketch.memory import Momentum
-from tests.support.public import PUBLIC, arguments_for, numbers_of
+from tests.support.public import PUBLIC, arguments_for, numbers_of, whole_numbers_of
 from tests.support.ranks import ranks
 from tests.support.training import COMPRESSED, flat, loss, net, train
 
@@ -66,6 +66,21 @@ def test_settings_that_cannot_work_are_refused_when_made(settings: dict[str, Any
 def test_numbers_that_are_text_are_refused(make: Callable[..., Any], name: str) -> None:
     needed = {**arguments_for(make), name: "4"}
     refused(rf"{name}\b.* got '4'", lambda: make(**needed))
+
+
+@pytest.mark.parametrize(("make", "name"), [(make, name) for make in PUBLIC for name in numbers_of(make)])
+def test_numbers_that_are_none_are_refused(make: Callable[..., Any], name: str) -> None:
+    """Not a number: no comparison with it holds, so a check by what must not be lets it pass."""
+    needed = {**arguments_for(make), name: float("nan")}
+    refused(rf"{name}\b.*\bnan\b", lambda: make(**needed))
+
+
+@pytest.mark.parametrize("value", [2.5, float("inf")])
+@pytest.mark.parametrize(("make", "name"), [(make, name) for make in PUBLIC for name in whole_numbers_of(make)])
+def test_numbers_that_are_not_whole_are_refused(make: Callable[..., Any], name: str, value: float) -> None:
+    """A period of 2.5 steps would never be over."""
+    needed = {**arguments_for(make), name: value}
+    refused(rf"{name} must be a whole number, got {value}", lambda: make(**needed))
 
 
 def wrap(model: nn.Module, compression: Any = None, **keywords: Any) -> Any:

@@ -12,6 +12,7 @@ import hvd_sketch as hvd
 from hvd_sketch import Compression
 from hvd_sketch.methods import server, swarm
 from hvd_sketch.methods.gossip.infnorm import InfNorm
+from hvd_sketch.methods.server import attacks
 from hvd_sketch.methods.swarm.lattice import Lattice
 from hvd_sketch.schedules import base as schedules
 from tests.support.training import net
@@ -20,20 +21,26 @@ Make = Callable[..., Any]
 
 _COMPRESSORS = ("auto", "sketch", "topk", "sharded", "mixed", "stride", "sign", "powersgd")
 _OUTCOMES = {"Stats", "ServerStats", "WorkerCounts", "SwarmStats", "Place", "Meeting", "Push"}
-_ABSTRACT = {"Communicator", "Gathered", "Rule"}
+_ABSTRACT = {"Communicator", "Gathered", "Rule", "Local", "Omniscient"}
 _FOUND = {getattr(module, name) for module in (hvd, server, swarm) for name in module.__all__}
+_FOUND |= {each for each in vars(attacks).values() if inspect.isclass(each) and each.__module__ == attacks.__name__}
 _CLASSES = {each for each in _FOUND if inspect.isclass(each) and not issubclass(each, Exception)}
 PUBLIC: list[Make] = [
     *sorted((each for each in _CLASSES if each.__name__ not in _OUTCOMES | _ABSTRACT), key=lambda each: each.__name__),
     *(getattr(Compression, name) for name in _COMPRESSORS),
     *(schedules.constant, schedules.warmup, schedules.linear, schedules.exponential, schedules.per_epoch),
-    *(InfNorm, Lattice, hvd.DistributedOptimizer),
+    *(InfNorm, Lattice, hvd.DistributedOptimizer, attacks.flip_labels, attacks.little_enough),
 ]
 
 
 def numbers_of(make: Make) -> list[str]:
     """Arguments that are declared a number, or True or False, or also one of these."""
     return sorted({name for name, kinds in _declared(make) if kinds & {"bool", "int", "float"}})
+
+
+def whole_numbers_of(make: Make) -> list[str]:
+    """Those that are declared a whole number, and nothing else but None."""
+    return sorted({name for name, kinds in _declared(make) if kinds - {"None"} == {"int"}})
 
 
 def arguments_for(make: Make) -> dict[str, Any]:
@@ -47,6 +54,14 @@ def arguments_for(make: Make) -> dict[str, Any]:
         "errors": Compression.none,
         "validators": [lambda model, number: 0.0],
         "ratios": [4.0],
+        "validate": lambda model, number: 0.0,
+        "honest": lambda: torch.zeros(2, 2),
+        "labels": torch.tensor([0, 1]),
+        "workers": 10,
+        "bits": 8,
+        "target": 0.5,
+        "factor": 0.5,
+        "on_lost": "keep",
     }
     declared = inspect.signature(make).parameters.values()
     named = [each for each in declared if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]

@@ -10,7 +10,7 @@ from torch import Tensor
 from hvd_sketch import grid, wire
 from hvd_sketch.comm.base import Communicator
 from hvd_sketch.compressors.sketch.plan import SketchPlan
-from hvd_sketch.exchange.base import Factor
+from hvd_sketch.exchange.intake import Factor
 from hvd_sketch.exchange.update import Part
 from hvd_sketch.gpu import Recorded
 from hvd_sketch.grid import Grid

@@ -16,7 +16,7 @@ from hvd_sketch.compressors.sketch.bucket import Scales, SketchBucket
 from hvd_sketch.compressors.sketch.plan import SketchPlan
 from hvd_sketch.errors import ConfigurationError, RankMismatchError
 from hvd_sketch.exchange import Exchange, Setting
-from hvd_sketch.exchange.base import Factor, Finite
+from hvd_sketch.exchange.intake import Factor, Finite
 from hvd_sketch.saved import Form
 
 

@@ -19,7 +19,7 @@ from hvd_sketch.methods.server.member import Member
 from hvd_sketch.methods.server.message import Note
 from hvd_sketch.methods.server.rules.saga import OnLost, Saga
 from hvd_sketch.methods.server.settings import ServerOptions, Settings
-from hvd_sketch.settings import check_given
+from hvd_sketch.settings import check_given, given_numbers
 
 _LARGE_TABLE = 2**30  # bytes
 
@@ -123,6 +123,7 @@ class ADSAGA(Member):
         """On the server's rank ū, float64."""
         return self._average_of.average
 
+    @given_numbers
     def work(self, steps: int) -> Iterator[int]:
         """So many components of this worker, drawn at random; none on a dedicated server, which serves here."""
         return self._engine.work(self._draw() for _ in range(steps))
@@ -131,6 +132,7 @@ class ADSAGA(Member):
         return int(torch.randint(self._components, (1,), generator=self._generator, device="cpu"))
 
     @torch.no_grad()
+    @given_numbers
     def step(self, component: int) -> None:
         """Push what is new in the gradient of a component, which the parameters have in ``.grad``; get x.
 

@@ -52,6 +52,7 @@ def connect(
         RankMismatchError: alike on all ranks, when they differ.
     """
     here = place(comm)
+    collectives = as_communicator(here.comm)
     if not 0 <= settings.server < here.size:
         raise ConfigurationError(
             f"{settings.method}: server must be a rank below {here.size}, got {settings.server}; start more ranks"
@@ -62,7 +63,6 @@ def connect(
             "both with server_works=True"
         )
     up, down = settings.code("up", parameters), settings.code("down", parameters)
-    collectives = as_communicator(here.comm)
     samples = _agree(settings, parameters, model, collectives) if here.way is None else {}
     nbytes = max(code.most_bytes for code in (up, down, Whole(parameters.layout.total, parameters.dtype)))
     line = Line(here, nbytes=nbytes, patience=settings.patience, server=settings.server)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Required, Unpack
+from typing import Any, Unpack
 
 import torch
 
+from hvd_sketch.compressors import Compression, Sparsifier
+from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.methods.server.optimizer import AsyncSGD
 from hvd_sketch.methods.server.polyline import Polyline
 from hvd_sketch.methods.server.rules.tiers import TierOptions, Tiers
@@ -16,7 +18,6 @@ from hvd_sketch.methods.server.settings import ServerOptions
 class FedATOptions(ServerOptions, TierOptions, total=False):
     """Keywords of `FedAT`."""
 
-    period: Required[int]
     samples: int
     proximal: float
 
@@ -81,10 +82,15 @@ class FedAT(AsyncSGD):
         model: torch.nn.Module,
         comm: Any = None,
         *,
+        period: int,
         tiers: int | Sequence[Sequence[int]] = 5,
         code: Any = Polyline(4),  # noqa: B008 - frozen
         **options: Unpack[FedATOptions],
     ) -> None:
-        others: dict[str, Any] = {"proximal": 0.4, **options}
+        if not (code is Compression.none or isinstance(code, (Polyline, Sparsifier))):
+            raise ConfigurationError(
+                f"FedAT: code must be a Polyline, or Compression.none, topk(), sharded() or stride(), got {code!r}"
+            )
+        others: dict[str, Any] = {"period": period, "proximal": 0.4, **options}
         self.tiers = Tiers(tiers, **{name: others.pop(name) for name in TierOptions.__annotations__ if name in others})
         super().__init__(optimizer, model, comm, rule=self.tiers, up=code, down=code, memory="none", **others)

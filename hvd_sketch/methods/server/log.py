@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator
 from enum import IntEnum, auto
@@ -10,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from hvd_sketch.errors import ConfigurationError
 
 _FORMAT = struct.Struct("<BBiQdQ")
 
@@ -22,6 +25,9 @@ class Happened(IntEnum):
     PUSH = auto()
     DONE = auto()
     LOST = auto()
+
+
+_HAPPENED = frozenset(Happened)
 
 
 class Event(NamedTuple):
@@ -59,12 +65,21 @@ class Log:
 
 
 def read_log(path: Path | str) -> Iterator[Event]:
-    """The events of a file, in their order; an event that was cut off, as by a crash, ends them."""
+    """The events of a file, in their order; an event that was cut off, as by a crash, ends them.
+
+    Raises:
+        ConfigurationError: when the file is no log.
+    """
+    if not isinstance(path, (str, Path)):
+        raise ConfigurationError(f"path must be that of a file, got {path!r}")
     with Path(path).open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         while len(head := file.read(_FORMAT.size)) == _FORMAT.size:
             what, code, worker, number, at, nbytes = _FORMAT.unpack(head)
-            content = bytearray(file.read(nbytes))
-            if len(content) < nbytes:
+            if what not in _HAPPENED:
+                raise ConfigurationError(f"path: {path} is no log of a server; give what log= named")
+            if nbytes > size - file.tell():
                 return
+            content = bytearray(file.read(nbytes))
             payload = torch.frombuffer(content, dtype=torch.uint8) if content else Event(Happened.START).payload
             yield Event(Happened(what), worker, number, code, at, payload)

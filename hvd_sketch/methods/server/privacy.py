@@ -37,8 +37,8 @@ class LocalNoise:
     def __init__(self, clip: float, sigma: float, seed: int | None = None) -> None:
         if not 0.0 < clip < math.inf:
             raise ConfigurationError(f"LocalNoise: clip must be above 0 and finite, got {clip}")
-        if not sigma >= 0.0:
-            raise ConfigurationError(f"LocalNoise: sigma must be at least 0, got {sigma}")
+        if not 0.0 <= sigma < math.inf:
+            raise ConfigurationError(f"LocalNoise: sigma must be at least 0 and finite, got {sigma}")
         self.clip, self.sigma, self.pushes = clip, sigma, 0
         self._generator = torch.Generator()
         if seed is None:

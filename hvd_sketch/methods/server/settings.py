@@ -70,12 +70,17 @@ class Settings:
     def __post_init__(self) -> None:
         check_numbers(self)
         demands = {
-            "period": (self.period >= 1 and float(self.period).is_integer(), "at least 1 step, a whole number"),
-            "samples": (float(self.samples).is_integer(), "a whole number"),
+            "period": (self.period >= 1, "at least 1 step"),
             "proximal": (0.0 <= self.proximal < math.inf, "at least 0"),
             "memory": (self.memory in get_args(MemoryUse), f"one of {get_args(MemoryUse)}"),
             "patience": (0.0 < self.patience < math.inf, "a positive number of seconds"),
             "restarts": (self.restarts >= 0, "at least 0"),
+            "outgoing": (
+                _are_functions(self.outgoing),
+                "a list of functions of an update, such as [LocalNoise(1, 1)]",
+            ),
+            "on_change": (self.on_change is None or callable(self.on_change), "a function of the version, or None"),
+            "log": (self.log is None or isinstance(self.log, (str, Path)), "the path of a file, or None"),
         }
         for name, (holds, demand) in demands.items():
             if not holds:
@@ -138,3 +143,7 @@ class Settings:
         trained = {slot.name for slot in parameters.layout.slots}
         others = {name: tensor for name, tensor in model.named_parameters() if name not in trained}
         return dict(sorted({**others, **saved_buffers(model)}.items()))
+
+
+def _are_functions(given: Any) -> bool:
+    return isinstance(given, Sequence) and all(map(callable, given))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.layout import Layout
 from hvd_sketch.methods.flat import HOST, Flat, FlatParameters
 
@@ -57,7 +58,7 @@ class Validation:
         """The loss at a model on sample ``number``."""
         self._put(model)
         with torch.no_grad():
-            return float(self._validate(self._model, number))
+            return float(self._scalar(number))
 
     def gradient(self, model: Tensor, number: int) -> Tensor:
         """The gradient at a model on sample ``number``: a new vector."""
@@ -75,10 +76,23 @@ class Validation:
     def _gradient(self, number: int) -> Flat:
         self._model.zero_grad()
         with torch.enable_grad():
-            torch.autograd.backward(self._validate(self._model, number))
+            loss = self._scalar(number)
+            if not loss.requires_grad:
+                raise ConfigurationError(
+                    "validate must return a loss that can be differentiated by the parameters of the model it is "
+                    "given; compute it from them, and detach nothing"
+                )
+            torch.autograd.backward(loss)
         gradient = self._parameters.new()
         self._parameters.read_gradients(gradient)
         return gradient
+
+    def _scalar(self, number: int) -> Tensor:
+        value = self._validate(self._model, number)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            form = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ConfigurationError(f"validate must return a loss, a tensor of one value, and returned {form}")
+        return value
 
     def _put(self, model: Tensor) -> None:
         self._flat.vector.copy_(model)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.methods.flat import Flat, FlatParameters
 from hvd_sketch.methods.server.codes import Code, Whole
 from hvd_sketch.methods.server.message import Header
@@ -70,7 +71,7 @@ class Work:
         if not finite:
             moved.zero_()
         for transform in self._outgoing:
-            moved = transform(moved)
+            moved = _checked(transform, transform(moved), moved)
         self.errors.add_(moved)
         code = self._whole if whole else self._up
         payload = code.encode(self.errors, self._messages)
@@ -127,3 +128,18 @@ class Work:
         else:
             self._live.vector.copy_(own.vector)
         return torch.sub(self._base.vector, self._live.vector, out=self._live.vector)
+
+
+def _checked(transform: Transform, sent: Tensor, update: Tensor) -> Tensor:
+    """What a transform made of an update.
+
+    Raises:
+        ConfigurationError: when it cannot be one.
+    """
+    if isinstance(sent, Tensor) and sent.shape == update.shape and sent.dtype == update.dtype:
+        return sent
+    form = f"{tuple(sent.shape)} {sent.dtype}" if isinstance(sent, Tensor) else repr(sent)
+    raise ConfigurationError(
+        f"outgoing: {transform!r} must return a tensor like the update that it is given, {tuple(update.shape)} "
+        f"{update.dtype}, and returned {form}"
+    )

@@ -59,7 +59,8 @@ class SwarmSGD(Decentralized):
 
     A node whose model is not finite when it should meet drops the steps since its last meeting,
     clears its optimizer's state and counts that in ``stats.skipped``; nothing such is ever sent,
-    and `average_model` leaves such steps out too.
+    and `average_model` leaves such steps out too. Under a ``torch.amp.GradScaler`` a step that overflows
+    is left out alone, and counted there.
 
     Memory: three times the model (Y, B, staging) and buffers of about four, in host memory; one
     more for every node that meets this one at the same moment, and after `average_model`.
@@ -175,7 +176,10 @@ class SwarmSGD(Decentralized):
 
     def advance(self, **keywords: Any) -> None:
         self._check()
-        self.optimizer.step(**keywords)
+        if float(vars(self).get("found_inf", 0.0)):
+            self.stats.skipped += 1
+        else:
+            self.optimizer.step(**keywords)
         self._steps_left -= 1
         if self._steps_left == 0:
             self._steps_left = self.settings.steps(self._random)

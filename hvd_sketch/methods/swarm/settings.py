@@ -60,8 +60,9 @@ class Settings:
     def __post_init__(self) -> None:
         check_numbers(self)
         steps: Any = self.local_steps
-        if not isinstance(steps, Geometric) and (not isinstance(steps, Real) or steps < 1):
-            raise ConfigurationError(f"local_steps must be at least 1 or a Geometric, got {steps!r}")
+        whole = isinstance(steps, Real) and float(steps).is_integer()
+        if not isinstance(steps, Geometric) and not (whole and steps >= 1):
+            raise ConfigurationError(f"local_steps must be a whole number of at least 1 or a Geometric, got {steps!r}")
         if self.quantization is not None and not isinstance(self.quantization, Lattice):
             raise ConfigurationError(f"quantization must be a Lattice or None, got {self.quantization!r}")
         if not 0.0 < self.patience < math.inf:

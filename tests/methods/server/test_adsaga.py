@@ -152,6 +152,10 @@ def test_components_out_of_range_and_gradients_that_are_not_finite_are_not_pushe
     with adsaga(MPI.COMM_SELF, Regression(), 3, server_works=True) as optimizer:
         with pytest.raises(ConfigurationError, match="rank 0: component must be from 0 to 2, got 3"):
             optimizer.step(3)
+        with pytest.raises(ConfigurationError, match="component must be a whole number, got 1.5"):
+            optimizer.step(1.5)  # type: ignore[arg-type]
+        with pytest.raises(ConfigurationError, match="steps must be a number, got '9'"):
+            optimizer.work("9")  # type: ignore[arg-type]
         optimizer.model.get_parameter("x").grad = torch.full((DIM,), math.nan, dtype=torch.float64)
         optimizer.step(0)
     assert (optimizer.stats.skipped, optimizer.stats.pushes) == (1, 0)

@@ -16,6 +16,7 @@ from torch import Tensor
 from hvd_sketch import Compression, ConfigurationError
 from hvd_sketch.methods.server import (
     AsyncSGD,
+    LocalNoise,
     Plain,
     ServerLost,
     ZenoPlus,
@@ -123,7 +124,12 @@ def test_the_proximal_term_pulls_back_to_the_servers_model() -> None:
     ("arguments", "message"),
     [
         ({"period": 0}, "period must be at least 1 step"),
-        ({"period": 2.5}, "period must be at least 1 step, a whole number, got 2.5"),
+        ({"period": 2.5}, "period must be a whole number, got 2.5"),
+        ({"server": 0.5}, "server must be a whole number, got 0.5"),
+        ({"outgoing": LocalNoise(1.0, 1.0)}, "outgoing must be a list of functions of an update"),
+        ({"outgoing": [0.5]}, "outgoing must be a list of functions"),
+        ({"on_change": "save"}, "on_change must be a function of the version"),
+        ({"log": 5}, "log must be the path of a file"),
         ({"samples": 1.5}, "samples must be a whole number"),
         ({"proximal": -1.0}, "proximal must be at least 0"),
         ({"memory": "all"}, "memory must be one of"),

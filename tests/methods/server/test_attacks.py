@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -83,7 +85,41 @@ def test_local_noise_differs_from_worker_to_worker() -> None:
 
 
 @pytest.mark.parametrize(
-    ("clip", "sigma", "name"), [(0.0, 1.0, "clip"), (math.inf, 0.0, "clip"), (1.0, -1.0, "sigma")]
+    ("make", "message"),
+    [
+        (lambda: SignFlip(0.0), "SignFlip: scale must be above 0"),
+        (lambda: SignFlip(-1.0), "SignFlip: scale must be above 0 and finite, got -1.0"),
+        (lambda: Gaussian(-1.0), "Gaussian: sigma must be at least 0"),
+        (lambda: Gaussian(math.inf), "Gaussian: sigma must be at least 0 and finite"),
+        (lambda: RandomDirection(0.0), "RandomDirection: scale must be above 0"),
+        (lambda: Replay(after=0), "Replay: after must be at least 1 update"),
+        (lambda: BitFlip(HONEST), "BitFlip: honest must be a function"),  # type: ignore[arg-type]
+        (lambda: InnerProduct(lambda: HONEST, 0.0), "InnerProduct: epsilon must be above 0"),
+        (lambda: ALittleIsEnough(lambda: HONEST, math.inf), "ALittleIsEnough: z must be finite"),
+        (lambda: flip_labels(torch.tensor([0, 1]), 1), "flip_labels: classes must be at least 2"),
+        (lambda: flip_labels(torch.tensor([0, 10]), 10), "labels must be from 0 to 9, got 0 to 10"),
+        (lambda: flip_labels(torch.tensor([-1, 3]), 10), "labels must be from 0 to 9, got -1 to 3"),
+        (lambda: flip_labels(torch.tensor([0.5]), 10), "labels must be a tensor of whole numbers"),
+        (lambda: little_enough(2, 1), "little_enough: workers must be at least 3"),
+        (lambda: little_enough(10, 6), "little_enough: hostile must be from 0 to 5, half of all, got 6"),
+        (lambda: little_enough(10, -1), "little_enough: hostile must be from 0 to 5"),
+    ],
+)
+def test_attacks_that_cannot_be_are_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("honest", [HONEST[:0], HONEST[0], HONEST[:, :1], HONEST.tolist(), None], ids=repr)
+def test_honest_updates_that_are_none_are_told(honest: Any) -> None:
+    """Of no worker, of one without the dimension of workers, of another model, and no tensor."""
+    with pytest.raises(ConfigurationError, match=r"BitFlip: honest must return updates as a tensor \(workers, 2\)"):
+        BitFlip(lambda: honest)(OWN)
+
+
+@pytest.mark.parametrize(
+    ("clip", "sigma", "name"),
+    [(0.0, 1.0, "clip"), (math.inf, 0.0, "clip"), (1.0, -1.0, "sigma"), (1.0, math.inf, "sigma")],
 )
 def test_bad_settings_are_refused(clip: float, sigma: float, name: str) -> None:
     with pytest.raises(ConfigurationError, match=f"LocalNoise: {name}"):

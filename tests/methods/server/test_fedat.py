@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from hvd_sketch import ConfigurationError
+from hvd_sketch import Compression, ConfigurationError, FedAT
 from hvd_sketch.methods.server.rules.tiers import Tiers
 from tests.methods.server.conftest import Together
 from tests.methods.server.support import Server, vector
@@ -229,6 +229,15 @@ def train(server: Server, pushes: int, start: float = 0.0) -> None:
 def test_bad_settings_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=f"FedAT: {message}"):
         Server(tiers_of(**arguments), vector(0.0), SAMPLES)
+
+
+def test_a_code_that_is_none_is_refused_by_its_name() -> None:
+    sgd = torch.optim.SGD([torch.nn.Parameter(vector(0.0))], 0.1)
+    for code in ("polyline", Compression.fp16):
+        with pytest.raises(ConfigurationError, match="FedAT: code must be a Polyline, or Compression.none"):
+            FedAT(sgd, torch.nn.Linear(1, 1), period=1, code=code)
+    with pytest.raises(TypeError, match="period"):
+        FedAT(sgd, torch.nn.Linear(1, 1))  # type: ignore[call-arg]
 
 
 def test_tiers_train_on_real_ranks(together: Together) -> None:

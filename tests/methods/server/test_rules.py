@@ -338,6 +338,15 @@ def test_zeno_ps_asynchronous(update: tuple[float, float], reverse: bool, moved:
         (lambda: Polynomial(-0.5), "Polynomial: exponent"),
         (lambda: Hinge(slope=-1.0), "Hinge: slope"),
         (lambda: Plain(rate=float("inf")), "Plain: rate must be above 0 and finite"),
+        (lambda: ZenoPlus(noisy, rate=float("inf")), "ZenoPlus: rate must be above 0 and finite"),
+        (lambda: ZenoPSAsync(noisy, rate=0.1, threshold=float("-inf")), "ZenoPSAsync: threshold must be finite"),
+        (lambda: Hinge(slope=float("inf")), "Hinge: slope must be at least 0 and finite"),
+        (lambda: Zeno("noisy", 1), "Zeno: validate must be a function of a model and a number"),  # type: ignore[arg-type]
+        (lambda: ZenoPS(7, rate=0.1), "ZenoPS: validators must be at least one loss"),  # type: ignore[arg-type]
+        (lambda: FedAsync(staleness=0.5), "FedAsync: staleness must be a function"),  # type: ignore[arg-type]
+        (lambda: Tiers(None), "FedAT: tiers must be at least 1"),  # type: ignore[arg-type]
+        (lambda: Tiers([1, 2]), "FedAT: tiers must be at least 1, or the ranks"),  # type: ignore[list-item]
+        (lambda: Saga(0.0, "keep"), "ADSAGA: rate must be above 0"),
         (lambda: Server(Krum(2), vector(0.0), WORKERS), "Krum needs at least 7 workers, there are 5"),
         (lambda: Server(TrimmedMean(3), vector(0.0), WORKERS), "TrimmedMean needs at least 7 workers"),
         (lambda: Server(Zeno(noisy, 5), vector(0.0), WORKERS), "Zeno needs at least 6 workers"),
@@ -346,6 +355,29 @@ def test_zeno_ps_asynchronous(update: tuple[float, float], reverse: bool, moved:
 def test_what_cannot_work_is_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         make()
+
+
+@pytest.mark.parametrize("factor", [-0.5, 1.5, float("nan")])
+def test_a_factor_that_would_leave_both_models_is_told(factor: float) -> None:
+    server = Server(FedAsync(staleness=lambda staleness: factor), vector(0.0))
+    with pytest.raises(ConfigurationError, match="staleness must give a factor from 0 to 1, and gave .* for 0"):
+        server.push(1, vector(1.0))
+    assert float(server.model) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("validate", "message"),
+    [
+        (lambda model, number: 0.5, "must return a loss, a tensor of one value, and returned 0.5"),
+        (lambda model, number: model.get_parameter("x"), r"returned a tensor \(2,\)"),
+        (lambda model, number: model.get_parameter("x").detach().sum(), "can be differentiated"),
+    ],
+    ids=["a number", "losses", "detached"],
+)
+def test_what_is_no_loss_is_told(validate: Any, message: str) -> None:
+    server = Server(ZenoPlus(validate), vector(1.0, 2.0), (1,))
+    with pytest.raises(ConfigurationError, match=f"validate .*{message}"):
+        server.push(1, vector(3.0, 4.0))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hvd_sketch import Compression
+from hvd_sketch import Compression, ConfigurationError
 from hvd_sketch.methods.server import replay
 from hvd_sketch.methods.server.codes import Code
 from hvd_sketch.methods.server.log import Happened, Log, read_log
@@ -177,6 +177,43 @@ def test_a_log_that_was_cut_off_ends_before(tmp_path: Path) -> None:
             *[Happened.JOIN] * 2,
             *[Happened.PUSH] * 2,
         ]
+
+
+def test_what_is_no_log_is_told(tmp_path: Path) -> None:
+    """And its bytes are not taken for a length, for which there is no memory."""
+    (tmp_path / "text").write_bytes(b"what somebody wrote down about a run, and no log of one")
+    with pytest.raises(ConfigurationError, match="is no log of a server; give what log= named"):
+        list(read_log(tmp_path / "text"))
+    with pytest.raises(ConfigurationError, match="path must be that of a file, got 5"):
+        list(read_log(5))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samples": {1: 1, 2: 1}}, "of worker 5, it is none of the workers.*the ranks of samples as recorded"),
+        ({"samples": 3}, "samples must have a number of at least 1 for the rank of each worker, got 3"),
+        ({"samples": {1: 0}}, "samples must have a number of at least 1"),
+        ({"up": Compression.none}, "code 1 was not agreed on; give up, down and the ranks"),
+        (
+            {"model": Vector(torch.zeros(COUNT + 1))},
+            "model has 1604 bytes of parameters that train, and that of .* 1600",
+        ),
+        ({"rule": Mean}, "rule must be one of hvd_sketch.methods.server, such as Mean"),
+        ({"state": {}}, "state: .*has no"),
+    ],
+    ids=str,
+)
+def test_a_replay_of_other_settings_is_told(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    random_server(Plain(), up=topk(), down=None, pushes=20, log=Log(tmp_path / "log"))
+    recorded = {
+        "model": Vector(torch.zeros(COUNT)),
+        "rule": Plain(),
+        "samples": {1: 1, 2: 1, 5: 1},
+        "up": Compression.topk(ratio=8.0, warmup_steps=0, dense_below=0),
+    }
+    with pytest.raises(ConfigurationError, match=f"(?s)^replay: .*{message}"):
+        replay(tmp_path / "log", **{**recorded, **change})
 
 
 def test_a_saved_server_goes_on_alike() -> None:

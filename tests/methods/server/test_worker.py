@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from hvd_sketch import Compression
+from hvd_sketch import Compression, ConfigurationError
 from hvd_sketch.compressors import Sparsifier
 from hvd_sketch.methods.flat import FlatParameters
 from hvd_sketch.methods.server import Mean, Rule, ZenoPSAsync
 from hvd_sketch.methods.server.codes import Whole
 from hvd_sketch.methods.server.message import Header, Kind
 from hvd_sketch.methods.server.sparse_codes import sparse_code
-from hvd_sketch.methods.server.worker import MemoryUse, Work
+from hvd_sketch.methods.server.worker import MemoryUse, Transform, Work
 from tests.methods.server.support import Server, Vector, flat
 
 COUNT = 64
@@ -35,6 +35,17 @@ def work_of(parameters: FlatParameters, memory: MemoryUse = "reset", **others: o
 
 def answer(work: Work, model: Tensor) -> None:
     work.adopt(Header(Kind.MODEL, 1, Whole.number), model.view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    "transform", [lambda update: update[:3], lambda update: None, torch.Tensor.double], ids=["part", "none", "double"]
+)
+def test_a_transform_that_makes_no_update_is_told(transform: Transform) -> None:
+    work = work_of(flat(Vector(torch.zeros(COUNT))), outgoing=[transform])
+    with pytest.raises(
+        ConfigurationError, match=r"outgoing: .* like the update that it is given, \(64,\) torch.float32"
+    ):
+        work.update()
 
 
 def sent_by(work: Work) -> Tensor:

@@ -386,10 +386,26 @@ def test_a_single_node_trains_alone() -> None:
     optimizer.finish()
 
 
+def test_an_overflow_under_a_scaler_costs_its_step_and_no_other() -> None:
+    """Not those before and after it until the next meeting, nor the momentum, nor a lower scale for each."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    with alone(local_steps=4) as optimizer:
+        parameter = optimizer.model.get_parameter("x")
+        for number in range(8):
+            optimizer.zero_grad()
+            scaler.scale(parameter.sum() * (math.inf if number == 5 else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert torch.equal(parameter.detach(), torch.full((3,), -7 * RATE))
+    assert (scaler.get_scale(), optimizer.stats.skipped) == (2.0**9, 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"local_steps": 0}, "local_steps"),
+        ({"local_steps": 2.5}, "local_steps must be a whole number"),
+        ({"local_steps": math.nan}, "local_steps must be a whole number"),
         ({"quantization": 8}, "Lattice"),
         ({"patience": 0.0}, "patience"),
         ({"on_lost": "ignore"}, "on_lost"),

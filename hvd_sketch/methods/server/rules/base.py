@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -121,6 +122,26 @@ class Gathered(Rule):
     @abstractmethod
     def _combine(self, model: Tensor, pushes: Sequence[Push]) -> list[bool]:
         """`apply` to at least ``least`` pushes, in the order of ranks."""
+
+
+def above_0(value: float) -> tuple[bool, str, object]:
+    """A condition for `check`."""
+    return 0.0 < value < math.inf, "above 0 and finite", value
+
+
+def at_least_0(value: float) -> tuple[bool, str, object]:
+    """A condition for `check`."""
+    return 0.0 <= value < math.inf, "at least 0 and finite", value
+
+
+def finite(value: float) -> tuple[bool, str, object]:
+    """A condition for `check`."""
+    return math.isfinite(value), "finite", value
+
+
+def loss(value: object) -> tuple[bool, str, object]:
+    """A condition for `check`, of a `Validate`."""
+    return callable(value), "a function of a model and a number that returns a loss", value
 
 
 def check(rule: str, **conditions: tuple[bool, str, object]) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hvd_sketch.methods.server.rules.base import Push, Rule, check
+from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.methods.server.rules.base import Push, Rule, at_least_0, check
 from hvd_sketch.settings import check_numbers, given_numbers
 
 Staleness = Callable[[int], float]
@@ -22,7 +23,7 @@ class Polynomial:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        check("Polynomial", exponent=(self.exponent >= 0.0, "at least 0", self.exponent))
+        check("Polynomial", exponent=at_least_0(self.exponent))
 
     def __call__(self, staleness: int) -> float:
         """The factor."""
@@ -40,7 +41,7 @@ class Hinge:
         check_numbers(self)
         check(
             "Hinge",
-            slope=(self.slope >= 0.0, "at least 0", self.slope),
+            slope=at_least_0(self.slope),
             after=(self.after >= 0, "at least 0", self.after),
         )
 
@@ -65,12 +66,29 @@ class FedAsync(Rule):
 
     @given_numbers
     def __init__(self, alpha: float = 0.6, staleness: Staleness | None = None) -> None:
-        check("FedAsync", alpha=(0.0 < alpha <= 1.0, "above 0 and at most 1", alpha))
+        check(
+            "FedAsync",
+            alpha=(0.0 < alpha <= 1.0, "above 0 and at most 1", alpha),
+            staleness=(
+                staleness is None or callable(staleness),
+                "a function such as Polynomial(), or None",
+                staleness,
+            ),
+        )
         self.alpha, self._staleness = alpha, staleness or Polynomial()
 
     def weight(self, staleness: int) -> float:
-        """a_t."""
-        return self.alpha * self._staleness(staleness)
+        """a_t.
+
+        Raises:
+            ConfigurationError: for a factor that is not from 0 to 1.
+        """
+        factor = self._staleness(staleness)
+        if not 0.0 <= factor <= 1.0:
+            raise ConfigurationError(
+                f"FedAsync: staleness must give a factor from 0 to 1, and gave {factor!r} for {staleness}"
+            )
+        return self.alpha * factor
 
     def apply(self, model: Tensor, pushes: Sequence[Push]) -> list[bool]:
         for push in pushes:

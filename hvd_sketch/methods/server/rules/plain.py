@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from hvd_sketch.methods.server.rules.base import Push, Rule, check
+from hvd_sketch.methods.server.rules.base import Push, Rule, above_0, check
 from hvd_sketch.settings import given_numbers
 
 
@@ -19,7 +18,7 @@ class Plain(Rule):
 
     @given_numbers
     def __init__(self, rate: float = 1.0) -> None:
-        check("Plain", rate=(0.0 < rate < math.inf, "above 0 and finite", rate))
+        check("Plain", rate=above_0(rate))
         self.rate = rate
 
     def apply(self, model: Tensor, pushes: Sequence[Push]) -> list[bool]:

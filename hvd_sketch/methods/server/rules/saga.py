@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from hvd_sketch.methods.server.rules.base import Push, Rule, check
+from hvd_sketch.methods.server.rules.base import Push, Rule, above_0, check
 from hvd_sketch.methods.server.validation import Served
 from hvd_sketch.saved import Form
 from hvd_sketch.settings import given_numbers
@@ -32,7 +32,8 @@ class Saga(Rule):
 
     @given_numbers
     def __init__(self, rate: float, on_lost: OnLost) -> None:
-        check("ADSAGA", on_lost=(on_lost in get_args(OnLost), f"one of {get_args(OnLost)}", on_lost))
+        demand = f"one of {get_args(OnLost)}"
+        check("ADSAGA", rate=above_0(rate), on_lost=(on_lost in get_args(OnLost), demand, on_lost))
         self._rate, self._on_lost = rate, on_lost
         self._sums: dict[int, Tensor] = {}
         self._counted: set[int] = set()

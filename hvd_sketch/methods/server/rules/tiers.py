@@ -54,11 +54,10 @@ class Tiers(Rule):
         forget: int = 30,
         seed: int = 0,
     ) -> None:
+        check("FedAT", tiers=(_are_tiers(tiers), "at least 1, or the ranks of each tier", tiers))
         count = tiers if isinstance(tiers, int) else len(tiers)
-        numbered = isinstance(tiers, int) or all(isinstance(rank, int) for tier in tiers for rank in tier)
         check(
             "FedAT",
-            tiers=(numbered and count >= 1, "at least 1, or the ranks of each tier", tiers),
             clients=(clients is None or clients >= 1, "at least 1 or None", clients),
             weights=(weights in ("mirror", "uniform", "samples"), "mirror, uniform or samples", weights),
             published=(not published or weights == "mirror", "False unless weights='mirror'", published),
@@ -206,3 +205,11 @@ class Tiers(Rule):
         self.tier_of, self._latencies = dict(state["tier_of"]), dict(state["latencies"])
         self._random.setstate((3, tuple(state["random"]), None))
         self._asked = [self._members(number) for number in range(self._count)]
+
+
+def _are_tiers(tiers: Any) -> bool:
+    """Whether it is a number of tiers, or the ranks of each."""
+    if isinstance(tiers, int):
+        return tiers >= 1
+    lists = isinstance(tiers, Sequence) and len(tiers) > 0 and all(isinstance(tier, Sequence) for tier in tiers)
+    return lists and all(isinstance(rank, int) for tier in tiers for rank in tier)

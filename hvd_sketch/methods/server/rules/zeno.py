@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_sketch.methods.server.rules.base import Gathered, Push, check
+from hvd_sketch.methods.server.rules.base import Gathered, Push, above_0, at_least_0, check, loss
 from hvd_sketch.methods.server.validation import Served, Validate, Validation
 from hvd_sketch.saved import Form
 from hvd_sketch.settings import given_numbers
@@ -36,9 +36,10 @@ class Zeno(Gathered):
     def __init__(self, validate: Validate, drop: int, *, rate: float = 1.0, rho: float = 0.0005) -> None:
         check(
             "Zeno",
-            drop=(drop >= 0, "at least 0", drop),
-            rate=(rate > 0.0, "above 0", rate),
-            rho=(rho >= 0.0, "at least 0", rho),
+            validate=loss(validate),
+            drop=at_least_0(drop),
+            rate=above_0(rate),
+            rho=at_least_0(rho),
         )
         self.least = drop + 1
         self.rate, self._validate, self._drop, self._rho = rate, validate, drop, rho

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_sketch.methods.server.rules.base import Push, Rule, check
+from hvd_sketch.methods.server.rules.base import Push, Rule, above_0, at_least_0, check, loss
 from hvd_sketch.methods.server.validation import Served, Validate, Validation
 from hvd_sketch.saved import Form
 from hvd_sketch.settings import check_numbers
@@ -65,11 +65,12 @@ class ZenoPlus(Rule):
         oldest = self.max_staleness
         check(
             "ZenoPlus",
+            validate=loss(self.validate),
             refresh=(self.refresh >= 1, "at least 1 push", self.refresh),
-            rate=(self.rate > 0.0, "above 0", self.rate),
-            rho=(self.rho >= 0.0, "at least 0", self.rho),
-            epsilon=(self.epsilon >= 0.0, "at least 0", self.epsilon),
-            unit=(self.unit > 0.0, "above 0", self.unit),
+            rate=above_0(self.rate),
+            rho=at_least_0(self.rho),
+            epsilon=at_least_0(self.epsilon),
+            unit=above_0(self.unit),
             max_staleness=(oldest is None or oldest >= 0, "at least 0 or None", oldest),
         )
         self.tells, self._arrivals = self.tell, 0

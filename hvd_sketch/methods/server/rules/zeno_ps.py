@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_sketch.methods.server.rules.base import Gathered, Push, Rule, check
+from hvd_sketch.methods.server.rules.base import Gathered, Push, Rule, above_0, check, finite
 from hvd_sketch.methods.server.validation import Served, Validate, Validation
 from hvd_sketch.saved import Form
 from hvd_sketch.settings import check_numbers
@@ -31,14 +31,17 @@ class _Validated(Rule):
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        self._given = [self.validators] if callable(self.validators) else list(self.validators)
+        losses: Any = [self.validators] if callable(self.validators) else self.validators
+        are_losses = isinstance(losses, Sequence) and all(map(callable, losses))
+        demand = "at least one loss, a function of a model and a number that returns it"
         check(
             type(self).__name__,
-            validators=(len(self._given) > 0, "at least one", self._given),
-            rate=(self.rate > 0.0, "above 0", self.rate),
+            validators=(are_losses and len(losses) > 0, demand, losses),
+            rate=above_0(self.rate),
             steps=(self.steps >= 1, "at least 1", self.steps),
             refresh=(self.refresh >= 1, "at least 1 push", self.refresh),
         )
+        self._given: list[Validate] = list(losses)
         self._turns = 0
 
     def start(self, served: Served) -> None:
@@ -105,7 +108,7 @@ class ZenoPS(_Validated, Gathered):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check("ZenoPS", rho=(self.rho > -1.0, "above -1", self.rho))
+        check("ZenoPS", rho=(-1.0 < self.rho < math.inf, "above -1 and finite", self.rho), zeta=finite(self.zeta))
 
     def _combine(self, model: Tensor, pushes: Sequence[Push]) -> list[bool]:
         return _Validated.apply(self, model, pushes)
@@ -159,6 +162,7 @@ class ZenoPSAsync(_Validated):
         check(
             "ZenoPSAsync",
             alpha=(0.0 < self.alpha <= 1.0, "above 0 and at most 1", self.alpha),
+            threshold=finite(self.threshold),
             max_staleness=(oldest is None or oldest >= 0, "at least 0 or None", oldest),
         )
 
