@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -44,7 +45,8 @@ class Passes:
     itself (``create_graph=True``) the parameters stay ahead until `finish`.
 
     A gradient taken at x, by a model in evaluation mode, a scripted one or without a module, is as good as without
-    error feedback; it is told once. A forward that is traced is left alone. A script that changes parameters inside
+    error feedback; it is told once. A forward that is traced is left alone, and so is a parametrized weight that is
+    read outside of forwards: it is computed where the parameters are. A script that changes parameters inside
     forward changes them ahead: from then on this keeps out of the way, and says so.
 
     Args:
@@ -61,7 +63,7 @@ class Passes:
         self._holders: WeakKeyDictionary[Module, list[Module]] = WeakKeyDictionary()
         self._outer: Module | None = None
         self._depth, self._task = 0, -1
-        self._trains = self._resumes = self._stays = self._told = self._suspended = False
+        self._trains = self._reads = self._resumes = self._stays = self._told = self._suspended = False
         self._watch: Callable[[Module], None] = _nothing
         self._versions: list[int] = []
         self._guards = ExitStack()
@@ -108,6 +110,9 @@ class Passes:
             self._depth += module is self._outer
         elif not self._suspended and (holders := self._holders_in(module)):
             self._outer, self._depth = module, 1
+            self._reads = isinstance(module, ParametrizationList)
+            if self._reads:
+                return
             self._trains = _is_training(module, holders) and _differentiates(holders)
             was_ahead = self._moved.is_ahead
             self._resumes = was_ahead and not self._trains
@@ -126,6 +131,8 @@ class Passes:
         if self._depth:
             return
         self._outer = None
+        if self._reads:
+            return
         if self._resumes:
             self._forth()
         if torch.is_grad_enabled() and not _in_backward():

@@ -168,6 +168,19 @@ class Gradients:
         return self._exchange.layout.slots[position].name
 
 
+def tell_unfrozen(exchange: Exchange, frozen: Mapping[str, Tensor], since: str) -> None:
+    """Refuse a step, on all ranks, while a parameter trains that did not when something was wrapped.
+
+    Args:
+        exchange: which does not have it.
+        frozen: parameters that did not train then, by name.
+        since: when that was, and what to do.
+    """
+    for name, parameter in frozen.items():
+        if parameter.requires_grad:
+            exchange.fail_together(f"parameter {name!r} was unfrozen after {since}")
+
+
 class Watcher(Protocol):
     """An optimizer that is told of gradients."""
 

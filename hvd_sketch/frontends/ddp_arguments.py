@@ -51,9 +51,25 @@ def check(compression: Any, optimizer: torch.optim.Optimizer, trained: Mapping[s
     check_momentum(compression.momentum, optimizer)
     if trained and set(trained.values()).isdisjoint(parameters_of(optimizer)):
         raise ConfigurationError("the optimizer holds none of the model's parameters; give the one that steps them")
-    wrappers = [each for each in wrapped_models() if not set(trained.values()).isdisjoint(each.module.parameters())]
+    wrappers = _wrappers_of(trained)
     if wrappers and all(map(_brings_a_hook, wrappers)):  # else the model was wrapped again
         check_wrapping(wrappers[0])
+
+
+def frozen_of(named: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters that are not trained, of those named and of the model that was wrapped."""
+    frozen = {name: parameter for name, parameter in named.items() if name not in trained}
+    for model in _wrappers_of(trained):
+        inside = model.module.named_parameters()
+        frozen.update(
+            (name, p) for name, p in inside if not p.requires_grad and name not in model.parameters_to_ignore
+        )
+    return frozen
+
+
+def _wrappers_of(trained: Mapping[str, Tensor]) -> list[DistributedDataParallel]:
+    parameters = set(trained.values())
+    return [each for each in wrapped_models() if not parameters.isdisjoint(each.module.parameters())]
 
 
 def wrapped_models() -> list[DistributedDataParallel]:

@@ -18,9 +18,9 @@ from hvd_sketch.error_feedback.anticipate import Anticipate
 from hvd_sketch.error_feedback.default import follow
 from hvd_sketch.error_feedback.passes import Passes
 from hvd_sketch.exchange import Exchange
-from hvd_sketch.exchange.gradients import shared_state, take_over, watch, watches
+from hvd_sketch.exchange.gradients import shared_state, take_over, tell_unfrozen, watch, watches
 from hvd_sketch.exchange.scaling import LossScale
-from hvd_sketch.frontends.ddp_arguments import check, innermost, numbered, settled
+from hvd_sketch.frontends.ddp_arguments import check, frozen_of, innermost, numbered, settled
 from hvd_sketch.frontends.ddp_buckets import Buckets, after_backward
 from hvd_sketch.frontends.ddp_exchange import Compared, make_exchange, refuse_sparse
 from hvd_sketch.frontends.ddp_join import Missed, keeping_memories, keeps_memories
@@ -36,6 +36,11 @@ from hvd_sketch.frontends.ddp_steps import (
 )
 
 _logger = logging.getLogger("hvd_sketch")
+
+_WRAPPED_FROZEN = (
+    "the model was wrapped and registered; do so on all ranks first, then wrap model.module in "
+    "DistributedDataParallel again, and register"
+)
 
 
 class State:
@@ -88,6 +93,7 @@ class State:
         named = dict(numbered(optimizer) if named_parameters is None else named_parameters)
         trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
         check(compression, optimizer, trained)
+        self._frozen = frozen_of(named, trained)
         compression, feedback = settled(compression, optimizer, trained)
         self._scale, self._factor = LossScale(grad_scaler), 1.0
         self.exchange = make_exchange(compression, feedback, trained, process_group, hierarchical)
@@ -170,6 +176,7 @@ class State:
             if self._joined:
                 self._missed.attend()
             else:
+                tell_unfrozen(exchange, self._frozen, _WRAPPED_FROZEN)
                 exchange.run()
                 exchange.write_update(buckets.views, self._factor)
                 self._missed.catch_up(self._steps.given)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hvd_sketch.compatibility import without_momentum
 from hvd_sketch.exchange import Exchange
-from hvd_sketch.exchange.gradients import Gradients, shared_state, take_over, watch
+from hvd_sketch.exchange.gradients import Gradients, shared_state, take_over, tell_unfrozen, watch
 from hvd_sketch.exchange.scaling import LossScale
 from hvd_sketch.methods.wiring import HorovodOptimizer, Wiring
 from hvd_sketch.methods.wrapper import WrappedOptimizer
@@ -277,12 +277,8 @@ class ExchangingOptimizer(WrappedOptimizer, HorovodOptimizer):
 
     def _check_frozen(self, exchange: Exchange) -> None:
         """Parameters that train are among those that trained when the optimizer was wrapped."""
-        for name, parameter in self._frozen.items():
-            if parameter.requires_grad:
-                exchange.fail_together(
-                    f"parameter {name!r} was unfrozen after it was given to DistributedOptimizer; do so on all ranks "
-                    "first, then wrap the plain optimizer again"
-                )
+        told = "it was given to DistributedOptimizer; do so on all ranks first, then wrap the plain optimizer again"
+        tell_unfrozen(exchange, self._frozen, told)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the exchange, of which the memory goes along."""

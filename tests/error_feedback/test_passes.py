@@ -247,6 +247,40 @@ def test_a_compiled_model(whole: bool) -> None:
     assert torch.equal(train(unchanged, net=net), train(in_a_block))
 
 
+def parametrized() -> nn.Module:
+    model = training.net()
+    nn.utils.parametrizations.weight_norm(model.get_submodule("0"))
+    return model
+
+
+def regularized(model: nn.Module, loss: Loss) -> Tensor:
+    """With a term of a weight that is computed when it is read."""
+    value = loss(model)
+    weight: Tensor = model.get_submodule("0").weight  # type: ignore[assignment]
+    return value + weight.square().mean()
+
+
+def reading(model: nn.Module, optimizer: Any, loss: Loss) -> None:
+    optimizer.zero_grad()
+    regularized(model, loss).backward()
+    optimizer.step()
+    before = training.flat(model)
+    regularized(model, lambda _: torch.zeros(()))
+    assert torch.equal(training.flat(model), before)
+
+
+def reading_in_a_block(model: nn.Module, optimizer: Any, loss: Loss) -> None:
+    optimizer.zero_grad()
+    with optimizer.step_ahead():
+        regularized(model, loss).backward()
+    optimizer.step()
+
+
+def test_a_parametrized_weight_may_be_read_at_any_time() -> None:
+    """Between the passes at the model, and between forward and backward ahead."""
+    assert torch.equal(train(reading, net=parametrized), train(reading_in_a_block, net=parametrized))
+
+
 def test_a_graph_of_a_model_in_evaluation_mode_is_not_differentiated_ahead() -> None:
     def mixed(model: nn.Module, optimizer: Any, loss: Loss) -> None:
         model.eval()

@@ -383,6 +383,18 @@ def sparse() -> None:
     model(torch.arange(5)).square().mean().backward()
 
 
+def unfrozen(attach: Callable[[nn.Module, torch.optim.Optimizer], Any]) -> None:
+    """On rank 1, a layer that the optimizer may not even hold begins to train."""
+    model = net()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model[2].parameters(), RATE)
+    whole = wrapped(model)
+    attach(whole, optimizer)
+    step(whole, optimizer, 0)
+    model[0].requires_grad_(dist.get_rank() == 1)
+    step(whole, optimizer, 1)
+
+
 def alone() -> str:
     """Under horovodrun, where no framework wraps the model."""
     with pytest.MonkeyPatch.context() as patch:
@@ -406,14 +418,14 @@ def registered_twice() -> None:
         hvd.ddp.register(model, sgd(model), COMPRESSORS["topk"]())
 
 
-def hooked(model: nn.Module) -> None:
+def hooked(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """As `register`, with the plain hook."""
-    optimizer = sgd(model)
+    optimizer = optimizer or sgd(model)
     model.register_comm_hook(hvd.ddp.State(COMPRESSORS["topk"](), optimizer), hvd.ddp.hook)  # type: ignore[operator]
 
 
-def registered(model: nn.Module) -> None:
-    hvd.ddp.register(model, sgd(model), COMPRESSORS["topk"]())
+def registered(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    hvd.ddp.register(model, optimizer or sgd(model), COMPRESSORS["topk"]())
 
 
 def steps_in_backward() -> nn.Module:
@@ -455,6 +467,8 @@ def errors() -> dict[str, str]:
         "scheduled by batch": refused(scheduled_by_batch),
         "a parameter that State does not know": refused(unknown),
         "sparse": refused(sparse),
+        "unfrozen": refused(partial(unfrozen, registered)),
+        "unfrozen, plain hook": refused(partial(unfrozen, hooked)),
         "alone": alone(),
         "alone in its group": alone_in_its_group(),
         "twice": refused(registered_twice),
@@ -724,6 +738,14 @@ def test_a_rank_that_is_killed_is_started_again_and_nothing_is_lost(tmp_path: Pa
         ),
         ("a parameter that State does not know", "give State named_parameters=model.named_parameters()"),
         ("sparse", "rank 1: parameter 'weight' has a sparse gradient; make its embedding with sparse=False"),
+        (
+            "unfrozen",
+            "rank 1: parameter '0.weight' was unfrozen after.*wrap model.module in DistributedDataParallel again",
+        ),
+        (
+            "unfrozen, plain hook",
+            "rank 1: parameter '0.weight' was unfrozen after the model was wrapped and registered",
+        ),
         ("not wrapped", "needs a torch.nn.parallel.DistributedDataParallel model, got Sequential"),
         ("of the wrapped", "got Sequential.*This model is wrapped already: give what wraps it"),
         ("alone", "HOROVOD_SIZE of horovodrun has started 2 processes.*start with torchrun"),
