@@ -67,9 +67,8 @@ class DelayedOptimizer(ExchangingOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._scale.tell(
-            self, void=False
-        )  # of this step's gradients nobody knows yet; what is late is told by all alike
+        # Of this step's gradients nobody knows yet; what is late is told by all alike.
+        self._scale.tell(self, void=False)
         result = super().step(None, **keywords)
         if self._handed_in:
             self._start()
