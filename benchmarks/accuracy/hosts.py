@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.accuracy.methods import DENSE, Wrap, exchanged
+from benchmarks.accuracy.methods import ANTICIPATE, DENSE, Wrap, exchanged
 from benchmarks.accuracy.simulate import train
 from benchmarks.accuracy.tasks import TASKS, Task
 from benchmarks.gpu.record import Record, Row
-from hvd_sketch import Anticipate, Compression
+from hvd_sketch import Compression
 from hvd_sketch.comm import Communicator
 
 RESULTS = Path("benchmarks/results/accuracy-hosts.json")
@@ -66,7 +66,7 @@ class Run:
     def _wrap(self, made: list[Any]) -> Wrap:
         """The method; what rank 0's optimizer becomes is put into a list."""
         compression = Compression.sharded(ratio=self.ratio, warmup_steps=0)
-        wrapped = exchanged(compression, Anticipate(), hierarchical=self.local)
+        wrapped = exchanged(compression, ANTICIPATE, hierarchical=self.local)
 
         def wrap(optimizer: torch.optim.Optimizer, model: nn.Module, comm: Communicator) -> Any:
             distributed = wrapped(optimizer, model, comm)

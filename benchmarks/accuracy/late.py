@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.accuracy.methods import Wrap, exchanged
+from benchmarks.accuracy.methods import ANTICIPATE, Wrap, exchanged
 from benchmarks.accuracy.simulate import train
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.gpu.record import Record, Row
-from hvd_sketch import Anticipate, Compression
+from hvd_sketch import Compression
 
 RESULTS = Path("benchmarks/results/accuracy-late.json")
 METHODS = ("dense", "sharded", "sharded, anticipate")
@@ -54,7 +54,7 @@ class Run:
     def _wrap(self) -> Wrap:
         if self.method == "dense":
             return exchanged(Compression.none, delayed=self.late)
-        feedback = Anticipate() if self.method.endswith("anticipate") else None
+        feedback = ANTICIPATE if self.method.endswith("anticipate") else None
         return exchanged(Compression.sharded(ratio=self.ratio, warmup_steps=0), feedback, delayed=self.late)
 
 

@@ -47,14 +47,15 @@ tried at with all seeds. The rows "sketch" and "sketch, anticipate" by hand were
 geometry, which found less (see the design page); "sketch, dropped in" has the present one. Most rows of `sharded` are
 of a code with larger levels: 18 bytes in each, at 400 a seventeenth of it, are values today.
 
-"anticipate" is `error_feedback=Anticipate()`, and then norms and biases are compressed like everything else
-(`dense_below=0`); "sketch, anticipate" sends three quarters of its values in turn (`in_turn=0.75`), which helps it
-with anticipation and harms it without. "factored" is `Anticipate(second_moments=FactoredMoments())`, for Adam alone;
-what it measures are rows and columns, much of matrices as small as these, so its ratio is below what was asked for.
-"local SGD" meets every 8 steps, with `sharded` at an eighth of the ratio asked for, so that 10 comes out as about 42;
-"4 steps, anticipate" is `LocalSGD(period=4, anticipate=0.6)`. DeMo (arXiv 2411.19870) and SparseLoCo (arXiv
-2508.15706) are methods of others, written from their papers (`benchmarks/accuracy/rivals.py`), an allgather counted as
-`W - 1` messages and every position and value by its bits.
+"anticipate" is `error_feedback=Anticipate(coefficient=0.6)`, the default with SGD, and with Adam when these rows were
+measured: 1 today, in what is dropped in. Then norms and biases are compressed like everything else (`dense_below=0`);
+"sketch, anticipate" sends three quarters of its values in turn (`in_turn=0.75`), which helps it with anticipation and
+harms it without. "factored" is `Anticipate(second_moments=FactoredMoments())`, for Adam alone; what it measures are
+rows and columns, much of matrices as small as these, so its ratio is below what was asked for. "local SGD" meets
+every 8 steps, with `sharded` at an eighth of the ratio asked for, so that 10 comes out as about 42; "4 steps,
+anticipate" is `LocalSGD(period=4, anticipate=0.6)`. DeMo (arXiv 2411.19870) and SparseLoCo (arXiv 2508.15706) are
+methods of others, written from their papers (`benchmarks/accuracy/rivals.py`), an allgather counted as `W - 1`
+messages and every position and value by its bits.
 
 "mixed by dct" or "by hadamard" chooses coefficients in place of entries, and "soft sign" is `hvd_sketch.SoftSign`
 over `Compression.mixed`: see [the recipe](../recipe.md). "soft sign, uncompressed" is its step alone; what compression

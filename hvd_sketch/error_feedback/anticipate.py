@@ -58,17 +58,23 @@ class Anticipate(ErrorFeedback):
     2008.05823, here by the whole response of the optimizer to the memory.
 
     Attributes:
-        coefficient: a, above 0 and at most 1.
+        coefficient: a, above 0 and at most 1; None for 0.6 with SGD, and 1 with Adam, whose P is damped by e itself.
         second_moments: how to measure Adam's; None leaves them to Adam. Not for SGD, which has none.
     """
 
-    coefficient: float = 0.6
+    coefficient: float | None = None
     second_moments: FactoredMoments | None = None
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        if not 0.0 < self.coefficient <= 1.0:
+        if self.coefficient is not None and not 0.0 < self.coefficient <= 1.0:
             raise ConfigurationError(f"Anticipate coefficient must be above 0 and at most 1, got {self.coefficient}")
+
+    def coefficient_of(self, optimizer: torch.optim.Optimizer) -> float:
+        """The one that was given, or the optimizer's."""
+        if self.coefficient is not None:
+            return self.coefficient
+        return 0.6 if isinstance(optimizer, torch.optim.SGD) else 1.0
 
     def check(self, optimizer: torch.optim.Optimizer, compression: Compressor) -> None:
         """Refuse optimizers whose response to a gradient is not known.
@@ -99,7 +105,7 @@ class Anticipate(ErrorFeedback):
         return replace(wiring, followers=[shares, moments], before_step=moments.lend)
 
     def _ahead_of(self, shares: CommonShare, optimizer: AnticipatingOptimizer, flat: FlatParameters) -> Ahead:
-        return Anticipation(optimizer, optimizer.its_exchange, flat, shares, self.coefficient)
+        return Anticipation(optimizer, optimizer.its_exchange, flat, shares, self.coefficient_of(optimizer))
 
 
 class AnticipatingOptimizer(AheadOptimizer, ExchangingOptimizer):

@@ -60,6 +60,8 @@ def settle(
                 f"correction, and this is {type(optimizer).__name__}; leave anticipate away to have it where possible"
             )
         asked = Anticipate() if possible and compression.wants_anticipation else None
+    if isinstance(asked, Anticipate):
+        asked = replace(asked, coefficient=asked.coefficient_of(optimizer))
     return replace(compression, anticipate=isinstance(asked, Anticipate)), asked
 
 
@@ -103,7 +105,8 @@ def follow(
     shares, first = CommonShare(), next(iter(named.values()))
     shares.attach(exchange)
     flat = FlatParameters(named, exchange.layout, first.device)
-    ahead = Anticipation(weakref.proxy(optimizer), client.present_exchange, flat, shares, feedback.coefficient)
+    coefficient = feedback.coefficient_of(optimizer)
+    ahead = Anticipation(weakref.proxy(optimizer), client.present_exchange, flat, shares, coefficient)
     living = weakref.ref(optimizer)
 
     def moves() -> bool:

@@ -21,7 +21,7 @@ def wrap_delayed(feedback: Anticipate, wrapping: Wrapping) -> DelayedAnticipatin
     shares = CommonShare()
 
     def ahead_of(optimizer: DelayedAnticipatingOptimizer, flat: FlatParameters) -> DelayedAnticipation:
-        return DelayedAnticipation(optimizer, optimizer.its_exchange, flat, shares, feedback.coefficient)
+        return DelayedAnticipation(optimizer, optimizer.its_exchange, flat, shares, feedback.coefficient_of(optimizer))
 
     return DelayedAnticipatingOptimizer(wrapping, feedback.wiring(wrapping, shares), ahead_of)
 

@@ -112,6 +112,7 @@ def test_auto_tells_what_it_chose_and_why(ratio: float, member: str, lines: Line
     [
         ("exchange", "error_feedback=None"),
         ("anticipate", r"error_feedback=Anticipate\(coefficient=0.6, second_moments=None\)"),
+        ("anticipate, adamw", r"error_feedback=Anticipate\(coefficient=1.0, second_moments=None\)"),
         ("step ahead by half", r"error_feedback=StepAhead\(coefficient=0.5, averaging_period=3\)"),
         ("local sgd, diloco", "LocalSGD, in every 3 steps"),
         ("cser, partial", "CSER, its errors"),

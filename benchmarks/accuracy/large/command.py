@@ -15,8 +15,9 @@ import torch
 from benchmarks.accuracy.large.model import LARGE, MEDIUM, SMALL, Language, Size
 from benchmarks.accuracy.large.text import Text
 from benchmarks.accuracy.large.train import Method, Plan, train
+from benchmarks.accuracy.methods import ANTICIPATE
 from benchmarks.gpu.record import Record, Row
-from hvd_sketch import Anticipate, Compression, ConfigurationError, FactoredMoments
+from hvd_sketch import Compression, ConfigurationError, FactoredMoments
 
 RESULTS = "benchmarks/results/accuracy-{size}.json"
 SIZES: dict[str, Size] = {"large": LARGE, "medium": MEDIUM, "small": SMALL}
@@ -25,23 +26,23 @@ _PLAIN: dict[str, Any] = {"warmup_steps": 0}
 METHODS: dict[str, Any] = {
     "dense": lambda setting: Method(),
     "dense, clipped": lambda ratio: Method(Compression.sharded(ratio=ratio, **_PLAIN)),
-    "sharded, anticipate": lambda ratio: Method(Compression.sharded(ratio=ratio, **_PLAIN), Anticipate()),
+    "sharded, anticipate": lambda ratio: Method(Compression.sharded(ratio=ratio, **_PLAIN), ANTICIPATE),
     "powersgd": lambda rank: Method(Compression.powersgd(rank=int(rank), start_step=0)),
-    "powersgd, anticipate": lambda rank: Method(Compression.powersgd(rank=int(rank), start_step=0), Anticipate()),
+    "powersgd, anticipate": lambda rank: Method(Compression.powersgd(rank=int(rank), start_step=0), ANTICIPATE),
     "soft sign, mixed by dct": lambda ratio: Method(Compression.mixed(ratio=ratio, **_PLAIN), soft_sign=True),
     "sketch, anticipate": lambda ratio: Method(
-        Compression.sketch(ratio=ratio, in_turn=0.75, dense_below=0, **_PLAIN), Anticipate()
+        Compression.sketch(ratio=ratio, in_turn=0.75, dense_below=0, **_PLAIN), ANTICIPATE
     ),
     "auto, dense at first": lambda ratio: Method(Compression.auto(ratio=ratio, warmup_steps=100)),
     "sharded": lambda ratio: Method(Compression.sharded(ratio=ratio, **_PLAIN)),
     "sharded, anticipate, by tensor": lambda ratio: Method(
-        Compression.sharded(ratio=ratio, tensor_power=0.7, **_PLAIN), Anticipate()
+        Compression.sharded(ratio=ratio, tensor_power=0.7, **_PLAIN), ANTICIPATE
     ),
     "sharded, anticipate, factored": lambda ratio: Method(
-        Compression.sharded(ratio=ratio, **_PLAIN), Anticipate(second_moments=FactoredMoments())
+        Compression.sharded(ratio=ratio, **_PLAIN), replace(ANTICIPATE, second_moments=FactoredMoments())
     ),
     "sharded, anticipate, mixed by dct": lambda ratio: Method(
-        Compression.sharded(ratio=ratio, mixing="dct", tensor_power=0.7, **_PLAIN), Anticipate()
+        Compression.sharded(ratio=ratio, mixing="dct", tensor_power=0.7, **_PLAIN), ANTICIPATE
     ),
     "soft sign, uncompressed": lambda setting: Method(soft_sign=True),
     "sketch": lambda ratio: Method(Compression.sketch(ratio=ratio, **_PLAIN)),

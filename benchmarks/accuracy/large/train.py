@@ -199,7 +199,8 @@ class SharedRanks:
         read_errors(exchange, errors)
         views = [errors[slot.offset : slot.stop].view(slot.shape) for slot in exchange.layout.slots]
         if shares is not None:
-            torch._foreach_mul_(views, list((self._anticipate.coefficient * shares).unbind()))
+            coefficient = self._anticipate.coefficient_of(self.optimizer)
+            torch._foreach_mul_(views, list((coefficient * shares).unbind()))
         (group,) = self.optimizer.param_groups
         respond(self.optimizer, group, [self._places[position] for position in range(len(views))], views)
         return views
