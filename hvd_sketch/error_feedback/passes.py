@@ -63,7 +63,7 @@ class Passes:
         self._holders: WeakKeyDictionary[Module, list[Module]] = WeakKeyDictionary()
         self._outer: Module | None = None
         self._depth, self._task = 0, -1
-        self._trains = self._reads = self._resumes = self._stays = self._told = self._suspended = False
+        self._trains = self._resumes = self._stays = self._told = self._suspended = False
         self._watch: Callable[[Module], None] = _nothing
         self._versions: list[int] = []
         self._guards = ExitStack()
@@ -110,8 +110,7 @@ class Passes:
             self._depth += module is self._outer
         elif not self._suspended and (holders := self._holders_in(module)):
             self._outer, self._depth = module, 1
-            self._reads = isinstance(module, ParametrizationList)
-            if self._reads:
+            if isinstance(module, ParametrizationList):
                 return
             self._trains = _is_training(module, holders) and _differentiates(holders)
             was_ahead = self._moved.is_ahead
@@ -131,7 +130,7 @@ class Passes:
         if self._depth:
             return
         self._outer = None
-        if self._reads:
+        if isinstance(module, ParametrizationList):
             return
         if self._resumes:
             self._forth()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from hvd_sketch.errors import ConfigurationError
+from hvd_sketch.methods.server.rules.base import above_0, at_least_0, check
 from hvd_sketch.settings import given_numbers
 
 
@@ -35,10 +33,7 @@ class LocalNoise:
 
     @given_numbers
     def __init__(self, clip: float, sigma: float, seed: int | None = None) -> None:
-        if not 0.0 < clip < math.inf:
-            raise ConfigurationError(f"LocalNoise: clip must be above 0 and finite, got {clip}")
-        if not 0.0 <= sigma < math.inf:
-            raise ConfigurationError(f"LocalNoise: sigma must be at least 0 and finite, got {sigma}")
+        check("LocalNoise", clip=above_0(clip), sigma=at_least_0(sigma))
         self.clip, self.sigma, self.pushes = clip, sigma, 0
         self._generator = torch.Generator()
         if seed is None:
