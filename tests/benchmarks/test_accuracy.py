@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from benchmarks.accuracy.methods import BY_RATIO, make, suits, way_of
 from benchmarks.accuracy.report import write_page
 from benchmarks.accuracy.simulate import train
 from benchmarks.accuracy.tasks import TASKS
-from tests.support.ranks import launch
+from tests.support.ranks import launch, python
 
 TASK, STEPS = "cnn-batchnorm", 12
 
@@ -25,7 +24,7 @@ TASK, STEPS = "cnn-batchnorm", 12
 def test_real_ranks_give_the_numbers_of_the_simulation(method: str) -> None:
     simulated = train(TASKS[TASK], make(method, 20.0), ranks=2, seed=0, steps=STEPS)
     arguments = ["-m", "benchmarks.accuracy.ranks", TASK, method, "20", "--steps", str(STEPS)]
-    completed = launch(2, [sys.executable, *arguments])
+    completed = launch(2, python(*arguments))
     assert completed.returncode == 0, completed.output
     lines = [line.split(">:")[-1].split() for line in completed.output.splitlines() if " steps " in line]
     assert len(lines) == len(simulated.losses) == 12

@@ -6,14 +6,13 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.examples.test_examples import SKETCH, command, latest
-from tests.support.ranks import ROOT, end, launch, run
+from tests.support.ranks import ROOT, end, launch, python, run
 
 SAVING = """
 import os, random, signal, sys, time
@@ -58,7 +57,7 @@ print("reached step", step)
 
 
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    completed = run([sys.executable, "-c", SAVING.format(examples=str(ROOT / "examples")), str(tmp_path)])
+    completed = run(python("-c", SAVING.format(examples=str(ROOT / "examples")), tmp_path))
     assert completed.returncode == 0, completed.output
     assert int(completed.output.split("reached step")[1]) > 0
 
@@ -68,7 +67,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks left that saved after every step and were killed after some of them."""
     folder = tmp_path_factory.mktemp("killed")
     words = ("mpirun", "--oversubscribe", "--bind-to", "none", "-np", "2")
-    script = [sys.executable, *command("digits_cnn", *SKETCH, "--steps", 10_000)[1:], "--eval-every", "1"]
+    script = command("digits_cnn", *SKETCH, "--steps", 10_000, "--eval-every", "1")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [*words, *script, "--save", str(folder)], env=environment, stderr=subprocess.DEVNULL

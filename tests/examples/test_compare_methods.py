@@ -1,15 +1,14 @@
 """The comparison of the methods runs all of them at the bytes it says, and goes on where it was."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from tests.support.ranks import ROOT, launch
+from tests.support.ranks import ROOT, launch, python
 
 
 def compare(results: Path, *options: object) -> list[dict[str, Any]]:
-    script = (sys.executable, str(ROOT / "examples" / "compare_methods.py"), "--quick", "--steps", "2")
+    script = python(ROOT / "examples" / "compare_methods.py", "--quick", "--steps", "2")
     completed = launch(2, (*script, "--eval-every", "1", "--results", str(results), *map(str, options)), timeout=240)
     assert completed.returncode == 0, completed.output
     loaded: list[dict[str, Any]] = json.loads(results.read_text())

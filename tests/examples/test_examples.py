@@ -1,14 +1,13 @@
 """The examples run on real ranks, as their documentation says, and a resumed run equals an uninterrupted one."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.support.ranks import ROOT, launch, run
+from tests.support.ranks import ROOT, launch, python, run
 
 SCRIPTS = {
     "char_transformer": ("--batch-size", "2", "--eval-every", "3"),
@@ -22,7 +21,7 @@ WITHOUT_HOROVOD = "import runpy, sys; sys.modules['horovod'] = None; runpy.run_p
 
 
 def command(name: str, *options: object) -> list[str]:
-    return [sys.executable, str(ROOT / "examples" / f"{name}.py"), *SCRIPTS[name], *map(str, options)]
+    return python(ROOT / "examples" / f"{name}.py", *SCRIPTS[name], *options)
 
 
 def succeed(name: str, *options: object, ranks: int = 2) -> str:
@@ -95,7 +94,7 @@ def test_takes_a_recorded_baseline_of_the_same_training_only(tmp_path: Path) -> 
 def test_runs_over_mpi4py_without_horovod(tmp_path: Path) -> None:
     script = command("digits_cnn", *SKETCH, "--steps", 6, "--results", tmp_path / "results.json")[1:]
     prelude = f"import sys; sys.argv = sys.argv[1:]; sys.path.insert(0, {str(ROOT / 'examples')!r}); {WITHOUT_HOROVOD}"
-    completed = launch(2, [sys.executable, "-c", prelude, *script])
+    completed = launch(2, python("-c", prelude, *script))
     assert completed.returncode == 0, completed.output
     (sketched,) = records(tmp_path / "results.json")
     assert sketched["settings"]["ranks"] == 2
@@ -121,7 +120,7 @@ def test_one_ranks_checkpoint_is_refused_by_two(tmp_path: Path) -> None:
 def test_the_demo_trains_twice_and_tells_the_gap(tmp_path: Path) -> None:
     outputs = ("--results", str(tmp_path / "results.json"), "--plot", str(tmp_path / "curves.png"))
     sizes = ("--steps", "3", "--batch-size", "1")
-    completed = run([sys.executable, str(ROOT / "examples" / "demo.py"), *sizes, *outputs])
+    completed = run(python(ROOT / "examples" / "demo.py", *sizes, *outputs))
     assert completed.returncode == 0, completed.output
     assert "% against dense" in completed.output
     assert "2 ranks over Horovod" in completed.output

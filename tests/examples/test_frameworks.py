@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import sys
 import warnings
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 import hvd_sketch as hvd
-from tests.support.ranks import ROOT, launch, ranks
+from tests.support.ranks import ROOT, launch, python, ranks
 from tests.support.training import net
 
 pytestmark = pytest.mark.slow  # they import much
@@ -28,7 +27,7 @@ def needs(framework: str) -> None:
 def test_a_framework_trains_with_the_hook(name: str) -> None:
     needs(name)
     script = ROOT / "examples" / f"with_{'trainer' if name == 'transformers' else name}.py"
-    completed = launch(2, [sys.executable, str(script)], launcher="torchrun")
+    completed = launch(2, python(script), launcher="torchrun")
     assert completed.returncode == 0, completed.output
     told = re.search(r"after 40 steps, ([0-9.]+) times fewer bytes", completed.output)
     assert told is not None, completed.output

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import nursery
 from tests.support.ranks import ROOT, Completed, run
 
 SCRIPTS = ROOT / "mpi_scripts"
@@ -84,8 +85,8 @@ def test_slurm(training: Path, plugins: str) -> None:
         training.with_name(name).write_text(text)
         training.with_name(name).chmod(0o755)
     job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "localhost", "SLURM_NTASKS_PER_NODE": "2"}
-    path = os.pathsep.join((str(training.parent), str(Path(sys.executable).parent), os.environ["PATH"]))
-    env = environment(training, **job, SLURM_CPUS_PER_TASK="3", PLUGINS=plugins, PATH=path)
+    folders = (str(training.parent), nursery.folder(), str(Path(sys.executable).parent), os.environ["PATH"])
+    env = environment(training, **job, SLURM_CPUS_PER_TASK="3", PLUGINS=plugins, PATH=os.pathsep.join(folders))
     completed = run(("bash", str(SCRIPTS / "slurm.sbatch"), str(training), "--its", "own args"), env=env)
     assert ("srun --mpi=pmix --cpus-per-task=3" in completed.output) == (plugins == "pmix")
     assert ("srun --mpi=pmix connects no ranks here" in completed.output) == (plugins == "pmix of another MPI")

@@ -11,7 +11,7 @@ from torch import Tensor
 from hvd_sketch import Compression
 from hvd_sketch.comm import as_communicator
 from hvd_sketch.sketch.geometry import Geometry, cells_and_signs
-from tests.support.ranks import ROOT, launch, ranks
+from tests.support.ranks import ROOT, launch, python, ranks
 from tests.support.simulation import heavy_tailed, make, step
 
 EXAMPLE = ROOT / "examples" / "sketched_sgd.py"
@@ -49,6 +49,6 @@ def test_it_trains_in_at_most_eighty_lines_without_us() -> None:
     text = EXAMPLE.read_text()
     assert len(text.splitlines()) <= 80
     assert "import hvd_sketch" not in text
-    told = launch(2, [sys.executable, str(EXAMPLE)]).output
+    told = launch(2, python(EXAMPLE)).output
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in told.splitlines() if "loss" in line]
     assert losses[-1] < losses[0] / 5

@@ -6,7 +6,6 @@ import gc
 import json
 import logging
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from hvd_sketch.comm.in_process import run_in_process
 from hvd_sketch.compressors import Compressor, PowerSGD, Sharded
 from tests.support.compressors import EVERY, SHARDED
 from tests.support.methods import METHODS, fresh, train
-from tests.support.ranks import launch
+from tests.support.ranks import launch, python
 from tests.support.simulation import drive, heavy_tailed, make, simulate
 
 TOTAL = 5470
@@ -187,7 +186,7 @@ print("steps", hvd.rank(), json.dumps(hvd_sketch.exchange_of(compression).stats.
 def test_a_script_that_just_ends_sees_both_lines_before_and_after_it_configures_logging(tmp_path: Path) -> None:
     """Under stock Horovod, on real ranks."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    status, output = launch(2, (sys.executable, str(tmp_path / "script.py")))
+    status, output = launch(2, python(tmp_path / "script.py"))
     assert status == 0, output
     first, last = [line for line in output.splitlines() if "hvd_sketch: " in line]
     assert re.search("(^|:)hvd_sketch: step 1 is .*; stock Horovod; error_feedback=Anticipate", first)

@@ -33,7 +33,7 @@ from hvd_sketch.comm.in_process import run_in_process
 from tests.support import ddp as scripts
 from tests.support import ddp_parity
 from tests.support.ddp import AHEAD, PLAIN, RATE, SIZE, STEPS, Balance, balance, local_gradient, sgd, step, wrapped
-from tests.support.ranks import launch, ranks
+from tests.support.ranks import launch, python, ranks
 from tests.support.training import flat, flat_gradient, loss, net
 
 COMPRESSORS: Mapping[str, Callable[[], Any]] = {
@@ -719,7 +719,7 @@ def test_a_flushed_checkpoint_fits_another_number_of_ranks(seen: list[dict[str, 
 
 def test_a_rank_that_is_killed_is_started_again_and_nothing_is_lost(tmp_path: Path) -> None:
     """By torchrun, told to make a store for each attempt: in the last one's, ranks find the addresses of the dead."""
-    command = ("--max-restarts", "1", sys.executable, "tests/scripts/restarted_training.py", str(tmp_path))
+    command = ("--max-restarts", "1", *python("tests/scripts/restarted_training.py", tmp_path))
     done = launch(SIZE, command, launcher="torchrun", env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
     assert done.returncode == 0, done.output
     for rank in range(SIZE):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from hvd_sketch.comm.in_process import run_in_process
 from hvd_sketch.comm.single import SingleProcess
 from hvd_sketch.errors import ConfigurationError
 from hvd_sketch.frontends.elastic import OptimizerHandler
-from tests.support.ranks import ranks, run
+from tests.support.ranks import python, ranks, run
 
 PLAIN: dict[str, Any] = {"ratio": 8.0, "clip_norm": None}
 LR = 0.5
@@ -268,7 +267,7 @@ def test_ranks_come_go_and_die_in_elastic_horovod(way: str, events: str, tmp_pat
     discover.chmod(0o755)
     command = ("horovodrun", "--gloo", "--network-interface", "lo", "-np", "2", "--min-np", "2", "--max-np", "3")
     runner = ("-m", "hvd_sketch", *RUNNER) if way == "runner" else ()
-    script = (sys.executable, *runner, "tests/scripts/elastic_training.py", way, str(tmp_path), events)
+    script = python(*runner, "tests/scripts/elastic_training.py", way, tmp_path, events)
     ended = run((*command, "--host-discovery-script", str(discover), *script), timeout=300)
     ends = re.findall(r"<end: (\d) processes, off by (\S+), the same on all: (\w+), departed: (\d)>", ended.output)
     assert len(ends) == 2, ended.output

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from tests.support.ranks import Launcher, launch
+from tests.support.ranks import Launcher, launch, python
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "documented_pattern.py"
 RUNNER = ["-m", "hvd_sketch", "--compression", "sketch", "--ratio", "10", "--warmup-steps", "4"]
@@ -55,7 +54,7 @@ def run(way: str, launcher: Launcher, folder: Path, *arguments: str, count: int 
         text = text.replace(line, replacement)
     script = folder / "train.py"
     script.write_text(text)
-    command = [sys.executable, *(RUNNER if way == "run unmodified" else ()), str(script), *arguments]
+    command = python(*(RUNNER if way == "run unmodified" else ()), script, *arguments)
     completed = launch(count, command, launcher=launcher)
     assert completed.returncode == 0, completed.output
     return told(completed.output)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from hvd_sketch.frontends.run_script import main
-from tests.support.ranks import Completed, launch, run
+from tests.support.ranks import Completed, launch, python, run
 
-RUNNER = [sys.executable, "-m", "hvd_sketch"]
+RUNNER = ["-m", "hvd_sketch"]
 SKETCH = ["--compression", "sketch", "--ratio", "10", "--warmup-steps", "0"]
 TRAIN = """
 import horovod.torch as hvd
@@ -33,7 +33,7 @@ print("nonzero", nonzero, "of", sum(p.numel() for p in model.parameters()), type
 def run_script(folder: Path, text: str, *arguments: str, options: list[str] = SKETCH) -> Completed:
     script = folder / "its own name.py"
     script.write_text(text)
-    return run([*RUNNER, *options, str(script), *arguments])
+    return run(python(*RUNNER, *options, str(script), *arguments))
 
 
 def train(folder: Path, made: str, options: list[str] = SKETCH, imported: str = "sys") -> str:
@@ -65,7 +65,7 @@ def test_a_module_runs_as_by_python_itself(tmp_path: Path) -> None:
     (package / "__main__.py").write_text(text)
     for module, file in {"package.train": "train.py", "package": "__main__.py"}.items():
         by_python = run([sys.executable, "-m", module, "--ratio", "3"], cwd=tmp_path)
-        completed = run([*RUNNER, *SKETCH, "-m", module, "--ratio", "3"], cwd=tmp_path)
+        completed = run(python(*RUNNER, *SKETCH, "-m", module, "--ratio", "3"), cwd=tmp_path)
         assert completed.returncode == 0, completed.output
         assert completed.output.splitlines()[0] == by_python.output.strip()
         assert str(package / file) in completed.output
@@ -111,7 +111,7 @@ def test_a_wrong_command_line_is_told_in_a_line(
 
 
 def test_check_reports_what_is_installed() -> None:
-    completed = run([*RUNNER, "--check"])
+    completed = run(python(*RUNNER, "--check"))
     assert completed.returncode == 0
     for part in ("torch", "Horovod", "mpi4py", "kernel"):
         assert part in completed.output
@@ -119,7 +119,7 @@ def test_check_reports_what_is_installed() -> None:
 
 
 def test_check_under_a_launcher_reports_how_far_the_ranks_are() -> None:
-    completed = launch(2, [*RUNNER, "--check"], launcher="torchrun", env={"HVD_SKETCH_CROSSING": "0.04"})
+    completed = launch(2, python(*RUNNER, "--check"), launcher="torchrun", env={"HVD_SKETCH_CROSSING": "0.04"})
     assert completed.returncode == 0
     assert completed.output.count("links of 2 ranks, torch: messages take 40 ms; sums travel directly") == 1
 
@@ -165,7 +165,8 @@ for count in range(2):
 def doors(tmp_path_factory: pytest.TempPathFactory) -> str:
     script = tmp_path_factory.mktemp("doors") / "train.py"
     script.write_text(DOORS)
-    completed = launch(2, [*RUNNER, "--compression", "topk", "--ratio", "10", "--warmup-steps", "0", str(script)])
+    command = python(*RUNNER, "--compression", "topk", "--ratio", "10", "--warmup-steps", "0", script)
+    completed = launch(2, command)
     assert completed.returncode == 0, completed.output
     return completed.output
 
@@ -225,6 +226,6 @@ def test_without_sparsifying_everything_is_sent(tmp_path: Path, compression: str
 def test_what_the_script_may_not_combine_is_told(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(TRAIN.format(made=HALF_PRECISION.format("op=hvd.Adasum, "), imported="sys"))
-    completed = run([*RUNNER, *SKETCH, str(script)])
+    completed = run(python(*RUNNER, *SKETCH, str(script)))
     assert completed.returncode != 0
     assert "op=Adasum cannot be combined with compression: only Average and Sum are linear" in completed.output

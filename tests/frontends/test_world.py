@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.broadcasting import broadcast_odd_types
-from tests.support.ranks import Launcher, launch, ranks, run
+from tests.support.ranks import Launcher, launch, python, ranks, run
 from tests.support.training import COMPRESSED, flat, loss, net, train
 
 FORBID_HOROVOD = "import sys; sys.modules['horovod'] = None\n"
@@ -229,7 +229,7 @@ def test_a_process_without_launcher_trains_alone() -> None:
 
 
 def test_launched_processes_find_each_other() -> None:
-    completed = launch(2, [sys.executable, "-c", SCRIPT])
+    completed = launch(2, python("-c", SCRIPT))
     assert completed.returncode == 0, completed.output
     sums = [line.split("sum")[1] for line in completed.output.splitlines() if "of 2 sum" in line]
     assert len(sums) == 2
@@ -239,7 +239,7 @@ def test_launched_processes_find_each_other() -> None:
 def test_launched_processes_that_cannot_connect_are_refused() -> None:
     """Training alone on every rank would be silent."""
     program = FORBID_BOTH + "import hvd_sketch as hvd\nhvd.init()"
-    completed = launch(2, [sys.executable, "-c", program])
+    completed = launch(2, python("-c", program))
     assert completed.returncode != 0
     assert "2 processes were launched but neither Horovod nor mpi4py is installed" in completed.output
     assert "pip install mpi4py" in completed.output
@@ -261,7 +261,7 @@ for use in (lambda: hvd.elastic.run, hvd.ProcessSet, hvd.SyncBatchNorm, adasum):
         print(error)
 hvd.nonsense
 """
-    completed = run([sys.executable, "-c", program])
+    completed = run(python("-c", program))
     assert completed.returncode == 1
     for name in ("hvd.elastic", "hvd.ProcessSet", "hvd.SyncBatchNorm", "op=Adasum"):
         assert f"{name} needs Horovod" in completed.output
@@ -277,6 +277,6 @@ def test_importing_us_does_not_import_horovod() -> None:
 
 def test_unmodified_scripts_need_horovod() -> None:
     program = FORBID_HOROVOD + "from hvd_sketch.frontends.run_script import main\nmain([sys.executable])"
-    completed = run([sys.executable, "-c", program])
+    completed = run(python("-c", program))
     assert completed.returncode != 0
     assert "only where Horovod is installed" in completed.output

@@ -1,6 +1,6 @@
 """Where ranks are born: a process that has imported PyTorch already, which takes a rank longer than most tests.
 
-A launcher starts ``python tests/support/rank.py FOLDER``, as it starts any program. That asks a nursery, one of those
+A launcher starts ``python tests/support/rank.py …``, as it starts any program. That asks a nursery, one of those
 of the running tests, for a process with its own environment, folder and streams, forwards signals to it, and ends as
 it does. There are two, for ranks of even and of odd number: sets of words then have another order on each, as they
 have in programs that are started apart.
@@ -12,6 +12,7 @@ import contextlib
 import gc
 import os
 import pickle
+import runpy
 import selectors
 import shutil
 import signal
@@ -22,27 +23,48 @@ import tempfile
 import traceback
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import psutil
 
 from tests.support.rank import LENGTH, NURSERIES, STATUS
 
+ASK = Path(__file__).with_name("rank.py")
+
+PYTHON = """#!/bin/sh
+case "$1" in
+-m | -c | [!-]*) exec {executable} {ask} {place} python "$@" ;;
+*) exec {executable} "$@" ;;
+esac
+"""
+"""The program that asks for a process, and is as Python where one says more than a script, a module or a text."""
 _started: list[subprocess.Popen[bytes]] = []
 
 
 @cache
 def folder() -> str:
-    """Where they are asked; they are started, where they have not been, and end with this process."""
+    """Where they are asked; they are started, where they have not been, and end with this process.
+
+    There is a program of the name ``python`` that asks.
+    """
     place = tempfile.mkdtemp(prefix="nursery-")
+    program = Path(place, "python")
+    program.write_text(PYTHON.format(executable=sys.executable, ask=ASK, place=place))
+    program.chmod(0o755)
     for number in range(NURSERIES):
         with socket.socket(socket.AF_UNIX) as door:
             door.bind(f"{place}/{number}")
             door.listen(64)
             command = [sys.executable, "-m", "tests.support.nursery", place, str(door.fileno())]
-            root, silent = Path(__file__).resolve().parents[2], subprocess.DEVNULL
             _started.append(
                 subprocess.Popen(
-                    command, cwd=root, stdin=subprocess.PIPE, stdout=silent, pass_fds=[door.fileno()], process_group=0
+                    command,
+                    cwd=Path(__file__).resolve().parents[2],
+                    env={**os.environ, "PYTHONUNBUFFERED": ""},  # unbuffered, the words of two ranks mix within a line
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=[door.fileno()],
+                    process_group=0,
                 )
             )
     return place
@@ -61,8 +83,8 @@ def alive() -> list[int]:
     return [child.pid for nursery in _started for child in psutil.Process(nursery.pid).children()]
 
 
-def serve(place: str, number: int) -> None:
-    """Bear processes until the one that started this ends."""
+def serve(place: str, number: int) -> tuple[str, ...]:
+    """Bear processes until the one that started this ends; in a process born as Python, return its arguments."""
     with socket.socket(fileno=number) as door, selectors.DefaultSelector() as events:
         import pytest  # noqa: F401
         import torch  # noqa: F401
@@ -74,20 +96,22 @@ def serve(place: str, number: int) -> None:
             for key, _ in events.select():
                 if key.fileobj is sys.stdin:
                     shutil.rmtree(place, ignore_errors=True)
-                    return
+                    return ()
                 if key.fileobj is door:
-                    _bear(door, events)
+                    born = _bear(door, events)
+                    if born:
+                        return born
                 else:
                     key.data()
 
 
-def _bear(door: socket.socket, events: selectors.BaseSelector) -> None:
+def _bear(door: socket.socket, events: selectors.BaseSelector) -> tuple[str, ...]:
     asking, _ = door.accept()
     length, streams, _, _ = socket.recv_fds(asking, LENGTH, 3)
     request = asking.recv(int.from_bytes(length), socket.MSG_WAITALL)
     pid = os.fork()
     if pid == 0:
-        _live(request, streams, {door, asking, *(key.fileobj for key in events.get_map().values())})
+        return _live(request, streams, {door, asking, *(key.fileobj for key in events.get_map().values())})
     for stream in streams:
         os.close(stream)
     ended = os.pidfd_open(pid)
@@ -112,10 +136,11 @@ def _bear(door: socket.socket, events: selectors.BaseSelector) -> None:
 
     events.register(asking, selectors.EVENT_READ, forward)
     events.register(ended, selectors.EVENT_READ, tell)
+    return ()
 
 
-def _live(request: bytes, streams: list[int], others: set[object]) -> None:
-    """Be the rank."""
+def _live(request: bytes, streams: list[int], others: set[object]) -> tuple[str, ...]:
+    """Be the rank, or return what the process is to be by Python's arguments."""
     try:
         os.setpgid(0, 0)
         for number, stream in enumerate(streams):
@@ -126,7 +151,7 @@ def _live(request: bytes, streams: list[int], others: set[object]) -> None:
                 other.close()
             elif isinstance(other, int):
                 os.close(other)
-        environment, place, arguments = pickle.loads(request)
+        environment, place, arguments = cast(tuple[dict[str, str], str, tuple[str, ...]], pickle.loads(request))
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(place)
@@ -134,6 +159,9 @@ def _live(request: bytes, streams: list[int], others: set[object]) -> None:
         import numpy
 
         numpy.random.seed()
+        if arguments[0] == "python":
+            gc.unfreeze()
+            return arguments[1:]
         from tests.support.ranks import rank_main
 
         rank_main(Path(*arguments))
@@ -142,5 +170,29 @@ def _live(request: bytes, streams: list[int], others: set[object]) -> None:
     os._exit(1)
 
 
+def be(kind: str, *arguments: str) -> None:
+    """What Python is by these arguments, a script's or ``-m`` or ``-c``: its ``__main__`` is this one."""
+    sys.argv[:] = (kind, *arguments)
+    if kind == "-m":
+        sys.argv[:1] = []
+        sys.path[0] = os.getcwd()
+        runpy._run_module_as_main(arguments[0])  # type: ignore[attr-defined]
+        return
+    main = sys.modules["__main__"]
+    main.__spec__ = None
+    if kind == "-c":
+        sys.argv[:2] = ["-c"]
+        sys.path[0] = ""
+        del main.__file__
+        code = compile(arguments[0], "<string>", "exec")
+    else:
+        main.__file__ = kind
+        sys.path[0] = str(Path(kind).resolve().parent)
+        code = compile(Path(kind).read_bytes(), kind, "exec")
+    exec(code, main.__dict__)
+
+
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]))
+    born = serve(sys.argv[1], int(sys.argv[2]))
+    if born:
+        be(*born)

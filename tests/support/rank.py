@@ -1,4 +1,7 @@
-"""What a launcher starts as a rank of a test: see `tests.support.nursery`. It imports little, to start at once."""
+"""What is started for a process that `tests.support.nursery` bears. It imports little, to start at once.
+
+``rank.py NURSERY FOLDER`` is a rank of a test, ``rank.py NURSERY python …`` is what ``python …`` would be.
+"""
 
 import os
 import pickle
@@ -15,7 +18,7 @@ LENGTH, STATUS = 8, 4
 
 def main(nursery: str, *arguments: str) -> None:
     """Ask for a process, and end as it does."""
-    rank = next(os.environ[name] for name in RANK_VARIABLES if name in os.environ)
+    rank = next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0")
     request = pickle.dumps((dict(os.environ), os.getcwd(), arguments))
     with socket.socket(socket.AF_UNIX) as asking:
         asking.connect(f"{nursery}/{int(rank) % NURSERIES}")

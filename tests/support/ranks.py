@@ -35,7 +35,7 @@ LAUNCHERS: Mapping[Launcher, Sequence[str]] = {
     "mpirun": ("mpirun", "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none", "--tag-output", "-np"),
     "horovodrun-gloo": ("horovodrun", "--gloo", "-np"),
     "horovodrun-mpi": ("horovodrun", "--mpi", "-np"),
-    "torchrun": ("torchrun", "--standalone", "--no-python", "--nproc-per-node"),
+    "torchrun": ("-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node"),  # its `python`
 }
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -69,14 +69,14 @@ class RanksTimedOut(RanksFailed):
 def run(
     command: Sequence[str], *, env: Mapping[str, str] | None = None, timeout: float = 200, cwd: Path = ROOT
 ) -> Completed:
-    """Run a command with the ranks' environment and this Python's folder first on the PATH.
+    """Run a command with the ranks' environment and first on the PATH `python` and this Python's folder.
 
     Raises:
         RanksTimedOut: it did not end within `timeout` seconds; it and all its descendants were killed.
     """
     if quick:
         pytest.skip("starts processes")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = os.pathsep.join((nursery.folder(), str(Path(sys.executable).parent), os.environ["PATH"]))
     python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, **ENVIRONMENT, "PATH": path, "PYTHONPATH": python_path, **(env or {})}
     with tempfile.TemporaryFile("w+", errors="replace") as output:
@@ -104,7 +104,17 @@ def launch(
     timeout: float = 200,
 ) -> Completed:
     """Run a command line on `count` ranks; see `run`."""
-    return run((*LAUNCHERS[launcher], str(count), *command), env=env, timeout=timeout)
+    started = LAUNCHERS[launcher]
+    first = python(*started) if launcher == "torchrun" else started
+    return run((*first, str(count), *command), env=env, timeout=timeout)
+
+
+def python(*arguments: object) -> list[str]:
+    """The command of Python with these arguments, for one that has imported PyTorch already.
+
+    It is as another in all but what was imported; what a test tells of imports or of Python's start needs a new one.
+    """
+    return [f"{nursery.folder()}/python", *map(str, arguments)]
 
 
 def ranks(
@@ -133,7 +143,7 @@ def ranks(
         folder = Path(name)
         deadline = time.time() + max(timeout - 5, timeout / 2)
         (folder / "call").write_bytes(pickle.dumps((body.__module__, body.__qualname__, deadline, args)))
-        command = (sys.executable, str(Path(__file__).with_name("rank.py")), nursery.folder(), name)
+        command = (sys.executable, str(nursery.ASK), nursery.folder(), name)
         try:
             completed = launch(count, command, launcher=launcher, env=env, timeout=timeout)
         except RanksTimedOut as error:

@@ -63,7 +63,7 @@ def test_a_rank_that_dies_without_a_word_is_a_failure() -> None:
 def test_a_hang_is_killed_and_shows_where_each_rank_stood(launcher: Launcher) -> None:
     both_stacks = r"(?s)rank 0 of 2:.*in wait_for_ever.*rank 1 of 2:.*in wait_for_ever"
     with pytest.raises(RanksTimedOut, match=both_stacks) as error:
-        ranks(2, wait_for_ever, launcher=launcher, timeout=30)
+        ranks(2, wait_for_ever, launcher=launcher, timeout=20)
     assert str(error.value).count("waiting for ever") == 2
     deadline = time.monotonic() + 10
     while nursery.alive() and time.monotonic() < deadline:

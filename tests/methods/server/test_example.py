@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
-from tests.support.ranks import ROOT, run
+from tests.support.ranks import ROOT, python, run
 
 
 def test_the_example_trains_tells_and_draws(tmp_path: Path) -> None:
@@ -23,7 +22,7 @@ def test_the_example_trains_tells_and_draws(tmp_path: Path) -> None:
         assert len(curve["loss"]) == len(curve["megabytes"]) == 2
         assert curve["loss"][1] < curve["loss"][0] < 4.7
     picture = tmp_path / "server.png"
-    command = [sys.executable, str(ROOT / "examples" / "async_picture.py"), str(picture), str(results), str(results)]
+    command = python(ROOT / "examples" / "async_picture.py", picture, results, results)
     drawn = run(command)
     assert drawn.returncode == 0, drawn.output
     assert picture.exists()

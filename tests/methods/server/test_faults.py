@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -18,7 +17,7 @@ from hvd_sketch.methods.server import Place, ServerLost, place, read_log
 from hvd_sketch.methods.server.log import Happened
 from tests.methods.server.asynchronous import async_sgd
 from tests.methods.server.support import Vector
-from tests.support.ranks import launch
+from tests.support.ranks import launch, python
 
 KILLED, STOPPED, FAILED = 2, 3, 4
 UNHURT = (0, 1, 3)  # worker 3 came back
@@ -91,7 +90,7 @@ Told = dict[str, list[Any]]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
     program = f"from tests.methods.server.test_faults import on_5_ranks; on_5_ranks({str(folder)!r})"
-    launch(5, [sys.executable, "-c", program], env=ORPHANS_LIVE, timeout=200)
+    launch(5, python("-c", program), env=ORPHANS_LIVE, timeout=200)
     return folder
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -16,7 +15,7 @@ from hvd_sketch.errors import RankLostError, RankMismatchError
 from hvd_sketch.methods.gossip.decentlam import DmSGD
 from hvd_sketch.methods.swarm import PeerLost
 from tests.methods.swarm.test_optimizer import RATE, Vector, swarm_of, train
-from tests.support.ranks import in_turn, launch, ranks
+from tests.support.ranks import in_turn, launch, python, ranks
 
 VICTIM = 2
 ORPHANS_LIVE = {"OMPI_MCA_orte_enable_recovery": "1"}  # what mpirun's --enable-recovery sets
@@ -45,7 +44,7 @@ def die_when_met(folder: str, on_lost: Any, blocking: bool) -> None:
 
 def survivors_of(folder: Path, on_lost: str, blocking: bool) -> dict[int, list[Any]]:
     program = f"from {__name__} import die_when_met; die_when_met({str(folder)!r}, {on_lost!r}, {blocking})"
-    launch(4, [sys.executable, "-c", program], env=ORPHANS_LIVE, timeout=250)
+    launch(4, python("-c", program), env=ORPHANS_LIVE, timeout=250)
     return {int(file.name): json.loads(file.read_text()) for file in folder.iterdir()}
 
 
