@@ -27,6 +27,7 @@ from typing import cast
 
 import psutil
 
+from tests.support.leave import leave
 from tests.support.rank import LENGTH, NURSERIES, STATUS
 
 ASK = Path(__file__).with_name("rank.py")
@@ -87,7 +88,7 @@ def serve(place: str, number: int) -> tuple[str, ...]:
     """Bear processes until the one that started this ends; in a process born as Python, return its arguments."""
     with socket.socket(fileno=number) as door, selectors.DefaultSelector() as events:
         import pytest  # noqa: F401
-        import torch  # noqa: F401
+        import torch._dynamo  # noqa: F401  # the first optimizer would import it: two seconds more
 
         gc.freeze()
         events.register(door, selectors.EVENT_READ)
@@ -160,7 +161,6 @@ def _live(request: bytes, streams: list[int], others: set[object]) -> tuple[str,
 
         numpy.random.seed()
         if arguments[0] == "python":
-            gc.unfreeze()
             return arguments[1:]
         from tests.support.ranks import rank_main
 
@@ -192,7 +192,21 @@ def be(kind: str, *arguments: str) -> None:
     exec(code, main.__dict__)
 
 
+def status_of(arguments: tuple[str, ...]) -> int:
+    """Be that, and tell what is not caught, as Python does."""
+    try:
+        be(*arguments)
+    except SystemExit as leaving:
+        if leaving.code is None or isinstance(leaving.code, int):
+            return leaving.code or 0
+        print(leaving.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    else:
+        return 0
+    return 1
+
+
 if __name__ == "__main__":
     born = serve(sys.argv[1], int(sys.argv[2]))
-    if born:
-        be(*born)
+    leave(status_of(born) if born else 0)

@@ -5,7 +5,6 @@ The ranks are processes started by mpirun, horovodrun or torchrun, as a user sta
 traceback in a folder. A run that does not end in time is killed, and fails with the place where every rank stood.
 """
 
-import atexit
 import faulthandler
 import importlib
 import io
@@ -14,7 +13,6 @@ import pickle
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +23,7 @@ import psutil
 import pytest
 
 from tests.support import nursery
+from tests.support.leave import leave
 from tests.support.rank import RANK_VARIABLES
 
 Result = TypeVar("Result")
@@ -43,6 +42,7 @@ ENVIRONMENT = {
     "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "20",
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_btl": "self,vader",  # ranks share a host; ready for TCP, the end of each would take a second
     "OMPI_MCA_mpi_yield_when_idle": "1",  # tests run side by side: a rank that waits leaves its core to others
     "PYTHONUNBUFFERED": "",  # unbuffered, the words of two ranks mix within a line
 }
@@ -203,16 +203,4 @@ def rank_main(folder: Path) -> None:
     distributed = sys.modules.get("torch.distributed")  # not imported for a body that does without PyTorch
     if distributed is not None and distributed.is_initialized():
         distributed.destroy_process_group()  # as PyTorch wants it of a script
-    leave()
-
-
-def leave() -> None:
-    """End as an interpreter does, but for taking a thousand modules apart, which is a third of a short run's time."""
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
-        mpi.Finalize()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    leave(0)

@@ -90,7 +90,8 @@ Told = dict[str, list[Any]]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
     program = f"from tests.methods.server.test_faults import on_5_ranks; on_5_ranks({str(folder)!r})"
-    launch(5, python("-c", program), env=ORPHANS_LIVE, timeout=200)
+    over_tcp = {"OMPI_MCA_btl": "self,vader,tcp"}  # as a worker that is started again is reached
+    launch(5, python("-c", program), env=ORPHANS_LIVE | over_tcp, timeout=200)
     return folder
 
 
