@@ -173,6 +173,7 @@ def _live(request: bytes, streams: list[int], others: set[object]) -> tuple[str,
 def be(kind: str, *arguments: str) -> None:
     """What Python is by these arguments, a script's or ``-m`` or ``-c``: its ``__main__`` is this one."""
     sys.argv[:] = (kind, *arguments)
+    sys.orig_argv[:] = (sys.executable, kind, *arguments)
     if kind == "-m":
         sys.argv[:1] = []
         sys.path[0] = os.getcwd()
