@@ -45,9 +45,9 @@ class Outer:
         check_numbers(self)
         if self.momentum_sync not in ("keep", "reset", "average"):
             raise ConfigurationError(f"momentum_sync must be keep, reset or average, got {self.momentum_sync!r}")
-        if not self.outer_rate > 0.0 or not 0.0 <= self.outer_momentum < 1.0:
+        if not 0.0 < self.outer_rate < math.inf or not 0.0 <= self.outer_momentum < 1.0:
             raise ConfigurationError(
-                "outer_rate must be above 0 and outer_momentum in [0, 1), "
+                "outer_rate must be above 0 and finite, and outer_momentum in [0, 1), "
                 f"got {self.outer_rate} and {self.outer_momentum}"
             )
         if not 0.0 <= self.anticipate <= 1.0:

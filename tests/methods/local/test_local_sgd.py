@@ -274,6 +274,7 @@ def test_a_gradient_that_is_not_finite_is_left_out_on_its_rank_alone(scaled: boo
         {"momentum_sync": "forget"},
         {"outer_rate": 0.0},
         {"outer_momentum": 1.0},
+        {"outer_rate": float("inf")},
         {"anticipate": 1.5, "compression": TOPK},
         {"anticipate": 0.5},  # of nothing
         {"compression": Compression.fp16},
