@@ -34,8 +34,8 @@ ASK = Path(__file__).with_name("rank.py")
 
 PYTHON = """#!/bin/sh
 case "$1" in
--m | -c | [!-]*) exec {executable} {ask} {place} python "$@" ;;
-*) exec {executable} "$@" ;;
+-m | -c | [!-]*) exec "{executable}" "{ask}" "{place}" python "$@" ;;
+*) exec "{executable}" "$@" ;;
 esac
 """
 """The program that asks for a process, and is as Python where one says more than a script, a module or a text."""
