@@ -170,26 +170,23 @@ def _live(request: bytes, streams: list[int], others: set[object]) -> tuple[str,
     os._exit(1)
 
 
-def be(kind: str, *arguments: str) -> None:
+def be(first: str, *others: str) -> None:
     """What Python is by these arguments, a script's or ``-m`` or ``-c``: its ``__main__`` is this one."""
-    sys.argv[:] = (kind, *arguments)
-    sys.orig_argv[:] = (sys.executable, kind, *arguments)
-    if kind == "-m":
-        sys.argv[:1] = []
-        sys.path[0] = os.getcwd()
-        runpy._run_module_as_main(arguments[0])  # type: ignore[attr-defined]
+    sys.orig_argv[:] = (sys.executable, first, *others)
+    if first == "-m":
+        sys.argv[:], sys.path[0] = others, os.getcwd()
+        runpy._run_module_as_main(others[0])  # type: ignore[attr-defined]
         return
     main = sys.modules["__main__"]
     main.__spec__ = None
-    if kind == "-c":
-        sys.argv[:2] = ["-c"]
-        sys.path[0] = ""
+    if first == "-c":
         del main.__file__
-        code = compile(arguments[0], "<string>", "exec")
+        sys.argv[:], sys.path[0] = (first, *others[1:]), ""
+        code = compile(others[0], "<string>", "exec")
     else:
-        main.__file__ = kind
-        sys.path[0] = str(Path(kind).resolve().parent)
-        code = compile(Path(kind).read_bytes(), kind, "exec")
+        main.__file__ = first
+        sys.argv[:], sys.path[0] = (first, *others), str(Path(first).resolve().parent)
+        code = compile(Path(first).read_bytes(), first, "exec")
     exec(code, main.__dict__)
 
 

@@ -34,7 +34,7 @@ LAUNCHERS: Mapping[Launcher, Sequence[str]] = {
     "mpirun": ("mpirun", "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none", "--tag-output", "-np"),
     "horovodrun-gloo": ("horovodrun", "--gloo", "-np"),
     "horovodrun-mpi": ("horovodrun", "--mpi", "-np"),
-    "torchrun": ("-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node"),  # its `python`
+    "torchrun": ("python", "-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node"),
 }
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -74,9 +74,7 @@ def run(
     Raises:
         RanksTimedOut: it did not end within `timeout` seconds; it and all its descendants were killed.
     """
-    if quick:
-        pytest.skip("starts processes")
-    path = os.pathsep.join((nursery.folder(), str(Path(sys.executable).parent), os.environ["PATH"]))
+    path = os.pathsep.join((_nursery(), str(Path(sys.executable).parent), os.environ["PATH"]))
     python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, **ENVIRONMENT, "PATH": path, "PYTHONPATH": python_path, **(env or {})}
     with tempfile.TemporaryFile("w+", errors="replace") as output:
@@ -104,9 +102,7 @@ def launch(
     timeout: float = 200,
 ) -> Completed:
     """Run a command line on `count` ranks; see `run`."""
-    started = LAUNCHERS[launcher]
-    first = python(*started) if launcher == "torchrun" else started
-    return run((*first, str(count), *command), env=env, timeout=timeout)
+    return run((*LAUNCHERS[launcher], str(count), *command), env=env, timeout=timeout)
 
 
 def python(*arguments: object) -> list[str]:
@@ -114,7 +110,14 @@ def python(*arguments: object) -> list[str]:
 
     It is as another in all but what was imported; what a test tells of imports or of Python's start needs a new one.
     """
-    return [f"{nursery.folder()}/python", *map(str, arguments)]
+    return [f"{_nursery()}/python", *map(str, arguments)]
+
+
+def _nursery() -> str:
+    """Its folder; a test that asks for it is left out where none may start processes."""
+    if quick:
+        pytest.skip("starts processes")
+    return nursery.folder()
 
 
 def ranks(
@@ -143,7 +146,7 @@ def ranks(
         folder = Path(name)
         deadline = time.time() + max(timeout - 5, timeout / 2)
         (folder / "call").write_bytes(pickle.dumps((body.__module__, body.__qualname__, deadline, args)))
-        command = (sys.executable, str(nursery.ASK), nursery.folder(), name)
+        command = (sys.executable, str(nursery.ASK), _nursery(), name)
         try:
             completed = launch(count, command, launcher=launcher, env=env, timeout=timeout)
         except RanksTimedOut as error:
